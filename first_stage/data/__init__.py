@@ -1,0 +1,48 @@
+"""Data sets of images as batches: the only place that knows pixels and files.
+
+`sources` lists samples, `pixels` decodes them, `loader` turns them into batches.
+"""
+
+from first_stage.data.loader import (
+    Batch,
+    FixedImages,
+    StepSampler,
+    TrainingStream,
+    collate,
+    fingerprint,
+    fixed_images,
+    training_loader,
+)
+from first_stage.data.pixels import (
+    CHANNELS,
+    BrokenImage,
+    View,
+    images_from_pixels,
+    open_image,
+    pixels_from_images,
+    pixels_of,
+)
+from first_stage.data.sources import Sample, Source, SubsetSource, open_source, split_source
+
+__all__ = [
+    "CHANNELS",
+    "Batch",
+    "BrokenImage",
+    "FixedImages",
+    "Sample",
+    "Source",
+    "StepSampler",
+    "SubsetSource",
+    "TrainingStream",
+    "View",
+    "collate",
+    "fingerprint",
+    "fixed_images",
+    "images_from_pixels",
+    "open_image",
+    "open_source",
+    "pixels_from_images",
+    "pixels_of",
+    "split_source",
+    "training_loader",
+]

@@ -124,7 +124,7 @@ def build_autoencoder(
         mid_block_attention: Self-attention at the lowest resolution.
         quant_conv: The 1x1 convolutions around the latents (Stable Diffusion 1.x and XL have them,
             SD3 and Flux do not).
-        sample_size: Training resolution, recorded in the config.
+        sample_size: Training resolution in pixels; what diffusers takes as its tile size.
 
     Returns:
         The autoencoder, in float32.

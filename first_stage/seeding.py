@@ -21,8 +21,6 @@ class Purpose(IntEnum):
     """Posterior noise in training: (position in the stream of samples,)."""
     LATENT = 4
     """Posterior draw from a latent cache: (epoch, sample index)."""
-    MEASURE = 5
-    """Posterior noise while measuring the latents for an export: (sample index,)."""
     SPLIT = 6
     """Choice of held-out samples and other fixed choices of a run."""
 

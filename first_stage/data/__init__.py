@@ -3,6 +3,7 @@
 `sources` lists samples, `pixels` decodes them, `loader` turns them into batches.
 """
 
+from first_stage.data.broken import BrokenFiles
 from first_stage.data.loader import (
     Batch,
     FixedImages,
@@ -22,11 +23,19 @@ from first_stage.data.pixels import (
     pixels_from_images,
     pixels_of,
 )
-from first_stage.data.sources import Sample, Source, SubsetSource, open_source, split_source
+from first_stage.data.sources import (
+    Sample,
+    Source,
+    SubsetSource,
+    is_builtin,
+    open_source,
+    split_source,
+)
 
 __all__ = [
     "CHANNELS",
     "Batch",
+    "BrokenFiles",
     "BrokenImage",
     "FixedImages",
     "Sample",
@@ -39,6 +48,7 @@ __all__ = [
     "fingerprint",
     "fixed_images",
     "images_from_pixels",
+    "is_builtin",
     "open_image",
     "open_source",
     "pixels_from_images",

@@ -22,7 +22,23 @@ from first_stage.seeding import Purpose, generator
 Split = Literal["train", "validation", "all"]
 
 IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jp2 .jpeg .jpg .pbm .pgm .png .ppm .tga .tif .tiff .webp".split()
+    [
+        ".avif",
+        ".bmp",
+        ".gif",
+        ".jfif",
+        ".jp2",
+        ".jpeg",
+        ".jpg",
+        ".pbm",
+        ".pgm",
+        ".png",
+        ".ppm",
+        ".tga",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
 )
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "pixels", "picture", "photo")
 
@@ -282,6 +298,11 @@ def split_source(source: Source, share: float, seed: int) -> tuple[Source, Sourc
     )
 
 
+def is_builtin(path: str) -> bool:
+    """Whether a path names a built-in set; a file or folder of that name goes first."""
+    return path in builtin.NAMES and not Path(path).exists()
+
+
 def open_source(
     path: str, image_column: str | None = None, split: Split = "all", hub_split: str = "train"
 ) -> Source:
@@ -301,7 +322,7 @@ def open_source(
     Raises:
         DataError: When there is nothing, no image, or no image column.
     """
-    if path in builtin.NAMES and not Path(path).exists():
+    if is_builtin(path):
         return ListSource(path, [Sample(*parts) for parts in builtin.load(path, split)])
     local = Path(path)
     if not local.exists():
@@ -336,9 +357,7 @@ def _shard_source(path: str, shards: Sequence[Path], image_column: str | None) -
     files = {"train": [str(p) for p in shards]}
     with _quiet_datasets():
         try:
-            dataset = datasets.load_dataset(
-                shard_builder(shards), data_files=files, split="train"
-            )
+            dataset = datasets.load_dataset(shard_builder(shards), data_files=files, split="train")
         except Exception as error:
             raise DataError(f"data.path {path!r} cannot be read: {_first_line(error)}") from error
     return DatasetSource(dataset, path, image_column)
@@ -371,8 +390,8 @@ def _hub_source(path: str, image_column: str | None, hub_split: str) -> Source:
             dataset = datasets.load_dataset(path, split=hub_split)
         except Exception as error:
             raise DataError(
-                f"data.path {path!r} is neither a folder or file here, nor one of the built-in sets "
-                f"({', '.join(builtin.NAMES)}), nor could it be loaded from the hub: "
+                f"data.path {path!r} is no folder or file here, is not one of the built-in sets "
+                f"({', '.join(builtin.NAMES)}), and could not be loaded from the hub: "
                 f"{_first_line(error)}"
             ) from error
     return DatasetSource(dataset, path, image_column)

@@ -1,0 +1,185 @@
+"""Checkpoints: everything that training needs, written whole or not at all.
+
+`checkpoints/step-000123/` holds
+
+    first_stage.safetensors   the weights being trained
+    ema/                      their moving average, as a diffusers folder
+    critic.safetensors        when there is a critic
+    optimizers.safetensors    AdamW's moments of both players
+    means.safetensors         what the objective's balance and the log have averaged so far
+    state.json                step, counters, configuration, versions
+    checksums.json            SHA-256 of every other file; a checkpoint without it is not one
+
+Order, crops, flips and noise are functions of the seed, so there is no generator state to keep.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from first_stage.errors import UserError
+from first_stage.files import remove_leftovers, sha256, write_folder, write_json
+
+_NAME = re.compile(r"step-(\d{6,})")
+_GROUP = "/"
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that fails its checksums."""
+
+
+@dataclass
+class Snapshot:
+    """The contents of a checkpoint.
+
+    Attributes:
+        step: Steps done.
+        tensors: File name (without suffix) to the tensors in it.
+        state: What is not a tensor; JSON.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def checkpoint_folder(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return output_dir / "checkpoints" / f"step-{step:06d}"
+
+
+def save_checkpoint(output_dir: Path, snapshot: Snapshot, ema: Any, keep: int) -> Path:
+    """Write a checkpoint, then drop the oldest beyond `keep`.
+
+    Args:
+        output_dir: The run's folder.
+        snapshot: What to write.
+        ema: A diffusers model with the averaged weights, or anything with `save_pretrained`.
+        keep: How many of the newest checkpoints stay, at least 1.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    target = checkpoint_folder(output_dir, snapshot.step)
+
+    def write(folder: Path) -> None:
+        for name, tensors in snapshot.tensors.items():
+            contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+            save_file(contiguous, folder / f"{name}.safetensors")
+        ema.save_pretrained(folder / "ema", safe_serialization=True)
+        (folder / "state.json").write_text(
+            json.dumps({"step": snapshot.step, **snapshot.state}, indent=2) + "\n"
+        )
+        files = sorted(f for f in folder.rglob("*") if f.is_file())
+        sums = {f.relative_to(folder).as_posix(): sha256(f) for f in files}
+        write_json(folder / "checksums.json", sums)
+
+    write_folder(target, write)
+    for _, old in list_checkpoints(output_dir)[:-keep]:
+        if old != target:
+            shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
+    """Steps and folders of the checkpoints of a run, oldest first; damaged ones included."""
+    folder = output_dir / "checkpoints"
+    found = []
+    if folder.is_dir():
+        for entry in folder.iterdir():
+            match = _NAME.fullmatch(entry.name)
+            if match and (entry / "checksums.json").exists():
+                found.append((int(match[1]), entry))
+    return sorted(found)
+
+
+def load_checkpoint(folder: Path) -> Snapshot:
+    """Read a checkpoint after checking every file.
+
+    Raises:
+        DamagedCheckpoint: Naming the file that is missing or altered.
+        UserError: When the folder is no checkpoint.
+    """
+    try:
+        sums: dict[str, str] = json.loads((folder / "checksums.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{str(folder)!r} is not a checkpoint: no readable checksums.json"
+        ) from error
+    for name, expected in sums.items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"checkpoint {folder} lacks {name}")
+        if sha256(file) != expected:
+            raise DamagedCheckpoint(f"checkpoint {folder}: {name} differs from its checksum")
+    state = json.loads((folder / "state.json").read_text())
+    tensors = {
+        Path(name).stem: load_file(folder / name)
+        for name in sums
+        if name.endswith(".safetensors") and "/" not in name
+    }
+    return Snapshot(state.pop("step"), tensors, state)
+
+
+def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from.
+
+    Args:
+        output_dir: The run's folder.
+        resume: `latest`, or a checkpoint's folder.
+
+    Returns:
+        Its folder, or `None` when `latest` finds no checkpoint yet; and remarks for the user, such
+        as which damaged checkpoint was passed over.
+
+    Raises:
+        UserError: When the named checkpoint is not one, or every checkpoint is damaged.
+    """
+    if resume != "latest":
+        load_checkpoint(Path(resume))
+        return Path(resume), []
+    remove_leftovers(output_dir / "checkpoints")
+    remarks = []
+    checkpoints = list_checkpoints(output_dir)
+    for _, folder in reversed(checkpoints):
+        try:
+            load_checkpoint(folder)
+        except DamagedCheckpoint as error:
+            remarks.append(f"{error}; falling back to the one before it")
+            continue
+        return folder, remarks
+    if checkpoints:
+        raise UserError(
+            f"every checkpoint in {output_dir / 'checkpoints'} is damaged: {remarks[0]}"
+        )
+    return None, remarks
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """An optimizer's state as named tensors. Its hyperparameters come from the configuration."""
+    flat = {}
+    for index, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            flat[_GROUP.join((prefix, str(index), name))] = torch.as_tensor(value)
+    return flat
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, flat: Mapping[str, Tensor], prefix: str
+) -> None:
+    """Take back what `flatten_optimizer` gave."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in flat.items():
+        owner, index, name = key.split(_GROUP)
+        if owner == prefix:
+            state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,478 @@
+"""The configuration: frozen dataclasses, read from YAML and the command line, checked together.
+
+Every field's docstring is its `--help` text. Checks that involve several fields name the field,
+the value, what would happen, and the remedy.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from first_stage.data.pixels import CHANNELS
+from first_stage.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from and how they are seen."""
+
+    path: str = ""
+    """A folder of images (nested or not), a folder written by datasets' save_to_disk, parquet or
+    WebDataset (.tar) shards or a folder of them, a built-in set (photos, digits), or a data set id
+    on the hub."""
+    resolution: int = 256
+    """Side of the square training crop, in pixels; a multiple of the downsample factor."""
+    resize: int | None = None
+    """Shorter side after resizing, in pixels (bicubic, antialiased); null: the resolution; 0:
+    images keep their size. An image smaller than the crop is always enlarged to fit."""
+    crop: Literal["random", "center"] = "random"
+    """Where the crop is taken in training; validation always takes the centre."""
+    flip: bool = True
+    """Mirror half of the training images left to right."""
+    image_column: str | None = None
+    """Column with the images, for data sets that have columns; null: found by its type."""
+    split: str = "train"
+    """Which split of a hub or saved data set to train on."""
+    validation_path: str | None = None
+    """Held-out images, as for path; null: a share of the training data, or the built-in set's."""
+    validation_share: float = 0.05
+    """Share of the samples held out when validation_path is null, in [0, 1)."""
+    max_broken: float = 0.05
+    """Share of samples that may be undecodable before the run stops; they are skipped and listed
+    in broken_files.jsonl."""
+    workers: int | None = None
+    """Decoding processes per training process; null: one per core left over, at most 8; 0: none."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The autoencoder: a diffusers AutoencoderKL."""
+
+    pretrained: str | None = None
+    """Fine-tune this first stage (a diffusers folder, a pipeline's folder, or a hub id); the fields
+    of the layout below are then taken from it. null: train a new one."""
+    in_channels: int = 3
+    """Channels of the images: 1 (gray), 3 (RGB) or 4 (RGBA)."""
+    latent_channels: int = 4
+    """Channels of the latents."""
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Width of each level; n levels downsample by f = 2^(n-1)."""
+    layers_per_block: int = 2
+    """Residual blocks per level of the encoder; the decoder has one more."""
+    norm_num_groups: int = 32
+    """Groups of every group norm; must divide every width."""
+    mid_block_attention: bool = True
+    """Self-attention at the lowest resolution."""
+    quant_conv: bool = True
+    """1x1 convolutions around the latents: true as in Stable Diffusion 1.x and XL, false as in SD3
+    and Flux."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """The patch critic, trained beside the autoencoder."""
+
+    width: int = 64
+    """Channels of its first layer; doubled by every further one, up to eight times."""
+    layers: int = 3
+    """Strided layers, 1 to 5; 3 sees patches of 70 pixels."""
+    norm: Literal["group", "none"] = "group"
+    """Normalisation after the first layer; batch statistics are not offered because they mix
+    samples and processes."""
+    start_step: int = 0
+    """Step at which the critic begins to train; it is not run before."""
+    learning_rate: float | None = None
+    """Learning rate of the critic (AdamW); null: train.learning_rate."""
+
+
+@dataclass(frozen=True)
+class LearnedConfig:
+    """The perceptual distance learned by the critic (Larsen et al. 2016)."""
+
+    weight: float = 1.0
+    """Weight of the distance; 0 switches it off."""
+    distance: Literal["l1", "l2"] = "l1"
+    """Between feature maps: mean absolute or mean squared difference."""
+    layers: tuple[int, ...] | None = None
+    """Which of the critic's feature maps, from 0 (finest); null: all."""
+    start_step: int = 0
+    """Step at which it enters; not before the critic has begun to train."""
+    ramp_steps: int = 0
+    """Steps over which its weight grows from 0."""
+
+
+@dataclass(frozen=True)
+class AdversarialConfig:
+    """The critic's verdict as a loss of the autoencoder."""
+
+    kind: Literal["hinge"] = "hinge"
+    """The pair of losses of critic and autoencoder."""
+    weight: float = 0.1
+    """Weight of the autoencoder's loss: under adaptive balance the norm of its gradient relative to
+    that of all other terms together. 0 trains the critic for the learned distance only."""
+    start_step: int = 0
+    """Step at which it enters; not before the critic has begun to train."""
+    ramp_steps: int = 0
+    """Steps over which its weight grows from 0."""
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """How the adversarial term is balanced against the others."""
+
+    kind: Literal["adaptive", "fixed"] = "adaptive"
+    """adaptive: scale the adversarial term so that its gradient has adversarial.weight times the
+    norm of the other terms' gradient (VQGAN, equation 7); fixed: the weight as it is."""
+    at: Literal["reconstruction", "last_layer"] = "reconstruction"
+    """Where the gradients' norms are taken: at the reconstruction's pixels, or at the decoder's
+    last convolution as in VQGAN."""
+    max_weight: float = 1e4
+    """Upper bound of the adaptive factor."""
+    smoothing: float = 0.9
+    """The factor of a step follows from the norms of the steps before it, averaged exponentially
+    with this decay in [0, 1); 0 takes the last step alone."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The autoencoder's objective: a weighted sum of terms."""
+
+    pixel: Literal["l1", "l2"] = "l1"
+    """Mean absolute or mean squared error over all pixels and channels."""
+    pixel_weight: float = 1.0
+    """Weight of the pixel term."""
+    kl_weight: float = 1e-6
+    """Weight of the KL divergence against the error summed over an image, as in latent diffusion
+    (whose value is 1e-6); the KL is in nats per image, and both are divided by the number of values
+    in an image, so that the weight means the same at every resolution."""
+    learned: LearnedConfig = field(default_factory=LearnedConfig)
+    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    max_steps: int = 100_000
+    """Updates of the autoencoder."""
+    batch_size: int = 32
+    """Images per update over all processes and micro-batches."""
+    micro_batch_size: int | None = None
+    """Images per forward pass of one process; gradients accumulate to batch_size. null: no
+    accumulation."""
+    learning_rate: float = 1e-4
+    """Peak learning rate of the autoencoder (AdamW). It is used as it stands here: nothing scales
+    it by processes, batch or accumulation."""
+    betas: tuple[float, float] = (0.5, 0.9)
+    """AdamW's betas, of both players."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay, of both players."""
+    warmup_steps: int = 0
+    """Steps over which both learning rates grow linearly from 0."""
+    decay_steps: int = 0
+    """Steps at the end over which both learning rates fall (cosine) to final_rate of the peak."""
+    final_rate: float = 0.1
+    """Learning rate at the end of the decay, as a share of the peak."""
+    clip_norm: float | None = 1.0
+    """Largest norm of a player's gradient; null: no clipping."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast; parameters, optimizer states and the EMA are float32 in any case."""
+    ema_decay: float = 0.999
+    """Decay of the exponential moving average of the weights, which is what is exported; it warms
+    up as (1 + step) / (10 + step). 0 exports the weights themselves."""
+    checkpoint_every: int = 5000
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep."""
+    log_every: int = 50
+    """Steps between log lines; values are averages over these steps."""
+    tracker: str = "tensorboard"
+    """Any tracker that accelerate knows by name (tensorboard, wandb, mlflow...), or none."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    """Held-out images: metrics, grid and GIF."""
+
+    every: int = 1000
+    """Steps between validations, and between frames of training.gif."""
+    images: int = 64
+    """Held-out images to measure at most."""
+    resolution: int | None = None
+    """Side of their centre crop, in pixels; null: data.resolution."""
+    resize: int | None = None
+    """Shorter side after resizing; null: as data.resize, or the resolution above; 0: as they
+    are."""
+    pictures: int = 6
+    """Images in the grid and the GIF."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is measured for the export."""
+
+    images: int = 1000
+    """Training images on which scaling, shift and per-channel statistics are measured at most."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    output_dir: str = "runs/first-stage"
+    """Folder for checkpoints, logs, pictures and the export."""
+    overwrite: bool = False
+    """Replace a run that is already in output_dir; otherwise it is refused."""
+    resume: str | None = None
+    """Go on from a checkpoint: latest, or a checkpoint's folder."""
+    seed: int = 0
+    """Seed of weights, order, crops, flips and posterior noise; >= 0."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+    @property
+    def needs_critic(self) -> bool:
+        """Whether any term of the objective uses the critic."""
+        return self.loss.learned.weight > 0 or self.loss.adversarial.weight > 0
+
+    @property
+    def view_resize(self) -> int | None:
+        """Shorter side for training images, `None` to keep sizes (see `View.resize`)."""
+        return _resize(self.data.resize, self.data.resolution)
+
+    @property
+    def validation_view(self) -> tuple[int, int | None]:
+        """Resolution and shorter side of validation images."""
+        resolution = self.validation.resolution or self.data.resolution
+        wanted = self.validation.resize
+        if wanted is None and self.data.resize is not None:
+            wanted = self.data.resize
+        return resolution, _resize(wanted, resolution)
+
+
+def _resize(resize: int | None, resolution: int) -> int | None:
+    return resolution if resize is None else (resize or None)
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> Config:
+    """Read a run's configuration from `--config FILE` and `--field.name value`.
+
+    Args:
+        arguments: Command line without the program's name; `None` reads `sys.argv`.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: In one line for anything that cannot work.
+    """
+    parser = make_parser()
+    fields = vars(parser.instantiate_classes(parser.parse_args(arguments)))
+    config = Config(**{name: value for name, value in fields.items() if name != "config"})
+    check(config)
+    return config
+
+
+def make_parser() -> Any:
+    """The `jsonargparse` parser of a training run; its `--help` lists every field."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+    class Parser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise ConfigError(" ".join(str(message).split())) from ex
+
+    parser = Parser(
+        prog=Path(sys.argv[0]).name,
+        description="Train the first stage of a latent diffusion model on your own images.",
+    )
+    parser.add_argument("--config", action="config", help="A YAML recipe; flags override it.")
+    parser.add_class_arguments(Config, nested_key=None, as_group=False)
+    return parser
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain nested dictionaries, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def check(config: Config) -> None:
+    """Check fields that depend on each other or on their range.
+
+    Raises:
+        ConfigError: With the first problem: field, value, consequence, remedy.
+    """
+    for problem in _problems(config):
+        raise ConfigError(problem)
+
+
+def _problems(c: Config) -> Iterator[str]:
+    yield from _range_problems(c)
+    yield from _layout_problems(c)
+    yield from _schedule_problems(c)
+
+
+def _range_problems(c: Config) -> Iterator[str]:
+    if not c.data.path:
+        yield "data.path is empty: give a folder of images, a hub id, photos or digits"
+    positive: dict[str, float] = {
+        "data.resolution": c.data.resolution,
+        "train.max_steps": c.train.max_steps,
+        "train.batch_size": c.train.batch_size,
+        "train.learning_rate": c.train.learning_rate,
+        "train.checkpoint_every": c.train.checkpoint_every,
+        "train.keep_checkpoints": c.train.keep_checkpoints,
+        "train.log_every": c.train.log_every,
+        "validation.every": c.validation.every,
+        "validation.images": c.validation.images,
+        "validation.pictures": c.validation.pictures,
+        "export.images": c.export.images,
+        "critic.width": c.critic.width,
+        "model.latent_channels": c.model.latent_channels,
+        "model.layers_per_block": c.model.layers_per_block,
+        "loss.balance.max_weight": c.loss.balance.max_weight,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            yield f"{name} is {value}; it must be above 0"
+    weights: dict[str, float] = {
+        "seed": c.seed,
+        "data.resize": c.data.resize or 0,
+        "data.workers": c.data.workers or 0,
+        "loss.pixel_weight": c.loss.pixel_weight,
+        "loss.kl_weight": c.loss.kl_weight,
+        "loss.learned.weight": c.loss.learned.weight,
+        "loss.adversarial.weight": c.loss.adversarial.weight,
+        "train.weight_decay": c.train.weight_decay,
+        "train.warmup_steps": c.train.warmup_steps,
+        "train.decay_steps": c.train.decay_steps,
+        "train.final_rate": c.train.final_rate,
+        "critic.start_step": c.critic.start_step,
+    }
+    for name, value in weights.items():
+        if not value >= 0:
+            yield f"{name} is {value}; it must be 0 or above"
+    for name, share in {
+        "data.validation_share": c.data.validation_share,
+        "train.ema_decay": c.train.ema_decay,
+        "loss.balance.smoothing": c.loss.balance.smoothing,
+    }.items():
+        if not 0 <= share < 1:
+            yield f"{name} is {share}; it must be at least 0 and below 1"
+    if not 0 <= c.data.max_broken <= 1:
+        yield f"data.max_broken is {c.data.max_broken}; it is a share, from 0 to 1"
+    if not 1 <= c.critic.layers <= 5:
+        yield f"critic.layers is {c.critic.layers}; it must be 1 to 5"
+
+
+def _layout_problems(c: Config) -> Iterator[str]:
+    if c.model.in_channels not in CHANNELS:
+        yield f"model.in_channels is {c.model.in_channels}; images are read into 1, 3 or 4 channels"
+    if c.model.pretrained is None:
+        for width in c.model.block_out_channels:
+            if width % c.model.norm_num_groups:
+                yield (
+                    f"model.norm_num_groups ({c.model.norm_num_groups}) does not divide the width "
+                    f"{width} of model.block_out_channels: change one of them"
+                )
+        yield from factor_problems(c, 2 ** (len(c.model.block_out_channels) - 1))
+    micro = c.train.micro_batch_size
+    if micro is not None and (micro < 1 or c.train.batch_size % micro):
+        yield (
+            f"train.micro_batch_size ({micro}) does not divide train.batch_size "
+            f"({c.train.batch_size}): the last micro-batch would be smaller. Choose a divisor"
+        )
+    if c.loss.learned.layers is not None:
+        available = c.critic.layers + 1
+        for layer in c.loss.learned.layers:
+            if not 0 <= layer < available:
+                yield (
+                    f"loss.learned.layers names layer {layer}, but a critic of {c.critic.layers} "
+                    f"strided layers has the feature maps 0 to {available - 1}"
+                )
+
+
+def factor_problems(c: Config, factor: int) -> Iterator[str]:
+    """Resolutions that a downsample factor does not divide."""
+    for name, side in {
+        "data.resolution": c.data.resolution,
+        "validation.resolution": c.validation_view[0],
+    }.items():
+        if side % factor:
+            yield (
+                f"{name} ({side}) is not a multiple of the downsample factor ({factor}): use "
+                f"{max(side // factor, 1) * factor} or {(side // factor + 1) * factor}"
+            )
+
+
+def _schedule_problems(c: Config) -> Iterator[str]:
+    steps, start = c.train.max_steps, c.critic.start_step
+    if c.needs_critic and start >= steps:
+        yield (
+            f"critic.start_step ({start}) must be below train.max_steps ({steps}): the critic "
+            "would never train. Lower it or train longer"
+        )
+    for name, term in {
+        "loss.learned": c.loss.learned,
+        "loss.adversarial": c.loss.adversarial,
+    }.items():
+        if term.weight == 0:
+            continue
+        if term.start_step < start:
+            yield (
+                f"{name}.start_step ({term.start_step}) is before critic.start_step ({start}): an "
+                "untrained critic would be asked. Raise the first or lower the second"
+            )
+        if term.start_step >= steps:
+            yield (
+                f"{name}.start_step ({term.start_step}) must be below train.max_steps ({steps}): "
+                "the term would never enter. Lower it, train longer, or set its weight to 0"
+            )
+    if c.train.warmup_steps + c.train.decay_steps > steps:
+        yield (
+            f"train.warmup_steps ({c.train.warmup_steps}) and train.decay_steps "
+            f"({c.train.decay_steps}) together exceed train.max_steps ({steps}): shorten one"
+        )
+
+
+def micro_batch_size(config: Config, world: int) -> int:
+    """Samples per forward pass of one process.
+
+    Args:
+        config: The run's configuration.
+        world: Number of processes.
+
+    Returns:
+        The size; `batch_size / world` samples are a whole number of such micro-batches.
+
+    Raises:
+        ConfigError: When the batch cannot be dealt out evenly.
+    """
+    batch = config.train.batch_size
+    if batch % world:
+        raise ConfigError(
+            f"train.batch_size ({batch}) cannot be dealt to {world} processes evenly: use "
+            f"{max(batch // world, 1) * world} or {(batch // world + 1) * world}, or another "
+            "number of processes"
+        )
+    share = batch // world
+    micro = config.train.micro_batch_size or share
+    micro = min(micro, share)
+    if share % micro:
+        raise ConfigError(
+            f"train.micro_batch_size ({micro}) does not divide the {share} images that each of "
+            f"{world} processes takes of train.batch_size ({batch}): choose a divisor of {share}"
+        )
+    return micro

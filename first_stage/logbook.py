@@ -1,0 +1,148 @@
+"""What a run writes down: log.jsonl, the tracker, and the progress bar."""
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import is_tensorboard_available
+from tqdm import tqdm
+
+from first_stage.errors import ConfigError
+from first_stage.files import write_text
+
+
+def tracker_of(name: str) -> tuple[str | None, str | None]:
+    """The tracker to use, and a remark for the user when the default one is not installed.
+
+    Raises:
+        ConfigError: When accelerate knows no such tracker, or lacks the package for it.
+    """
+    if name == "none":
+        return None, None
+    if name not in LOGGER_TYPE_TO_CLASS:
+        known = ", ".join(sorted(LOGGER_TYPE_TO_CLASS))
+        raise ConfigError(f"train.tracker is {name!r}; accelerate knows: {known}, or none")
+    if name == "tensorboard" and not is_tensorboard_available():
+        return None, "tensorboard is not installed, so no tracker is used (log.jsonl has it all)"
+    from accelerate.tracking import get_available_trackers
+
+    if name not in {str(getattr(t, "value", t)) for t in get_available_trackers()}:
+        raise ConfigError(
+            f"train.tracker is {name!r}, but its package is not installed: install it, or choose "
+            "tensorboard or none"
+        )
+    return name, None
+
+
+class Logbook:
+    """Appends to `log.jsonl` and to the tracker; only the main process makes one.
+
+    Lines hold what the training computed, so two runs that compute the same have the same file;
+    speed goes to the tracker and the progress bar.
+
+    Args:
+        path: The file.
+        accelerator: Its trackers get the same numbers.
+        start_step: Lines beyond it, from a run that was cut off, are dropped.
+    """
+
+    def __init__(self, path: Path, accelerator: Accelerator, start_step: int):
+        self.path = path
+        self._accelerator = accelerator
+        kept = [
+            json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= start_step
+        ]
+        write_text(self.path, "".join(kept))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Write one line.
+
+        Args:
+            step: Steps done.
+            values: Names such as `loss/pixel`, their group before the slash.
+        """
+        with self.path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": step, **values}) + "\n")
+        self._accelerator.log(dict(values), step=step)
+
+    def write_speed(self, step: int, values: Mapping[str, float]) -> None:
+        """Hand numbers that depend on the machine to the tracker alone."""
+        self._accelerator.log(dict(values), step=step)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `log.jsonl`; a last line that was cut off is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+class Progress:
+    """A bar with images/s, time left, and the share of time spent waiting for data.
+
+    Args:
+        start_step: Steps done before.
+        max_steps: Steps in all.
+        batch_size: Images per step.
+        visible: Whether this process shows it.
+    """
+
+    def __init__(self, start_step: int, max_steps: int, batch_size: int, visible: bool):
+        self._batch_size = batch_size
+        self._bar = tqdm(
+            total=max_steps * batch_size,
+            initial=start_step * batch_size,
+            unit="img",
+            unit_scale=True,
+            disable=not visible,
+            file=sys.stderr,
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        )
+        self._waited = 0.0
+        self._since = time.perf_counter()
+        self._images = 0
+
+    def waited(self, seconds: float) -> None:
+        """Note time spent waiting for a batch."""
+        self._waited += seconds
+
+    def advance(self) -> None:
+        """Note a finished step."""
+        self._images += self._batch_size
+        self._bar.update(self._batch_size)
+
+    def window(self) -> dict[str, float]:
+        """Images/s and waiting share since the last call, which the bar then shows."""
+        now = time.perf_counter()
+        elapsed = max(now - self._since, 1e-9)
+        speed = {
+            "speed/images_per_second": self._images / elapsed,
+            "speed/waiting_for_data": self._waited / elapsed,
+        }
+        self._since, self._waited, self._images = now, 0.0, 0
+        return speed
+
+    def show(self, text: str) -> None:
+        """Put a few words behind the bar."""
+        self._bar.set_postfix_str(text)
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar."""
+        if not self._bar.disable:
+            self._bar.write(line, file=sys.stderr)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()

@@ -1,0 +1,148 @@
+"""Averages kept on the device: what a step may rely on, and what is logged.
+
+Nothing here waits for the device. Sums are gathered while micro-batches run, averaged over
+micro-batches and processes once a step or once a log line, and read by the host only then.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+Average = Callable[[Tensor], Tensor]
+"""Averages a tensor over all processes."""
+
+
+class LaggedMeans:
+    """Exponential means of what earlier steps measured.
+
+    A weight that depends on the batch at hand would depend on how the batch is split into
+    micro-batches and processes, and would need a reduction before the backward pass can begin. So
+    what decides a weight at step k comes from the steps before k: the same number for every
+    process, every micro-batch and every split.
+
+    Args:
+        decay: Decay of the exponential mean, in [0, 1).
+    """
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self._means: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def observe(self, name: str, value: Tensor) -> None:
+        """Add a micro-batch's value, of any shape; all micro-batches count alike."""
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def get(self, name: str) -> Tensor | None:
+        """The mean over earlier steps, or `None` when no step has measured it yet."""
+        return self._means.get(name)
+
+    def finish_step(
+        self, average: Average, finish: Mapping[str, Callable[[Tensor], Tensor]] | None = None
+    ) -> None:
+        """Average this step's values over micro-batches and processes and take them in.
+
+        Args:
+            average: Averages a tensor over processes.
+            finish: What to make of a value after it was averaged, by name: a norm, say, which must
+                be taken of the averaged gradient.
+        """
+        if not self._sums:
+            return
+        names = sorted(self._sums)
+        parts = [self._sums[n].flatten() / self._counts[n] for n in names]
+        averaged = average(torch.cat(parts)).split([p.numel() for p in parts])
+        for name, flat in zip(names, averaged, strict=True):
+            value = flat.view(self._sums[name].shape)
+            if finish is not None and name in finish:
+                value = finish[name](value)
+            mean = self._means.get(name)
+            self._means[name] = (
+                value.clone() if mean is None else torch.lerp(value, mean, self.decay)
+            )
+        self._sums, self._counts = {}, {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The means, for a checkpoint between two steps."""
+        return dict(self._means)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        self._means = {name: value.clone() for name, value in state.items()}
+
+
+class Meter:
+    """Averages of named scalars between two log lines, and the first value that was not finite."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._bad: dict[str, Tensor] = {}
+
+    def add(self, step: int, values: Mapping[str, Tensor]) -> None:
+        """Add scalars of a micro-batch of a step; they stay on the device."""
+        for name, value in values.items():
+            value = value.detach().float()
+            if name in self._sums:
+                self._sums[name] = self._sums[name] + value
+                self._counts[name] += 1
+            else:
+                self._sums[name] = value.clone()
+                self._counts[name] = 1
+                self._bad.setdefault(name, torch.full_like(value, torch.inf))
+            now = torch.where(value.isfinite(), torch.inf, float(step))
+            self._bad[name] = torch.minimum(self._bad[name], now)
+
+    def first_bad(self, least: Average) -> tuple[int, list[str]] | None:
+        """The first step with a value that was not finite, and the names of those values.
+
+        Args:
+            least: The elementwise minimum of a tensor over processes.
+        """
+        if not self._bad:
+            return None
+        names = sorted(self._bad)
+        steps = least(torch.stack([self._bad[n] for n in names])).tolist()
+        first = min(steps)
+        if first == float("inf"):
+            return None
+        return int(first), [n for n, step in zip(names, steps, strict=True) if step == first]
+
+    def averages(self, average: Average) -> dict[str, float]:
+        """The averages since the last call; starts anew. The one place that waits for the device.
+
+        Args:
+            average: Averages a tensor over processes.
+        """
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        stacked = torch.stack([self._sums[n] / self._counts[n] for n in names])
+        values = average(stacked).tolist()
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, values, strict=True))
+
+    def state_dict(self, average: Average) -> dict[str, Tensor]:
+        """Sums and counts since the last log line, averaged over processes: any number may go on.
+
+        Args:
+            average: Averages a tensor over processes.
+        """
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        sums = average(torch.stack([self._sums[n] for n in names]))
+        return {
+            name: torch.stack([value, value.new_tensor(self._counts[name])])
+            for name, value in zip(names, sums, strict=True)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        self._sums = {name: value[0].clone() for name, value in state.items()}
+        self._counts = {name: int(value[1]) for name, value in state.items()}
+        self._bad = {name: torch.full_like(s, torch.inf) for name, s in self._sums.items()}

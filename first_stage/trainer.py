@@ -1,0 +1,257 @@
+"""The training step: one batch and one autoencoder pass for both players."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from first_stage.autoencoder import FirstStage, build_autoencoder, load_autoencoder, require_kl
+from first_stage.checkpoint import Snapshot, flatten_optimizer, restore_optimizer
+from first_stage.config import Config, ModelConfig, TrainConfig
+from first_stage.critic import PatchCritic
+from first_stage.data import Batch, images_from_pixels
+from first_stage.errors import ConfigError
+from first_stage.objective import Judged, Objective
+from first_stage.processes import Processes
+from first_stage.statistics import Meter
+
+
+@dataclass
+class Player:
+    """One of the two networks that train against each other.
+
+    Attributes:
+        network: The module itself; its weights are what is saved.
+        module: The same, wrapped by accelerate: the one to call.
+        optimizer: AdamW over its parameters.
+        learning_rate: Its peak.
+    """
+
+    network: nn.Module
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    learning_rate: float
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer holds."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def learning_rate_share(step: int, config: TrainConfig) -> float:
+    """The share of the peak learning rate that a step uses: warm-up, plateau, cosine decay.
+
+    A function of the step alone, so it is the same on any number of processes and needs no state.
+    """
+    warm = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+    decay_start = config.max_steps - config.decay_steps
+    if step < decay_start:
+        return warm
+    progress = (step - decay_start + 1) / config.decay_steps
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return warm * (config.final_rate + (1.0 - config.final_rate) * cosine)
+
+
+def make_first_stage(config: ModelConfig, resolution: int) -> FirstStage:
+    """The first stage to train: a new one, or the pretrained one that is named.
+
+    Raises:
+        ConfigError: When the pretrained one has another number of image channels.
+    """
+    if config.pretrained is None:
+        vae = build_autoencoder(
+            in_channels=config.in_channels,
+            latent_channels=config.latent_channels,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            norm_num_groups=config.norm_num_groups,
+            mid_block_attention=config.mid_block_attention,
+            quant_conv=config.quant_conv,
+            sample_size=resolution,
+        )
+    else:
+        vae = require_kl(load_autoencoder(config.pretrained), config.pretrained)
+        if vae.config.in_channels != config.in_channels:
+            raise ConfigError(
+                f"model.in_channels is {config.in_channels}, but model.pretrained "
+                f"{config.pretrained!r} takes {vae.config.in_channels} channels"
+            )
+    if config.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
+    return FirstStage(vae.train())
+
+
+class Trainer:
+    """Both players, their optimizers, the objective and the average of the weights.
+
+    Args:
+        config: The run's configuration.
+        accelerator: Wraps the players, holds the loss scaler.
+        processes: For averages over processes.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, processes: Processes):
+        self.config, self.accelerator, self.processes = config, accelerator, processes
+        torch.manual_seed(config.seed)
+        first_stage = make_first_stage(config.model, config.data.resolution)
+        self.first_stage = self._player(first_stage, config.train.learning_rate)
+        self.critic: Player | None = None
+        if config.needs_critic:
+            critic = PatchCritic(
+                first_stage.in_channels,
+                config.critic.width,
+                config.critic.layers,
+                config.critic.norm,
+            )
+            rate = config.critic.learning_rate or config.train.learning_rate
+            self.critic = self._player(critic, rate)
+        self.ema = EMAModel(self.vae.parameters(), decay=config.train.ema_decay, foreach=True)
+        self.ema.to(accelerator.device)
+        self.objective = Objective(config.loss)
+        self.meter = Meter()
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder that is being trained."""
+        return self.first_stage.network.vae
+
+    def _player(self, network: nn.Module, learning_rate: float) -> Player:
+        module = self.accelerator.prepare_model(network)
+        # The optimizers are not prepared: accelerate would update the loss scaler after each of
+        # the two, and the second would unscale by another factor than its gradients carry.
+        optimizer = torch.optim.AdamW(
+            [p for p in network.parameters() if p.requires_grad],
+            lr=learning_rate,
+            betas=self.config.train.betas,
+            weight_decay=self.config.train.weight_decay,
+        )
+        return Player(network, module, optimizer, learning_rate)
+
+    def _players(self, step: int) -> list[Player]:
+        """The players that train at a step."""
+        critic_on = self.critic is not None and step >= self.config.critic.start_step
+        return [self.first_stage, self.critic] if critic_on and self.critic else [self.first_stage]
+
+    def training_step(self, step: int, batches: Sequence[Batch]) -> None:
+        """Update both players once.
+
+        Args:
+            step: Steps done before this one.
+            batches: This process's micro-batches of the step.
+        """
+        players = self._players(step)
+        critic = self.critic if len(players) == 2 else None
+        for number, batch in enumerate(batches):
+            with self._synchronised(players, last=number == len(batches) - 1):
+                # The autoencoder: every loss is differentiated down to the leaf, that is, to the
+                # pixels of the reconstruction; one backward pass takes their sum further.
+                images = images_from_pixels(batch.pixels)
+                reconstruction, posterior = self.first_stage.module(images, batch.noise)
+                leaf = reconstruction.detach().requires_grad_()
+                judged = critic and Judged(critic.module(images), critic.module(leaf))
+                gradient, log = self.objective.gradient(
+                    step, images, reconstruction, leaf, judged, self.first_stage.network.last_layer
+                )
+                kl = posterior.kl().mean()
+                kl_share = self.config.loss.kl_weight / images[0].numel()
+                surrogate = (reconstruction * gradient).sum() + kl_share * kl
+                self.accelerator.backward(surrogate / len(batches))
+                log["loss/kl"] = kl
+
+                # The critic: the verdicts are already there; their graph ends at the leaf.
+                if critic and judged:
+                    loss, critic_log = self.objective.critic_loss(judged)
+                    parameters = critic.parameters
+                    self.accelerator.backward(loss / len(batches), inputs=parameters)
+                    log |= critic_log
+            self.meter.add(step, log)
+        self._update(step, players)
+
+    def _update(self, step: int, players: list[Player]) -> None:
+        """Clip and apply the players' gradients; then whatever counts steps counts one."""
+        scaler = self.accelerator.scaler
+        share = learning_rate_share(step, self.config.train)
+        for player, name in zip(players, ("first_stage", "critic"), strict=False):
+            player.optimizer.param_groups[0]["lr"] = player.learning_rate * share
+            if scaler is not None:
+                scaler.unscale_(player.optimizer)
+            limit = self.config.train.clip_norm or float("inf")
+            norm = nn.utils.clip_grad_norm_(player.parameters, limit)
+            if scaler is None:
+                player.optimizer.step()
+                self.meter.add(step, {f"gradient_norm/{name}": norm})
+            else:  # skips the update, and lowers the scale, where a gradient overflowed
+                scaler.step(player.optimizer)
+            player.optimizer.zero_grad(set_to_none=True)
+        if scaler is not None:
+            scaler.update()
+        self.ema.step(self.vae.parameters())
+        self.objective.finish_step(self.processes.average)
+
+    @contextlib.contextmanager
+    def _synchronised(self, players: list[Player], last: bool) -> Iterator[None]:
+        """Average the gradients over processes only in a step's last micro-batch."""
+        with contextlib.ExitStack() as stack:
+            if not last:
+                for player in players:
+                    stack.enter_context(self.accelerator.no_sync(player.module))
+            yield
+
+    @contextlib.contextmanager
+    def ema_weights(self) -> Iterator[AutoencoderKL]:
+        """The autoencoder with its averaged weights, in eval mode, for the time being."""
+        parameters = list(self.vae.parameters())
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        self.vae.eval()
+        try:
+            yield self.vae
+        finally:
+            self.ema.restore(parameters)
+            self.vae.train()
+
+    def snapshot(self, step: int) -> Snapshot:
+        """What a checkpoint needs beside the averaged weights. Every process must call it."""
+        tensors = {
+            "first_stage": dict(self.vae.state_dict()),
+            "optimizers": flatten_optimizer(self.first_stage.optimizer, "first_stage"),
+            "means": {f"objective.{k}": v for k, v in self.objective.means.state_dict().items()}
+            | {f"meter.{k}": v for k, v in self.meter.state_dict(self.processes.average).items()},
+        }
+        if self.critic is not None:
+            tensors["critic"] = dict(self.critic.network.state_dict())
+            tensors["optimizers"] |= flatten_optimizer(self.critic.optimizer, "critic")
+        scaler = self.accelerator.scaler
+        state: dict[str, Any] = {
+            "ema_steps": self.ema.optimization_step,
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        return Snapshot(step, tensors, state)
+
+    def restore(self, snapshot: Snapshot, ema: AutoencoderKL) -> None:
+        """Take back what `snapshot` gave, and the averaged weights."""
+        device = self.accelerator.device
+        tensors = snapshot.tensors
+        self.vae.load_state_dict(tensors["first_stage"])
+        restore_optimizer(self.first_stage.optimizer, tensors["optimizers"], "first_stage")
+        if self.critic is not None:
+            self.critic.network.load_state_dict(tensors["critic"])
+            restore_optimizer(self.critic.optimizer, tensors["optimizers"], "critic")
+        self.ema.shadow_params = [p.detach().clone().to(device) for p in ema.parameters()]
+        self.ema.optimization_step = snapshot.state["ema_steps"]
+        if self.accelerator.scaler is not None and snapshot.state["scaler"]:
+            self.accelerator.scaler.load_state_dict(snapshot.state["scaler"])
+        means = {k: v.to(device) for k, v in tensors["means"].items()}
+        self.objective.means.load_state_dict(_without_prefix(means, "objective."))
+        self.meter.load_state_dict(_without_prefix(means, "meter."))
+
+
+def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

@@ -424,10 +424,11 @@ def _schedule_problems(c: Config) -> Iterator[str]:
             f"critic.start_step ({start}) must be below train.max_steps ({steps}): the critic "
             "would never train. Lower it or train longer"
         )
-    for name, term in {
+    terms: dict[str, LearnedConfig | AdversarialConfig] = {
         "loss.learned": c.loss.learned,
         "loss.adversarial": c.loss.adversarial,
-    }.items():
+    }
+    for name, term in terms.items():
         if term.weight == 0:
             continue
         if term.start_step < start:

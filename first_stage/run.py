@@ -282,7 +282,7 @@ class Run:
                     downsample_factor=self.trainer.first_stage.network.downsample_factor,
                     picture="reconstructions.png",
                 )
-                extras = {"README.md": card, "reconstructions.png": picture}
+                extras: dict[str, str | Path] = {"README.md": card, "reconstructions.png": picture}
                 write_export(vae, statistics, self.folder / files.EXPORT, extras)
         self.processes.wait()
 

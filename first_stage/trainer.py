@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -23,8 +23,11 @@ from first_stage.processes import Processes
 from first_stage.statistics import Meter
 
 
+Network = TypeVar("Network", bound=nn.Module)
+
+
 @dataclass
-class Player:
+class Player(Generic[Network]):
     """One of the two networks that train against each other.
 
     Attributes:
@@ -34,7 +37,7 @@ class Player:
         learning_rate: Its peak.
     """
 
-    network: nn.Module
+    network: Network
     module: nn.Module
     optimizer: torch.optim.Optimizer
     learning_rate: float
@@ -102,7 +105,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         first_stage = make_first_stage(config.model, config.data.resolution)
         self.first_stage = self._player(first_stage, config.train.learning_rate)
-        self.critic: Player | None = None
+        self.critic: Player[PatchCritic] | None = None
         if config.needs_critic:
             critic = PatchCritic(
                 first_stage.in_channels,
@@ -122,7 +125,7 @@ class Trainer:
         """The autoencoder that is being trained."""
         return self.first_stage.network.vae
 
-    def _player(self, network: nn.Module, learning_rate: float) -> Player:
+    def _player(self, network: Network, learning_rate: float) -> Player[Network]:
         module = self.accelerator.prepare_model(network)
         # The optimizers are not prepared: accelerate would update the loss scaler after each of
         # the two, and the second would unscale by another factor than its gradients carry.
@@ -134,11 +137,6 @@ class Trainer:
         )
         return Player(network, module, optimizer, learning_rate)
 
-    def _players(self, step: int) -> list[Player]:
-        """The players that train at a step."""
-        critic_on = self.critic is not None and step >= self.config.critic.start_step
-        return [self.first_stage, self.critic] if critic_on and self.critic else [self.first_stage]
-
     def training_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Update both players once.
 
@@ -146,8 +144,10 @@ class Trainer:
             step: Steps done before this one.
             batches: This process's micro-batches of the step.
         """
-        players = self._players(step)
-        critic = self.critic if len(players) == 2 else None
+        critic = self.critic if step >= self.config.critic.start_step else None
+        players: dict[str, Player[Any]] = {"first_stage": self.first_stage}
+        if critic is not None:
+            players["critic"] = critic
         for number, batch in enumerate(batches):
             with self._synchronised(players, last=number == len(batches) - 1):
                 # The autoencoder: every loss is differentiated down to the leaf, that is, to the
@@ -155,7 +155,9 @@ class Trainer:
                 images = images_from_pixels(batch.pixels)
                 reconstruction, posterior = self.first_stage.module(images, batch.noise)
                 leaf = reconstruction.detach().requires_grad_()
-                judged = critic and Judged(critic.module(images), critic.module(leaf))
+                judged = None
+                if critic is not None:
+                    judged = Judged(critic.module(images), critic.module(leaf))
                 gradient, log = self.objective.gradient(
                     step, images, reconstruction, leaf, judged, self.first_stage.network.last_layer
                 )
@@ -166,7 +168,7 @@ class Trainer:
                 log["loss/kl"] = kl
 
                 # The critic: the verdicts are already there; their graph ends at the leaf.
-                if critic and judged:
+                if critic is not None and judged is not None:
                     loss, critic_log = self.objective.critic_loss(judged)
                     parameters = critic.parameters
                     self.accelerator.backward(loss / len(batches), inputs=parameters)
@@ -174,11 +176,11 @@ class Trainer:
             self.meter.add(step, log)
         self._update(step, players)
 
-    def _update(self, step: int, players: list[Player]) -> None:
+    def _update(self, step: int, players: dict[str, Player[Any]]) -> None:
         """Clip and apply the players' gradients; then whatever counts steps counts one."""
         scaler = self.accelerator.scaler
         share = learning_rate_share(step, self.config.train)
-        for player, name in zip(players, ("first_stage", "critic"), strict=False):
+        for name, player in players.items():
             player.optimizer.param_groups[0]["lr"] = player.learning_rate * share
             if scaler is not None:
                 scaler.unscale_(player.optimizer)
@@ -196,11 +198,11 @@ class Trainer:
         self.objective.finish_step(self.processes.average)
 
     @contextlib.contextmanager
-    def _synchronised(self, players: list[Player], last: bool) -> Iterator[None]:
+    def _synchronised(self, players: dict[str, Player[Any]], last: bool) -> Iterator[None]:
         """Average the gradients over processes only in a step's last micro-batch."""
         with contextlib.ExitStack() as stack:
             if not last:
-                for player in players:
+                for player in players.values():
                     stack.enter_context(self.accelerator.no_sync(player.module))
             yield
 

@@ -59,7 +59,7 @@ def _package_file(package: str, file: str, name: str) -> Any:
 
 
 def _photos(split: str) -> list[tuple[str, Image.Image, dict[str, Any]]]:
-    samples = []
+    samples: list[tuple[str, Image.Image, dict[str, Any]]] = []
     for part in ("train", "validation") if split == "all" else (split,):
         for package, file in _PHOTOS[part]:
             with _package_file(package, file, "photos").open("rb") as stream:

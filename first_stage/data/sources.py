@@ -22,23 +22,11 @@ from first_stage.seeding import Purpose, generator
 Split = Literal["train", "validation", "all"]
 
 IMAGE_SUFFIXES = frozenset(
-    [
-        ".avif",
-        ".bmp",
-        ".gif",
-        ".jfif",
-        ".jp2",
-        ".jpeg",
-        ".jpg",
-        ".pbm",
-        ".pgm",
-        ".png",
-        ".ppm",
-        ".tga",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
+    f".{name}"
+    for name in (
+        *("avif", "bmp", "gif", "jfif", "jp2", "jpeg", "jpg", "pbm"),
+        *("pgm", "png", "ppm", "tga", "tif", "tiff", "webp"),
+    )
 )
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "pixels", "picture", "photo")
 

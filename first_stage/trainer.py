@@ -22,7 +22,6 @@ from first_stage.objective import Judged, Objective
 from first_stage.processes import Processes
 from first_stage.statistics import Meter
 
-
 Network = TypeVar("Network", bound=nn.Module)
 
 

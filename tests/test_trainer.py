@@ -1,0 +1,247 @@
+"""The step against isolated references: what each player's gradient must be."""
+
+from unittest import mock
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from first_stage.config import TrainConfig
+from first_stage.data import Batch, images_from_pixels
+from first_stage.processes import Processes
+from first_stage.trainer import Trainer, learning_rate_share
+
+
+def batch_of(trainer: Trainer, count: int, seed: int) -> Batch:
+    draw = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8, generator=draw)
+    shape = trainer.first_stage.network.latent_shape(16)
+    return Batch(pixels, torch.randn(count, *shape, generator=draw), [""] * count)
+
+
+def make_trainer(config) -> Trainer:
+    return Trainer(config, Accelerator(mixed_precision=config.train.precision), Processes())
+
+
+def gradients_of(trainer: Trainer, step: int, batches: list[Batch]) -> dict[str, list]:
+    """Run one step; the gradients as they stand before clipping and updating."""
+    seen = {}
+    update = trainer._update
+
+    def look(step, players):
+        for name, player in players.items():
+            seen[name] = [p.grad.clone() for p in player.parameters]
+        update(step, players)
+
+    with mock.patch.object(trainer, "_update", look):
+        trainer.training_step(step, batches)
+    return seen
+
+
+def reference(trainer: Trainer, batch: Batch) -> dict[str, list]:
+    """Both gradients by the book: two full passes, each player's loss differentiated whole."""
+    config = trainer.config.loss
+    stage, critic = trainer.first_stage.network, trainer.critic.network
+    images = images_from_pixels(batch.pixels)
+    reconstruction, posterior = stage(images, batch.noise)
+    pixel = (reconstruction - images).abs().mean()
+    with torch.no_grad():
+        reals = critic(images)
+    fakes = critic(reconstruction)
+    magnitudes = trainer.objective.means.get("magnitude")
+    learned = torch.zeros(())
+    if magnitudes is not None:
+        learned = torch.stack(
+            [
+                (fake - real).abs().mean() / size
+                for fake, real, size in zip(fakes.features, reals.features, magnitudes, strict=True)
+            ]
+        ).mean()
+    generator = -fakes.logits.mean()
+    others = config.pixel_weight * pixel + config.learned.weight * learned
+    target = trainer.objective.means.get("reconstruction/others")
+    factor = torch.zeros(())
+    if config.balance.kind == "fixed":
+        factor = torch.ones(())
+    elif target is not None:
+        factor = (target / trainer.objective.means.get("reconstruction/adversarial")).sqrt()
+    total = others + config.adversarial.weight * factor * generator
+    kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar)
+    total = total + config.kl_weight * kl.sum((1, 2, 3)).mean() / images[0].numel()
+    first_stage = torch.autograd.grad(total, list(stage.parameters()))
+
+    reals, fakes = critic(images).logits, critic(reconstruction.detach()).logits
+    loss = torch.relu(1 - reals).mean() + torch.relu(1 + fakes).mean()
+    return {
+        "first_stage": list(first_stage),
+        "critic": list(torch.autograd.grad(loss, list(critic.parameters()))),
+    }
+
+
+def assert_close(found: dict[str, list], expected: dict[str, list], rtol=1e-4):
+    assert set(found) == set(expected)
+    for name, gradients in expected.items():
+        # Relative to the player's largest gradient: some biases have a gradient of pure rounding.
+        scale = max(g.abs().max().item() for g in gradients)
+        for f, e in zip(found[name], gradients, strict=True):
+            torch.testing.assert_close(f, e, rtol=rtol, atol=rtol * scale)
+
+
+@pytest.mark.parametrize("balance", ["adaptive", "fixed"])
+def test_each_players_gradient_is_the_isolated_one_over_several_steps(tiny, balance):
+    trainer = make_trainer(
+        tiny(loss__balance__kind=balance, loss__kl_weight=1e-2, train__clip_norm=None)
+    )
+    for step in range(4):
+        batch = batch_of(trainer, 4, seed=step)
+        expected = reference(trainer, batch)
+        assert_close(gradients_of(trainer, step, [batch]), expected)
+        for player in (trainer.first_stage, trainer.critic):
+            assert all(p.grad is None for p in player.parameters)  # nothing piles up
+
+
+def test_the_learned_distance_alone_moves_decoder_and_encoder(tiny):
+    config = tiny(loss__pixel_weight=0, loss__kl_weight=0, loss__adversarial__weight=0)
+    trainer = make_trainer(config)
+    first = gradients_of(trainer, 0, [batch_of(trainer, 4, 0)])["first_stage"]
+    assert all(not g.any() for g in first)  # the yardstick is not measured before the first step
+    gradients = gradients_of(trainer, 1, [batch_of(trainer, 4, 1)])["first_stage"]
+    names = [name for name, _ in trainer.first_stage.network.named_parameters()]
+    for part in (
+        "vae.encoder.conv_in.weight",
+        "vae.decoder.conv_in.weight",
+        "vae.decoder.conv_out",
+    ):
+        found = [g for n, g in zip(names, gradients, strict=True) if n.startswith(part)]
+        assert all(g.abs().max() > 0 for g in found), part
+
+
+@pytest.mark.parametrize("at", ["reconstruction", "last_layer"])
+def test_accumulation_equals_the_large_batch(tiny, at):
+    trainers = [make_trainer(tiny(loss__balance__at=at)) for _ in range(2)]
+    for step in range(3):
+        whole = batch_of(trainers[0], 4, step)
+        parts = [
+            Batch(whole.pixels[i : i + 2], whole.noise[i : i + 2], whole.ids[i : i + 2])
+            for i in (0, 2)
+        ]
+        expected = gradients_of(trainers[0], step, [whole])
+        assert_close(gradients_of(trainers[1], step, parts), expected, rtol=2e-3)
+    states = [t.objective.means.state_dict() for t in trainers]
+    assert states[0].keys() == states[1].keys()
+    for name in states[0]:
+        torch.testing.assert_close(states[1][name], states[0][name], rtol=1e-3, atol=1e-7)
+
+
+def test_parameters_optimizers_and_ema_are_float32_and_move_under_bf16(tiny):
+    trainer = make_trainer(tiny(train__precision="bf16", train__ema_decay=0.5))
+    before = [p.detach().clone() for p in trainer.vae.parameters()]
+    averaged = [p.clone() for p in trainer.ema.shadow_params]
+    for step in range(2):
+        trainer.training_step(step, [batch_of(trainer, 4, step)])
+    states = [v for o in (trainer.first_stage, trainer.critic) for v in o.optimizer.state.values()]
+    tensors = [*trainer.vae.parameters(), *trainer.ema.shadow_params]
+    tensors += [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")]
+    assert all(t.dtype == torch.float32 for t in tensors)
+    moved = [not torch.equal(p, b) for p, b in zip(trainer.vae.parameters(), before, strict=True)]
+    assert all(moved)
+    pairs = zip(trainer.ema.shadow_params, averaged, strict=True)
+    assert all(not torch.equal(p, b) for p, b in pairs)
+
+
+def test_the_critic_is_not_run_before_its_start(tiny):
+    trainer = make_trainer(
+        tiny(critic__start_step=2, loss__learned__start_step=2, loss__adversarial__start_step=3)
+    )
+    calls = []
+    trainer.critic.network.to_logits.register_forward_hook(lambda *_: calls.append(step))
+    weights = trainer.critic.network.to_logits.weight
+    for step in range(4):
+        before = weights.detach().clone()
+        trainer.training_step(step, [batch_of(trainer, 4, step)])
+        assert torch.equal(weights, before) == (step < 2)
+    assert calls == [2, 2, 3, 3]  # reals and fakes, once each for both players
+
+
+def test_everything_that_counts_steps_counts_the_same(tiny):
+    trainer = make_trainer(tiny(train__micro_batch_size=1))
+    for step in range(3):
+        parts = [batch_of(trainer, 1, 10 * step + i) for i in range(4)]
+        trainer.training_step(step, parts)
+    assert trainer.ema.optimization_step == 3
+    for player in (trainer.first_stage, trainer.critic):
+        assert {int(s["step"]) for s in player.optimizer.state.values()} == {3}
+
+
+def test_a_step_never_waits_for_the_device(tiny):
+    trainer = make_trainer(tiny())
+    batch = batch_of(trainer, 4, 0)
+    for step in range(2):
+        trainer.training_step(step, [batch])
+
+    def forbidden(*_):
+        raise AssertionError("a tensor's value was read inside the step")
+
+    reads = ("item", "tolist", "__bool__", "__float__", "__int__")
+    with mock.patch.multiple(torch.Tensor, **dict.fromkeys(reads, forbidden)):
+        # AdamW reads its own step counter, which lies on the CPU.
+        for player in (trainer.first_stage, trainer.critic):
+            player.optimizer.step = lambda: None
+        trainer.training_step(2, [batch])
+
+
+def test_no_network_mixes_the_samples_of_a_batch(tiny):
+    trainer = make_trainer(tiny())
+    for network in (trainer.first_stage.network, trainer.critic.network):
+        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in network.modules())
+    images = torch.randn(3, 3, 16, 16)
+    together = trainer.critic.network(images).logits
+    alone = torch.cat([trainer.critic.network(image[None]).logits for image in images])
+    torch.testing.assert_close(together, alone)
+
+
+def test_without_adversary_and_learned_distance_there_is_no_critic(tiny):
+    trainer = make_trainer(tiny(loss__adversarial__weight=0, loss__learned__weight=0))
+    assert trainer.critic is None
+    trainer.training_step(0, [batch_of(trainer, 4, 0)])
+
+
+def test_shares_of_the_gradient_are_logged(tiny):
+    from first_stage.run import gradient_shares
+
+    trainer = make_trainer(tiny())
+    for step in range(3):
+        trainer.training_step(step, [batch_of(trainer, 4, step)])
+    values = gradient_shares(trainer.meter.averages(lambda t: t))
+    shares = [values[f"share/{name}"] for name in ("pixel", "learned", "adversarial")]
+    assert sum(shares) == pytest.approx(1)
+    assert min(shares) > 0
+
+
+def test_the_adaptive_weight_gives_the_adversarial_gradient_its_share(tiny):
+    trainer = make_trainer(
+        tiny(loss__adversarial__weight=0.3, loss__learned__weight=0, loss__balance__smoothing=0)
+    )
+    batch = batch_of(trainer, 4, 0)
+
+    def measure_only(*_):
+        trainer.objective.finish_step(lambda t: t)
+
+    with mock.patch.object(trainer, "_update", measure_only):
+        for step in range(2):  # the same weights and images twice: the lag has nothing to miss
+            trainer.meter.averages(lambda t: t)
+            trainer.training_step(step, [batch])
+    values = trainer.meter.averages(lambda t: t)
+    assert values["norm/adversarial"] / values["norm/pixel"] == pytest.approx(0.3, rel=0.02)
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    config = TrainConfig(max_steps=100, warmup_steps=10, decay_steps=20, final_rate=0.1)
+    shares = [learning_rate_share(step, config) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1)
+    assert shares[9:80] == [1.0] * 71
+    assert shares[89] == pytest.approx(0.55)
+    assert shares[99] == pytest.approx(0.1)
+    assert shares[79:] == sorted(shares[79:], reverse=True)
+    assert learning_rate_share(5, TrainConfig()) == 1.0

@@ -219,8 +219,11 @@ class Trainer:
             self.vae.train()
 
     def snapshot(self, step: int) -> Snapshot:
-        """What a checkpoint needs beside the averaged weights. Every process must call it."""
-        tensors = {
+        """What a checkpoint needs beside the averaged weights. Every process must call it.
+
+        The tensors are copies: the live weights are swapped for their average to save that one.
+        """
+        tensors: dict[str, dict[str, Tensor]] = {
             "first_stage": dict(self.vae.state_dict()),
             "optimizers": flatten_optimizer(self.first_stage.optimizer, "first_stage"),
             "means": {f"objective.{k}": v for k, v in self.objective.means.state_dict().items()}
@@ -234,7 +237,11 @@ class Trainer:
             "ema_steps": self.ema.optimization_step,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        return Snapshot(step, tensors, state)
+        copies = {
+            file: {name: tensor.detach().cpu().clone() for name, tensor in named.items()}
+            for file, named in tensors.items()
+        }
+        return Snapshot(step, copies, state)
 
     def restore(self, snapshot: Snapshot, ema: AutoencoderKL) -> None:
         """Take back what `snapshot` gave, and the averaged weights."""

@@ -21,13 +21,13 @@ NAMES = ("photos", "digits")
 _PHOTOS = {
     "train": [
         ("skimage", "data/astronaut.png"),
-        ("skimage", "data/coffee.png"),
         ("skimage", "data/rocket.jpg"),
         ("sklearn", "datasets/images/china.jpg"),
+        ("sklearn", "datasets/images/flower.jpg"),
     ],
     "validation": [
         ("skimage", "data/chelsea.png"),
-        ("sklearn", "datasets/images/flower.jpg"),
+        ("skimage", "data/coffee.png"),
     ],
 }
 _PHOTO_SIDE = 256

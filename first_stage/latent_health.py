@@ -149,7 +149,7 @@ class LatentHealth:
             over the posterior's variance), `active`. `active_channels`. `kl` (nats per image).
             `spectrum`: `frequency` in cycles per latent, `energy` per coefficient with every
             channel scaled to the same total, and `high_frequency_share`, the mean share of a
-            channel's energy at a quarter of a cycle and above; white noise has 0.80.
+            channel's energy at a quarter of a cycle and above; white noise has about 0.8.
         """
         m = self.moments
         posterior = self.posteriors > 0

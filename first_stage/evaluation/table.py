@@ -52,7 +52,7 @@ def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
             "energy finer than four pixels, reconstructions over originals; 100% is right",
         ),
         Column(
-            "detail right",
+            "detail agreement",
             "higher",
             lambda s: s["sharpness"]["high_frequency_agreement"],
             lambda v: f"{v:.1%}",
@@ -65,13 +65,19 @@ def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
             Column(name, "lower", _frechet(name), _digits(3), "Frechet distance of features")
         )
     result += [
-        Column("KL", "", lambda s: s["latent_health"]["kl"], _digits(1, " nats"), "per image"),
         Column(
-            "active",
+            "KL",
+            "",
+            lambda s: s["latent_health"]["kl"],
+            lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}",
+            "nats per image, from the posterior to a standard normal",
+        ),
+        Column(
+            "active channels",
             "",
             lambda s: s["latent_health"]["active_channels"],
             lambda v: f"{v:.0f}",
-            "latent channels that carry signal",
+            "of the latents: they carry signal",
         ),
     ]
     return [c for c in result if any(c.value(stage) is not None for stage in stages)]
@@ -83,27 +89,30 @@ def latent_layout(stage: dict[str, Any]) -> str:
 
 
 def comparison_table(stages: Sequence[dict[str, Any]]) -> str:
-    """First stages and their figures as lines of text; `*` marks the best of several.
+    """Figures as lines of text, one column per first stage; `*` marks the best of several.
 
     Args:
         stages: Entries of an `Evaluation`.
 
     Returns:
-        One line per first stage under a line of titles.
+        One line per figure under a line of names.
     """
-    shown = columns(stages)
     arrows = {"higher": " ↑", "lower": " ↓", "": ""}
-    rows = [["first stage", "latents", *(c.title + arrows[c.better] for c in shown)]]
-    best = [c.best(stages) for c in shown]
-    for k, stage in enumerate(stages):
-        cells = [c.text(stage) + ("*" if b == k else "") for c, b in zip(shown, best, strict=True)]
-        rows.append([stage["name"], latent_layout(stage), *cells])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rows = [
+        ["", *(stage["name"] for stage in stages)],
+        ["latents", *map(latent_layout, stages)],
+    ]
+    for column in columns(stages):
+        best = column.best(stages)
+        cells = [column.text(s) + ("*" if k == best else " ") for k, s in enumerate(stages)]
+        rows.append([column.title + arrows[column.better], *cells])
+    widths = [max(len(row[i].strip()) for row in rows) + 1 for i in range(len(rows[0]))]
     lines = []
     for row in rows:
+        cells = [cell if cell[-1] in "* " else cell + " " for cell in row[1:]]
         first = row[0].ljust(widths[0])
-        cells = [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([first, *cells]).rstrip())
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([first, *aligned]).rstrip())
     return "\n".join(lines)
 
 

@@ -123,7 +123,9 @@ def share_chart(title: str, series: Sequence[Series], x_label: str, note: str = 
     return _figure(title, body, series, x_axis, note)
 
 
-def histogram(counts: Sequence[float], low: float, high: float, label: str) -> str:
+def histogram(
+    counts: Sequence[float], low: float, high: float, label: str, width: int = 160
+) -> str:
     """A small histogram without axes, its ends named below.
 
     Args:
@@ -131,8 +133,9 @@ def histogram(counts: Sequence[float], low: float, high: float, label: str) -> s
         low: Lower end.
         high: Upper end.
         label: What it shows, for readers who do not see it.
+        width: Width in pixels, for a height of 44.
     """
-    width, height = 160, 44
+    height = 44
     top = max(max(counts, default=0), 1)
     step = width / max(len(counts), 1)
     bars = "".join(
@@ -145,8 +148,8 @@ def histogram(counts: Sequence[float], low: float, high: float, label: str) -> s
         f'<text x="{width}" y="{height + 11}" text-anchor="end">{number(high)}</text>'
     )
     return (
-        f'<svg class="histogram" viewBox="0 0 {width} {height + 14}" role="img" '
-        f'aria-label="{escape(label)}">{bars}'
+        f'<svg class="histogram" style="width:{width}px" viewBox="0 0 {width} {height + 14}" '
+        f'role="img" aria-label="{escape(label)}">{bars}'
         f'<line class="axis" x1="0" x2="{width}" y1="{height}" y2="{height}"/>{ends}</svg>'
     )
 

@@ -106,7 +106,7 @@ def _psnr_spread(values: list[float]) -> str:
     for v in values:
         counts[min(int((v - low) / (high - low) * _HISTOGRAM_BINS), _HISTOGRAM_BINS - 1)] += 1
     middle = sorted(values)[len(values) // 2]
-    chart = histogram(counts, low, high, "PSNR of the images")
+    chart = histogram(counts, low, high, "PSNR of the images", width=420)
     return (
         f'<figure class="spread">{chart}<figcaption>PSNR of each image, in dB: '
         f"{low:.2f} to {high:.2f}, median {middle:.2f}</figcaption></figure>"

@@ -42,7 +42,7 @@ def _stage(stage: dict[str, Any], place: int, pairs: Sequence[dict[str, Any]], f
     share = health["spectrum"]["high_frequency_share"]
     if share is not None:
         text += f"; {share:.0%} of their energy is at 0.25 cycles per latent and above"
-        text += " (white noise: 80%)"
+        text += " (white noise: about 80%)"
     body = f"<p>{escape(text)}.</p>"
     pictures = _pictures(place, pairs, folder)
     rows = [_channel(c, entry) for c, entry in enumerate(channels)]

@@ -87,10 +87,10 @@ def _pair(
         f'<figure class="pair{small}" data-order="{pair["index"]}" '
         f'data-psnr="{" ".join(worst)}" style="--ratio:{pair["width"]}/{pair["height"]}">'
         f'<div class="views">{"".join(views)}<i class="handle"></i></div>'
-        f'<input class="wipe" type="range" min="0" max="100" step="0.5" value="50" '
-        f'aria-label="Wipe between original and reconstruction of {name}">'
-        f"<figcaption><b>{name}</b>{''.join(figures)}"
-        f'<button type="button" class="zoom">Zoom</button></figcaption></figure>'
+        f'<div class="controls"><input class="wipe" type="range" min="0" max="100" step="0.5" '
+        f'value="50" aria-label="Wipe between original and reconstruction of {name}">'
+        f'<button type="button" class="zoom">Zoom</button></div>'
+        f"<figcaption><b>{name}</b>{''.join(figures)}</figcaption></figure>"
     )
 
 

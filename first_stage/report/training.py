@@ -161,7 +161,7 @@ def _group(name: str, keys: list[str], run: RunFiles) -> str:
 def _title(key: str) -> str:
     name = _words(key.split("/", 1)[-1])
     units = {"psnr": "PSNR (dB)", "ssim": "SSIM", "l1": "L1", "kl": "KL (nats per image)"}
-    return units.get(name, name)
+    return units.get(name, name[:1].upper() + name[1:])
 
 
 def _words(name: str) -> str:

@@ -97,6 +97,11 @@ def efficientnet_installed() -> bool:
     return all(importlib.util.find_spec(package) is not None for package in packages)
 
 
+def default_networks(device: torch.device | str = "cpu") -> tuple[FeatureNetwork, ...]:
+    """The feature networks that can be had without a download: EfficientNet-Lite0, or none."""
+    return (load_feature_network(EFFICIENTNET, device),) if efficientnet_installed() else ()
+
+
 class EfficientNetLite0(nn.Module):
     """ImageNet EfficientNet-Lite0: 1280 features, averaged over the last feature map.
 
@@ -224,7 +229,7 @@ def load_lpips(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor],
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """Feature distance: 1 minus the cosine between feature vectors `(B, D)`; `(B,)` in 0..2."""
-    return 1.0 - F.cosine_similarity(a.double(), b.double(), dim=1)
+    return 1.0 - F.cosine_similarity(a.cpu().double(), b.cpu().double(), dim=1)
 
 
 def _imported(key: str) -> Callable[[Tensor], Tensor]:

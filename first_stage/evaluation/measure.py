@@ -108,12 +108,22 @@ class Measurement:
         ):
             for groups, broken in batches(self.images, size, rank, world, self.options.workers):
                 for group in groups:
-                    self._count(group)
+                    self._count_or_explain(group)
                     bar.update(len(group.indices))
                 for item in broken:
                     self._part.broken[item.id] = item.problem
                     bar.update()
         return self._finish()
+
+    def _count_or_explain(self, group: Group) -> None:
+        try:
+            self._count(group)
+        except torch.OutOfMemoryError as error:
+            height, width = group.images.shape[-2:]
+            raise UserError(
+                f"out of memory with {len(group.ids)} images of {width} x {height} at once: lower "
+                "--batch_size, or crop with --data.resolution"
+            ) from error
 
     def _count(self, group: Group) -> None:
         images = group.images.to(self.codec.device)
@@ -156,7 +166,7 @@ class Measurement:
             for statistics, features in zip(self._statistics[network.key], (a, b), strict=True):
                 statistics.update(features)
             columns[f"feature_distance/{network.key}"] = cosine_distance(a, b)
-        return {name: column.double().tolist() for name, column in columns.items()}
+        return {name: column.cpu().double().tolist() for name, column in columns.items()}
 
     def _probe(self, group: Group, images: Tensor, encoded: Encoded) -> None:
         chosen = [k for k, index in enumerate(group.indices) if index in self._probed]
@@ -187,7 +197,7 @@ class Measurement:
         broken = dict(sorted(first.broken.items()))
         require_some(len(first.rows), broken, str(self.images.described["data"]))
         health = first.health.summary()
-        health["equivariance"] = _equivariance(first.probes)
+        health["equivariance"] = _equivariance(first.probes, first.rows)
         _add_histograms(health, first.probes)
         return {
             **self._describe(),
@@ -281,10 +291,13 @@ def _json_row(row: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _equivariance(probes: list[dict[str, Any]]) -> dict[str, Any]:
+def _equivariance(probes: list[dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """PSNRs of the mean squared errors over the probed images; `None` is no error at all."""
     if not probes:
         return {}
-    result: dict[str, Any] = {"images": len(probes)}
+    probed = {probe["index"] for probe in probes}
+    unchanged = np.mean([row["mse"] for row in rows if row["index"] in probed])
+    result: dict[str, Any] = {"images": len(probes), "psnr_unchanged": _decibels(unchanged)}
     for name in TRANSFORMS:
         to_image, change = np.mean([probe["errors"][name] for probe in probes], axis=0)
         result[name] = {"psnr_to_image": _decibels(to_image), "psnr_change": _decibels(change)}

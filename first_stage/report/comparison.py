@@ -47,24 +47,22 @@ def comparison_section(stages: Sequence[dict[str, Any]]) -> Section | None:
     """The first stages side by side; nothing for one alone."""
     if len(stages) < 2:
         return None
-    shown = columns(stages)
-    best = [c.best(stages) for c in shown]
-    head = ["first stage", "latents", "weights"]
-    head += [
-        f'<span title="{escape(c.about)}">{escape(c.title)}</span>{_ARROWS[c.better]}'
-        for c in shown
-    ]
-    rows = []
+    head = [""]
     for k, stage in enumerate(stages):
+        head.append(f'<i class="c{k % 8} dot"></i>{escape(stage["name"])}')
+    rows = [
+        ["latents", *map(latent_layout, stages)],
+        ["weights", *(number(stage["parameters"]) for stage in stages)],
+    ]
+    for column in columns(stages):
+        best = column.best(stages)
+        title = f"{escape(column.title)}{_ARROWS[column.better]}"
         cells = [
-            f'<b class="best">{escape(c.text(stage))}</b>' if b == k else escape(c.text(stage))
-            for c, b in zip(shown, best, strict=True)
+            f'<b class="best">{escape(column.text(s))}</b>' if k == best else escape(column.text(s))
+            for k, s in enumerate(stages)
         ]
-        name = f'<i class="c{k % 8} dot"></i>{escape(stage["name"])}'
-        rows.append([name, latent_layout(stage), number(stage["parameters"]), *cells])
-    about = "".join(f"<li><b>{escape(c.title)}</b>: {escape(c.about)}</li>" for c in shown)
-    body = table(head, rows, kind="wide") + details("What the columns mean", f"<ul>{about}</ul>")
-    return Section("comparison", "Comparison", body)
+        rows.append([f"{title}<small>{escape(column.about)}</small>", *cells])
+    return Section("comparison", "Comparison", table(head, rows, kind="wide"))
 
 
 def per_image_section(stages: Sequence[dict[str, Any]]) -> Section:

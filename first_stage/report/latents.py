@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from first_stage.report.charts import histogram
+from first_stage.report.charts import histogram, number
 from first_stage.report.page import Section, data_uri, details, file_uri, table
 
 _OPEN_CHANNELS = 8
@@ -74,7 +74,7 @@ def _channel(place: int, entry: dict[str, Any]) -> list[str]:
         cells += [
             f"{entry['kl']:,.1f}",
             f"{entry['noise_std']:.3g}",
-            "–" if ratio is None else f"{ratio:,.3g}",
+            "–" if ratio is None else number(ratio),
         ]
     return [*cells, "yes" if entry["active"] else "<b>no</b>"]
 
@@ -118,8 +118,7 @@ def _transforms(stage: dict[str, Any]) -> str:
         for name, words in _TRANSFORMS.items()
         if name in found
     ]
-    mean = stage["metrics"]["psnr"]["mean"]
-    rows.insert(0, ["latents as they are", _decibels(mean), "–"])
+    rows.insert(0, ["latents as they are", _decibels(found["psnr_unchanged"]), "–"])
     head = ["decoded from", "against the image, changed alike", "against its reconstruction"]
     count = f"{found['images']} image" + ("s" if found["images"] != 1 else "")
     return (

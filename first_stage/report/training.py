@@ -140,7 +140,7 @@ def _flat(fields: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _group(name: str, keys: list[str], run: RunFiles) -> str:
-    head = f"<h3>{escape(_words(name))}</h3>"
+    head = f"<h3>{escape(_words(name).capitalize())}</h3>"
     if about := _ABOUT.get(name):
         head += f'<p class="about">{escape(about)}.</p>'
     if name == "share":

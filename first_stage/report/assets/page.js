@@ -82,7 +82,7 @@
     wire(copy);
     const size = Number(figure.querySelector("img").getAttribute("width")) || natural;
     copy.style.setProperty("--natural", size * (state.mode === "side" ? 2 : 1));
-    const buttons = [1, 2, 4, 8].map((factor) => {
+    const buttons = [1, 2, 4, 8, 16].map((factor) => {
       const button = document.createElement("button");
       button.type = "button";
       button.textContent = factor + "×";
@@ -105,6 +105,7 @@
     close.addEventListener("click", () => dialog.close());
     dialog.querySelector(".bar").append(close);
     slider.hidden = state.mode !== "wipe";
+    slider.autofocus = true;
     slider.value = parseFloat(copy.style.getPropertyValue("--cut")) || 50;
     slider.addEventListener("input", () => setCut(copy, Number(slider.value)));
     copy.querySelector(".views").addEventListener("pointermove", () => {
@@ -114,7 +115,7 @@
     document.body.append(dialog);
     dialog.showModal();
     const room = Math.min(stage.clientWidth - 24, 900) / size;
-    show([8, 4, 2, 1].find((factor) => factor <= room) || 1);
+    show([16, 8, 4, 2, 1].find((factor) => factor <= room) || 1);
   }
 
   if (grid) {

@@ -42,7 +42,7 @@ def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
         Column("PSNR", "higher", _mean("psnr"), _digits(2, " dB"), "peak signal-to-noise ratio"),
         Column("SSIM", "higher", _mean("ssim"), _digits(4), "structural similarity"),
         Column("MS-SSIM", "higher", _mean("ms_ssim"), _digits(4), "SSIM at five scales"),
-        Column("L1", "lower", _mean("l1"), _digits(4), "mean absolute error, range 2"),
+        Column("L1", "lower", _mean("l1"), _digits(4), "mean absolute error, values in [-1, 1]"),
         Column("LPIPS", "lower", _mean("lpips"), _digits(4), "AlexNet, version 0.1"),
         Column(
             "detail kept",
@@ -59,11 +59,18 @@ def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
             "correlation of that detail with the original's",
         ),
     ]
-    networks = dict.fromkeys(name for stage in stages for name in stage["features"])
-    for name in networks:
-        result.append(
-            Column(name, "lower", _frechet(name), _digits(3), "Frechet distance of features")
-        )
+    networks = {n: entry["network"] for stage in stages for n, entry in stage["features"].items()}
+    for name, key in networks.items():
+        result += [
+            Column(name, "lower", _frechet(name), _digits(3), "Fréchet distance of features"),
+            Column(
+                f"distance, {key}",
+                "lower",
+                _feature_distance(name),
+                _digits(4),
+                "1 - cosine of the features of an image and its reconstruction",
+            ),
+        ]
     result += [
         Column(
             "KL",
@@ -148,6 +155,10 @@ def _mean(name: str) -> Callable[[dict[str, Any]], float | None]:
 
 def _frechet(name: str) -> Callable[[dict[str, Any]], float | None]:
     return lambda stage: stage["features"].get(name, {}).get("frechet_distance")
+
+
+def _feature_distance(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda stage: stage["features"].get(name, {}).get("feature_distance", {}).get("mean")
 
 
 def _digits(count: int, unit: str = "") -> Callable[[float], str]:

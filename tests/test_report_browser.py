@@ -16,7 +16,7 @@ from first_stage.report import write_report
 
 pytestmark = pytest.mark.skipif(
     find_chromium() is None,
-    reason="SKIPPED: no chromium here; apt-get install chromium to run this",
+    reason="no chromium here; apt-get install chromium to run this",
 )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from first_stage.report.page import Section, file_uri
 
 _PIXELATED_BELOW = 160
+_SMALL_BELOW = 80
 _CHOICES = [
     ("mode", "View", [("wipe", "Wipe"), ("difference", "Difference ×4"), ("side", "Side by side")]),
     (
@@ -35,7 +36,9 @@ def pairs_section(
         "All images." if count == total else
         f"{count} of {total:,} images: the worst by PSNR, the others spread over the ranking."
     ) + (" Large images show their centre." if cropped else "")  # fmt: skip
-    body = f'<p class="about">{about}</p>{_toolbar(stages)}<div class="pairs">{figures}</div>'
+    small = all(max(pair["width"], pair["height"]) < _SMALL_BELOW for pair in pairs)
+    grid = f'<div class="pairs{" small" if small else ""}">{figures}</div>'
+    body = f'<p class="about">{about}</p>{_toolbar(stages)}{grid}'
     return Section("pairs", "Originals and reconstructions", body)
 
 

@@ -23,6 +23,8 @@ _WANTED = (
     *("train.precision", "train.ema_decay", "seed"),
 )
 """Fields of the recipe that are shown first."""
+_TERMS = ("validation/psnr", "validation/ssim", "loss/pixel", "loss/kl", "loss/learned")
+"""Curves that come first in their group."""
 _ABOUT = {
     "validation": "Held-out images, exported (averaged) weights",
     "loss": "Each term before its weight; mean over the steps since the last line",
@@ -151,8 +153,10 @@ def _group(name: str, keys: list[str], run: RunFiles) -> str:
         return (
             head + '<div class="charts">' + share_chart("Gradient share", lines, "step") + "</div>"
         )
+    keys = sorted(keys, key=lambda k: _TERMS.index(k) if k in _TERMS else len(_TERMS))
+    log = False if name == "validation" else None
     charts = "".join(
-        line_chart(_title(key), [Series(_title(key), run.log[key], colour_of(0))], "step")
+        line_chart(_title(key), [Series(_title(key), run.log[key], colour_of(0))], "step", log=log)
         for key in keys
     )
     return f'{head}<div class="charts">{charts}</div>'

@@ -154,7 +154,7 @@ def test_processes_do_not_change_the_result(stages, tmp_path) -> None:
     for processes in (1, 2, 3):
         output = tmp_path / f"out-{processes}"
         ended = run(
-            *("--first_stage", stages / "kl/export", stages / "vq", "--data.path", data),
+            *("--first_stage", stages / "kl/export", "--data.path", data),
             *("--output", output, "--batch_size", 4, "--data.workers", 0, "--pairs", 3),
             processes=processes,
         )

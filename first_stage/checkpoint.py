@@ -15,7 +15,8 @@ Order, crops, flips and noise are functions of the seed, so there is no generato
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,20 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step-{step:06d}"
 
 
-def save_checkpoint(output_dir: Path, snapshot: Snapshot, ema: Any, keep: int) -> Path:
+def save_checkpoint(
+    output_dir: Path,
+    snapshot: Snapshot,
+    averaged: Callable[[], AbstractContextManager[Any]],
+    keep: int,
+) -> Path:
     """Write a checkpoint, then drop the oldest beyond `keep`.
 
     Args:
         output_dir: The run's folder.
         snapshot: What to write.
-        ema: A diffusers model with the averaged weights, or anything with `save_pretrained`.
+        averaged: Opens a context that gives a diffusers model with the averaged weights. It may
+            put them in the place of the weights being trained, to which the snapshot's tensors
+            refer, so those are written before.
         keep: How many of the newest checkpoints stay, at least 1.
 
     Returns:
@@ -73,7 +81,8 @@ def save_checkpoint(output_dir: Path, snapshot: Snapshot, ema: Any, keep: int) -
         for name, tensors in snapshot.tensors.items():
             contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             save_file(contiguous, folder / f"{name}.safetensors")
-        ema.save_pretrained(folder / "ema", safe_serialization=True)
+        with averaged() as ema:
+            ema.save_pretrained(folder / "ema", safe_serialization=True)
         (folder / "state.json").write_text(
             json.dumps({"step": snapshot.step, **snapshot.state}, indent=2) + "\n"
         )

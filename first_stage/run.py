@@ -109,8 +109,12 @@ def train(config: Config) -> Outcome:
 
 def recipe(config: Config) -> str:
     """The configuration as YAML that `--config` reads, ready to be resumed."""
-    plain = to_dict(replace(config, resume=None, overwrite=False))
-    return yaml.safe_dump(_lists(plain), sort_keys=False)
+    return yaml.safe_dump(_lists(to_dict(lasting(config))), sort_keys=False)
+
+
+def lasting(config: Config) -> Config:
+    """The configuration without what concerns only how this command began."""
+    return replace(config, resume=None, overwrite=False)
 
 
 class Run:
@@ -169,10 +173,6 @@ class Run:
             UserError: When data or disk fail. What was trained is saved first, where that is
                 still possible, and the message says how to go on.
         """
-        with writing(self.folder, self._what_is_saved):
-            return self._fit()
-
-    def _fit(self) -> Outcome:
         train = self.config.train
         metrics = self._validate(0) if self.resumed_at is None else {}
         start = self.saved
@@ -181,7 +181,7 @@ class Run:
             start, train.max_steps, train.batch_size, visible=self.processes.is_main
         )
         done, ending = start, Ending(False)
-        with contextlib.closing(progress):
+        with contextlib.closing(progress), contextlib.closing(batches):
             while done < train.max_steps:
                 micro_batches, fault = self._next(batches, progress)
                 ending = self._agree(micro_batches, fault)
@@ -234,7 +234,7 @@ class Run:
         began = time.perf_counter()
         try:
             micro_batches = [next(batches) for _ in range(self._positions(0).micro_batches)]
-        except (UserError, RuntimeError) as error:
+        except (UserError, RuntimeError, OSError, EOFError) as error:
             fault = loader_fault(error, self.processes.rank)
             if fault is None:
                 raise
@@ -273,8 +273,9 @@ class Run:
         values["learning_rate"] = self.trainer.first_stage.optimizer.param_groups[0]["lr"]
         speed = progress.window()
         if self.logbook is not None:
-            self.logbook.write(step, values)
-            self.logbook.write_speed(step, speed)
+            with self._writing():
+                self.logbook.write(step, values)
+                self.logbook.write_speed(step, speed)
         progress.show(
             f"{self.config.loss.pixel} {values['loss/pixel']:.4f}, "
             f"waiting for data {speed['speed/waiting_for_data']:.0%}"
@@ -293,9 +294,10 @@ class Run:
         if self.processes.is_main:
             with self.trainer.ema_weights() as vae:
                 picture = draw_grid(vae, self.shown, self.config.validation.pictures)
-            save_png(picture, files.frame_path(self.folder, step))
-        if metrics and self.logbook is not None:
-            self.logbook.write(step, {f"validation/{k}": v for k, v in metrics.items()})
+            with self._writing():
+                save_png(picture, files.frame_path(self.folder, step))
+                if metrics and self.logbook is not None:
+                    self.logbook.write(step, {f"validation/{k}": v for k, v in metrics.items()})
         return metrics
 
     def _check_finite(self) -> None:
@@ -315,19 +317,24 @@ class Run:
         self._check_finite()
         snapshot = self.trainer.snapshot(step)
         snapshot.state |= {
-            "config": to_dict(self.config),
+            "config": to_dict(lasting(self.config)),
             "data_fingerprint": self.fingerprint,
             "samples": len(self.source),
             "broken": self.broken.state_dict(),
         }
         if self.logbook is not None:
-            self.logbook.sync()
-            with self.trainer.ema_weights() as vae:
-                save_checkpoint(self.folder, snapshot, vae, self.config.train.keep_checkpoints)
-            frames = [(f"step {number}", file) for number, file in files.list_frames(self.folder)]
-            save_gif(frames, self.shown.pixels.shape[1], self.folder / files.GIF)
+            with self._writing():
+                self.logbook.sync()
+                keep = self.config.train.keep_checkpoints
+                save_checkpoint(self.folder, snapshot, self.trainer.ema_weights, keep)
+                frames = files.list_frames(self.folder)
+                captioned = [(f"step {number}", file) for number, file in frames]
+                save_gif(captioned, self.shown.pixels.shape[1], self.folder / files.GIF)
         self.processes.wait()
         self.saved = step
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(self.folder, self._what_is_saved)
 
     def _what_is_saved(self) -> str:
         """How the user goes on after an accident."""
@@ -352,7 +359,8 @@ class Run:
                     picture="reconstructions.png",
                 )
                 extras: dict[str, str | Path] = {"README.md": card, "reconstructions.png": picture}
-                write_export(vae, statistics, self.folder / files.EXPORT, extras)
+                with self._writing():
+                    write_export(vae, statistics, self.folder / files.EXPORT, extras)
         self.processes.wait()
 
     def _measured_images(self) -> Iterator[Tensor]:
@@ -404,6 +412,7 @@ class Run:
             self._say(remark)
         if path is None:
             self._say(f"no checkpoint in {self.folder} yet: starting at step 0")
+            self.broken.load_state_dict(self.broken.state_dict(), write=self.processes.is_main)
             return None
         snapshot = load_checkpoint(path)
         self._check_resumable(snapshot, path)
@@ -442,11 +451,12 @@ class Run:
         self.accelerator.init_trackers(files.TRACKER)
         if not self.processes.is_main:
             return None
-        for step, frame in files.list_frames(self.folder):
-            if self.resumed_at is None or step > self.resumed_at:
-                frame.unlink()
-        write_text(self.folder / files.CONFIG, recipe(self.config))
-        return Logbook(self.folder / files.LOG, self.accelerator, self.resumed_at)
+        with self._writing():
+            for step, frame in files.list_frames(self.folder):
+                if self.resumed_at is None or step > self.resumed_at:
+                    frame.unlink()
+            write_text(self.folder / files.CONFIG, recipe(self.config))
+            return Logbook(self.folder / files.LOG, self.accelerator, self.resumed_at)
 
     def _introduce(self) -> None:
         config, stage = self.config, self.trainer.first_stage.network

@@ -160,6 +160,7 @@ class Watch:
             if self.rank == min(survivors):
                 print(f"error: {_lost(lost)}", file=sys.stderr, flush=True)
             self._leave(_EXIT_CODE)
+            return
         if not self._closed.wait(2 * ROLL_CALL):
             self._leave(_EXIT_CODE)
 

@@ -69,8 +69,10 @@ class BrokenFiles:
         self.drawn, self.skipped = int(str(state["drawn"])), int(str(state["skipped"]))
         reasons = state["reasons"]
         self.reasons = dict(reasons) if isinstance(reasons, dict) else {}
-        if write and (self.reasons or self.path.exists()):
+        if write and self.reasons:
             write_text(self.path, "".join(_line(*entry) for entry in self.reasons.items()))
+        elif write:
+            self.path.unlink(missing_ok=True)
 
 
 def _line(name: str, reason: str) -> str:

@@ -9,10 +9,11 @@ comes round again.
 
 import contextlib
 import hashlib
+import os
 import signal
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -216,28 +217,44 @@ def training_loader(
 
 
 def prepare_worker(_: int) -> None:
-    """Set up a worker process: one thread, and no ear for signals.
+    """Set up a worker process: one thread, and signals are for the training process.
 
     A terminal and a scheduler signal every process of a job. The training process then wants to
-    finish its step, and needs its workers for that; they end when it ends.
+    finish its step, and needs its workers for that; it ends them itself.
     """
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
 
 
-def start_loader(loader: Iterable[Batch]) -> Iterator[Batch]:
+def _end_when_the_parent_says_so() -> None:
+    parent = os.getppid()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
     """Iterate a loader whose workers' deaths are noticed where a batch is asked for.
 
     torch also installs a handler that raises as soon as a worker dies, wherever the training is
     just then: in the middle of an update or of a save. Without it the loader itself notices within
     5 s, between two steps, where everything can still be saved.
+
+    Returns:
+        The batches. Closing it ends the workers.
     """
     before = signal.getsignal(signal.SIGCHLD)
     batches = iter(loader)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-    return batches
+    return _deliver(batches)
+
+
+def _deliver(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+    yield from batches
 
 
 def loader_fault(error: Exception, rank: int) -> UserError | None:
@@ -252,7 +269,12 @@ def loader_fault(error: Exception, rank: int) -> UserError | None:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         last = lines[-1]
         return DataError(last.partition("Error: ")[2] or last if len(lines) > 1 else last)
-    if "DataLoader worker" not in str(error):
+    told_by_torch = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    # A worker that dies while it hands over a batch breaks the connection first.
+    cut_off = isinstance(error, ConnectionError | EOFError) or (
+        isinstance(error, FileNotFoundError) and error.filename is None
+    )
+    if not told_by_torch and (not cut_off or "Caught " in str(error)):
         return None
     return DataError(
         f"a data worker of process {rank} (on {socket.gethostname()}) was killed, most often "

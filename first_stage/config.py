@@ -194,6 +194,9 @@ class TrainConfig:
     """Steps between log lines; values are averages over these steps."""
     tracker: str = "tensorboard"
     """Any tracker that accelerate knows by name (tensorboard, wandb, mlflow...), or none."""
+    process_timeout: float = 120.0
+    """Seconds without a sign of life after which a process on another machine counts as lost; the
+    others then end and name it. One on the same machine is missed within seconds."""
 
 
 @dataclass(frozen=True)
@@ -335,6 +338,7 @@ def _range_problems(c: Config) -> Iterator[str]:
         "train.checkpoint_every": c.train.checkpoint_every,
         "train.keep_checkpoints": c.train.keep_checkpoints,
         "train.log_every": c.train.log_every,
+        "train.process_timeout": c.train.process_timeout,
         "validation.every": c.validation.every,
         "validation.images": c.validation.images,
         "validation.pictures": c.validation.pictures,

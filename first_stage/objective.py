@@ -109,7 +109,8 @@ class Objective:
 
         Returns:
             `(B, C, H, W)`, detached: d(terms)/d(reconstruction), a mean over the batch; and scalars
-            for the log. `norm/*` are the norms of each term's weighted gradient.
+            for the log. `square_norm/*` are the mean squared norms over samples of each term's
+            weighted gradient.
         """
         terms, log = self._terms(step, images, leaf, judged)
         adversarial = terms.pop("adversarial", None)
@@ -125,7 +126,9 @@ class Objective:
             gradients["adversarial"] = (weight * factor) * raw
             total = total + gradients["adversarial"]
         for name, gradient in gradients.items():
-            log[f"norm/{name}"] = _mean_square_norm(gradient).sqrt()
+            # Its root is taken of the average over micro-batches: the mean of roots would depend on
+            # how the batch is split.
+            log[f"square_norm/{name}"] = _mean_square_norm(gradient)
         return total, log
 
     def finish_step(self, average: Average) -> None:

@@ -172,7 +172,7 @@ class Trainer:
                     parameters = critic.parameters
                     self.accelerator.backward(loss / len(batches), inputs=parameters)
                     log |= critic_log
-            self.meter.add(step, log)
+            self.meter.add(step, log, share=1 / len(batches))
         self._update(step, players)
 
     def _update(self, step: int, players: dict[str, Player[Any]]) -> None:
@@ -227,7 +227,7 @@ class Trainer:
             "first_stage": dict(self.vae.state_dict()),
             "optimizers": flatten_optimizer(self.first_stage.optimizer, "first_stage"),
             "means": {f"objective.{k}": v for k, v in self.objective.means.state_dict().items()}
-            | {f"meter.{k}": v for k, v in self.meter.state_dict(self.processes.average).items()},
+            | {f"meter.{k}": v for k, v in self.meter.state_dict(self.processes.stack).items()},
         }
         if self.critic is not None:
             tensors["critic"] = dict(self.critic.network.state_dict())
@@ -258,7 +258,9 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(snapshot.state["scaler"])
         means = {k: v.to(device) for k, v in tensors["means"].items()}
         self.objective.means.load_state_dict(_without_prefix(means, "objective."))
-        self.meter.load_state_dict(_without_prefix(means, "meter."))
+        self.meter.load_state_dict(
+            _without_prefix(means, "meter."), self.processes.rank, self.processes.world
+        )
 
 
 def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

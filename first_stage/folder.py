@@ -18,11 +18,12 @@ BROKEN = "broken_files.jsonl"
 GIF = "training.gif"
 REPORT = "report.html"
 EXPORT = "export"
+EVALUATION = "evaluation"
 CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
 TRACKER = "tracker"
 LOCK = ".lock"
-_ALL = (CONFIG, LOG, BROKEN, GIF, REPORT, EXPORT, CHECKPOINTS, PICTURES, TRACKER)
+_ALL = (CONFIG, LOG, BROKEN, GIF, REPORT, EXPORT, EVALUATION, CHECKPOINTS, PICTURES, TRACKER)
 
 
 def prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:

@@ -36,11 +36,13 @@ from first_stage.data import (
     training_loader,
 )
 from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.evaluation import HeldImages, Options, evaluate, save
 from first_stage.export import measure_latents, model_card, write_export
 from first_stage.files import write_text, writing
 from first_stage.logbook import Logbook, Progress
 from first_stage.pictures import save_gif, save_png
 from first_stage.processes import Processes, StopRequest, end_with_launcher
+from first_stage.report import write_report
 from first_stage.resume import check_resumable
 from first_stage.setup import make_accelerator, open_data
 from first_stage.trainer import Trainer
@@ -205,6 +207,7 @@ class Run:
         if finished:
             metrics = metrics or self._measure()
             self._export(metrics)
+            self._report()
         return Outcome(finished, done, metrics, self.held_out, self.processes.world)
 
     # -- parts of the loop -------------------------------------------------------------------
@@ -361,6 +364,24 @@ class Run:
                 extras: dict[str, str | Path] = {"README.md": card, "reconstructions.png": picture}
                 with self._writing():
                     write_export(vae, statistics, self.folder / files.EXPORT, extras)
+        self.processes.wait()
+
+    def _report(self) -> None:
+        """Look closely at the images of the pictures once more, and make the run's report."""
+        held = "held out" if self.held_out else "trained on"
+        images = HeldImages(self.shown, f"{self.config.data.path}, {held}")
+        with self.trainer.ema_weights() as vae:
+            found = evaluate(
+                [("this run", vae)],
+                images,
+                Options(batch_size=self.micro),
+                self.processes,
+                self.config.seed,
+            )
+        if self.processes.is_main:
+            with self._writing():
+                save(found, self.folder / files.EVALUATION)
+                write_report(self.folder)
         self.processes.wait()
 
     def _measured_images(self) -> Iterator[Tensor]:

@@ -31,6 +31,7 @@ def main() -> None:
         f"export  {folder}/export\n"
         f"grid    {pictures[-1]}\n"
         f"gif     {folder}/training.gif\n"
+        f"report  {folder}/report.html\n"
         "Load it with diffusers:\n"
         "  from diffusers import AutoencoderKL\n"
         f'  vae = AutoencoderKL.from_pretrained("{folder}/export")\n'

@@ -5,6 +5,7 @@
     first_stage.safetensors   the weights being trained
     ema/                      their moving average, as a diffusers folder
     critic.safetensors        when there is a critic
+    critic_ema.safetensors    its average, when that is the yardstick of the learned distance
     optimizers.safetensors    AdamW's moments of both players
     means.safetensors         what the objective's balance and the log have averaged so far
     state.json                step, counters, configuration, versions

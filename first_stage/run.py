@@ -35,6 +35,7 @@ from first_stage.data import (
     start_loader,
     training_loader,
 )
+from first_stage.diagnostics import Watch, derived
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.evaluation import HeldImages, Options, evaluate, save
 from first_stage.export import measure_latents, model_card, write_export
@@ -272,13 +273,15 @@ class Run:
 
     def _log(self, step: int, progress: Progress) -> None:
         self._check_finite()
-        values = gradient_shares(self.trainer.meter.averages(self.processes.average))
+        values = derived(self.trainer.meter.averages(self.processes.average))
         values["learning_rate"] = self.trainer.first_stage.optimizer.param_groups[0]["lr"]
         speed = progress.window()
         if self.logbook is not None:
             with self._writing():
                 self.logbook.write(step, values)
                 self.logbook.write_speed(step, speed)
+        for line in self.watch.read(step, values):
+            progress.say(line)
         progress.show(
             f"{self.config.loss.pixel} {values['loss/pixel']:.4f}, "
             f"waiting for data {speed['speed/waiting_for_data']:.0%}"
@@ -498,16 +501,6 @@ class Run:
     def _say(self, text: str) -> None:
         if self.processes.is_main:
             print(text, flush=True)
-
-
-def gradient_shares(values: dict[str, float]) -> dict[str, float]:
-    """Turns `square_norm/x` into `norm/x` and `share/x`, its share of the sum of all norms."""
-    prefix = "square_norm/"
-    norms = {k.removeprefix(prefix): v**0.5 for k, v in values.items() if k.startswith(prefix)}
-    total = sum(norms.values())
-    rest = {k: v for k, v in values.items() if not k.startswith(prefix)}
-    shares = {f"share/{k}": v / total if total > 0 else 0.0 for k, v in norms.items()}
-    return rest | {f"norm/{k}": v for k, v in norms.items()} | shares
 
 
 def _lists(value: Any) -> Any:

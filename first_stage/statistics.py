@@ -23,10 +23,11 @@ class LaggedMeans:
 
     Args:
         decay: Decay of the exponential mean, in [0, 1).
+        decays: Other decays, by name.
     """
 
-    def __init__(self, decay: float):
-        self.decay = decay
+    def __init__(self, decay: float, decays: Mapping[str, float] | None = None):
+        self.decay, self._decays = decay, dict(decays or {})
         self._means: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -62,7 +63,9 @@ class LaggedMeans:
                 value = finish[name](value)
             mean = self._means.get(name)
             self._means[name] = (
-                value.clone() if mean is None else torch.lerp(value, mean, self.decay)
+                value.clone()
+                if mean is None
+                else torch.lerp(value, mean, self._decays.get(name, self.decay))
             )
         self._sums, self._counts = {}, {}
 

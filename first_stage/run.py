@@ -163,6 +163,7 @@ class Run:
             config.validation.images,
             config.seed,
         )
+        self.watch = Watch()
         self.broken = BrokenFiles(self.folder / files.BROKEN, config.data.max_broken)
         self.resumed_at = self._resume()
         self.saved = self.resumed_at or 0

@@ -228,3 +228,9 @@ def restore_optimizer(
             state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    # Files hold plain row-major tensors. The fused AdamW walks a parameter and its moments through
+    # memory side by side, so they must lie alike; with other strides it would mix them up silently.
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if value.shape == parameter.shape:
+                entries[name] = torch.empty_like(parameter).copy_(value)

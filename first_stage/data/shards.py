@@ -215,7 +215,7 @@ def _tar_rows(url: str, column: str | None, start: int = 0) -> Iterator[Row]:
     with _open(url) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
         number, current, image = -1, None, None
         for member in tar:
-            tar.members = []  # which would grow with every header
+            tar.members = []  # type: ignore[attr-defined]  # which would grow with every header
             match = _MEMBER.match(member.name) if member.isfile() else None
             if match is None:
                 continue

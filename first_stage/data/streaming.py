@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from first_stage.data.loader import Batch, Example, TrainingStream, collate, prepare_worker
+from first_stage.data.loader import Batch, TrainingStream, collate, prepare_worker
 from first_stage.data.pixels import View
 from first_stage.data.shards import ShardedRows
 from first_stage.data.sources import Sample
@@ -306,7 +306,7 @@ class ShardLoader:
         self._loader: DataLoader[Any] = DataLoader(
             _Parts(stream, _Groups(batches, per_step)),
             batch_size=None,
-            collate_fn=_as_it_is,
+            collate_fn=_as_it_is,  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=2 if workers else None,
             worker_init_fn=prepare_worker,

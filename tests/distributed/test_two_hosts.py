@@ -83,9 +83,7 @@ def test_a_training_on_two_machines_equals_one_process(hosts, reference, tmp_pat
 @pytest.mark.slow
 def test_the_loss_of_a_machine_is_told_on_the_other_one(hosts, reference, tmp_path):
     """Its network goes away, without a word: as when the power fails."""
-    fields = line(
-        reference, "lost", 3, **{"train.max_steps": 100000, "train.process_timeout": 5}
-    )
+    fields = line(reference, "lost", 3, **{"train.max_steps": 100000, "train.process_timeout": 5})
     train = Path(__file__).parents[2] / "scripts" / "train.py"
     machines = begin(hosts, tmp_path, train, *fields)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from first_stage.data.pixels import CHANNELS
+from first_stage.data.sources import is_builtin
 from first_stage.errors import ConfigError
 from first_stage.loss_config import (
     AdversarialConfig,
@@ -73,6 +74,12 @@ class DataConfig:
     max_broken: float = 0.05
     """Share of samples that may be undecodable before the run stops; they are skipped and listed
     in broken_files.jsonl."""
+    streaming: bool = False
+    """Read parquet or WebDataset shards, or a data set on the hub that is stored as such, row by
+    row instead of copying them to disk first; path may also be a URL (s3://...) of shards."""
+    shuffle_buffer: int = 8192
+    """Samples that a stream shuffles at a time, over all processes; they are held in memory, still
+    encoded."""
     workers: int | None = None
     """Decoding processes per training process; null: one per core left over, at most 8; 0: none."""
 
@@ -279,8 +286,14 @@ def _problems(c: Config) -> Iterator[str]:
 def _range_problems(c: Config) -> Iterator[str]:
     if not c.data.path:
         yield "data.path is empty: give a folder of images, a hub id, photos or digits"
+    if c.data.streaming and is_builtin(c.data.path):
+        yield (
+            f"data.streaming is true, but data.path {c.data.path!r} is a built-in set, which is in "
+            "memory anyway: set it to false"
+        )
     positive: dict[str, float] = {
         "data.resolution": c.data.resolution,
+        "data.shuffle_buffer": c.data.shuffle_buffer,
         "train.max_steps": c.train.max_steps,
         "train.batch_size": c.train.batch_size,
         "train.learning_rate": c.train.learning_rate,

@@ -22,8 +22,21 @@ EVALUATION = "evaluation"
 CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
 TRACKER = "tracker"
+SHARDS = "shards.json"
 LOCK = ".lock"
-_ALL = (CONFIG, LOG, BROKEN, GIF, REPORT, EXPORT, EVALUATION, CHECKPOINTS, PICTURES, TRACKER)
+_ALL = (
+    CONFIG,
+    LOG,
+    BROKEN,
+    GIF,
+    REPORT,
+    EXPORT,
+    EVALUATION,
+    CHECKPOINTS,
+    PICTURES,
+    TRACKER,
+    SHARDS,
+)
 
 
 def prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:

@@ -1,9 +1,8 @@
 """A training run, from its configuration to its export."""
 
 import contextlib
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +25,12 @@ from first_stage.data import (
     Batch,
     BrokenFiles,
     StepSampler,
-    TrainingStream,
     View,
     fingerprint,
     fixed_images,
     images_from_pixels,
     loader_fault,
     start_loader,
-    training_loader,
 )
 from first_stage.diagnostics import Watch, derived
 from first_stage.errors import ConfigError, DataError, UserError
@@ -45,7 +42,7 @@ from first_stage.pictures import save_gif, save_png
 from first_stage.processes import Processes, StopRequest, end_with_launcher
 from first_stage.report import write_report
 from first_stage.resume import check_resumable
-from first_stage.setup import make_accelerator, open_data
+from first_stage.setup import make_accelerator, on_main, open_data, open_loader, open_stream
 from first_stage.trainer import Trainer
 from first_stage.validation import draw_grid, validate
 
@@ -137,25 +134,16 @@ class Run:
         self.processes, self.stop = processes, stop
         self.folder = Path(config.output_dir)
         self.micro = micro_batch_size(config, processes.world)
-        self._on_main(
-            lambda: files.prepare_folder(self.folder, config.overwrite, config.resume is not None)
-        )
-        self.source, held_out = open_data(config)
+        resume = config.resume is not None
+        on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
+        self.source, held_out = open_data(config, processes)
         self.fingerprint = self._agreed_fingerprint()
         self.held_out = len(held_out) if held_out is not None else 0
         self.trainer = Trainer(config, accelerator, processes)
         stage = self.trainer.first_stage.network
         for problem in factor_problems(config, stage.downsample_factor):
             raise ConfigError(problem)
-        self.stream = TrainingStream(
-            self.source,
-            View(config.data.resolution, config.view_resize),
-            stage.in_channels,
-            config.seed,
-            stage.latent_shape(config.data.resolution),
-            random_crop=config.data.crop == "random",
-            flip=config.data.flip,
-        )
+        self.stream = open_stream(config, self.source, stage)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
             View(*config.validation_view),
@@ -180,7 +168,7 @@ class Run:
         train = self.config.train
         metrics = self._validate(0) if self.resumed_at is None else {}
         start = self.saved
-        batches = start_loader(self._loader(self._positions(start)))
+        batches = self._load(self._positions(start))
         progress = Progress(
             start, train.max_steps, train.batch_size, visible=self.processes.is_main
         )
@@ -224,13 +212,9 @@ class Run:
             self.processes.world,
         )
 
-    def _loader(self, positions: Any) -> Any:
-        workers = self.config.data.workers
-        if workers is None:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            workers = min(8, max((os.cpu_count() or 1) // local - 1, 0))
+    def _load(self, positions: Iterable[list[int]]) -> Generator[Batch, None, None]:
         pin = self.accelerator.device.type == "cuda"
-        return training_loader(self.stream, positions, workers, pin_memory=pin)
+        return start_loader(open_loader(self.config, self.stream, positions, pin))
 
     def _next(
         self, batches: Iterator[Batch], progress: Progress
@@ -393,7 +377,7 @@ class Run:
         count = self.config.export.images
         mine = list(range(self.processes.rank, count, self.processes.world))
         chunks = [mine[i : i + self.micro] for i in range(0, len(mine), self.micro)]
-        for batch in start_loader(self._loader(chunks)):
+        for batch in self._load(chunks):
             yield images_from_pixels(batch.pixels.to(self.accelerator.device))
 
     # -- before the loop ---------------------------------------------------------------------
@@ -409,18 +393,6 @@ class Run:
                 )
         return str(prints[0])
 
-    def _on_main(self, work: Callable[[], None]) -> None:
-        """Do something on the main process; what goes wrong there is raised on all."""
-        problem: str | None = None
-        if self.processes.is_main:
-            try:
-                work()
-            except UserError as error:
-                problem = str(error)
-        told = self.processes.gather(problem)[0]
-        if told is not None:
-            raise UserError(told)
-
     def _resume(self) -> int | None:
         """Restore the checkpoint that `resume` names; returns the steps done."""
         if self.config.resume is None:
@@ -431,7 +403,7 @@ class Run:
             nonlocal found
             found = find_checkpoint(self.folder, str(self.config.resume))
 
-        self._on_main(find)
+        on_main(self.processes, find)
         path, remarks = self.processes.gather(found)[0]
         for remark in remarks:
             self._say(remark)

@@ -104,7 +104,7 @@ def test_damaged_checksums_are_damage_too(tmp_path, text):
 def test_when_all_are_damaged_nothing_is_trained_over_them(tmp_path):
     folder = save(tmp_path, 1)
     (folder / "state.json").write_text("{}")
-    with pytest.raises(UserError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(UserError, match=r"every checkpoint in .* is damaged"):
         find_checkpoint(tmp_path, "latest")
 
 

@@ -88,7 +88,7 @@ def test_a_full_disk_ends_in_words_and_keeps_the_last_checkpoint(disk, images):
 def test_a_read_only_output_folder_is_told_before_anything_else(disk, images):
     folder = disk(2000)
     subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
-    with pytest.raises(UserError, match="output_dir .* cannot be written: Read-only file system"):
+    with pytest.raises(UserError, match=r"output_dir .* cannot be written: Read-only file system"):
         train(parse_config(arguments(folder / "run", images)))
 
 
@@ -124,7 +124,7 @@ def test_too_many_broken_files_end_in_words_with_every_step_saved(tmp_path, imag
     for file in sorted(images.iterdir())[:6]:
         file.write_bytes(b"no picture")
     fields = {"data.max_broken": 0.05, "train.max_steps": 9, "data.workers": workers}
-    with pytest.raises(UserError, match="more than data.max_broken") as error:
+    with pytest.raises(UserError, match=r"more than data\.max_broken") as error:
         train(parse_config(arguments(tmp_path / "run", images, **fields)))
     text = one_line(error)
     listed = [json.loads(x) for x in (tmp_path / "run" / "broken_files.jsonl").open()]
@@ -148,7 +148,7 @@ def test_data_that_cannot_be_decoded_at_all_is_told_in_one_line_from_a_worker(tm
     held_out.mkdir()
     picture(0).save(held_out / "a.png")
     fields = {"data.workers": 1, "data.validation_path": held_out}
-    with pytest.raises(UserError, match="samples in a row of .* cannot be decoded") as error:
+    with pytest.raises(UserError, match=r"samples in a row of .* cannot be decoded") as error:
         train(parse_config(arguments(tmp_path / "run", images, **fields)))
     assert "Traceback" not in one_line(error)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from first_stage.data.pixels import BrokenImage, View, open_image, pixels_of
-from first_stage.data.sources import Source
+from first_stage.data.sources import Sample, Source
 from first_stage.errors import DataError, UserError
 from first_stage.seeding import Purpose, generator
 
@@ -117,29 +117,43 @@ class TrainingStream(Dataset[Example]):
         """
         broken: dict[str, str] = {}
         for ahead in range(_LOOK_FURTHER):
-            epoch, index = self.sample_at(position + ahead)
+            place = self.replacement(position, ahead)
+            epoch, index = self.sample_at(place)
+            sample = self.read(place, index)
             try:
-                sample_id, pixels = self._decode(epoch, index)
+                pixels = self._decode(epoch, index, sample)
             except BrokenImage as error:
-                broken[self.source.id(index)] = str(error)
+                broken[sample.id] = str(error)
                 continue
             noise = generator(self.seed, Purpose.NOISE, position).standard_normal(
                 self.latent_shape, dtype=np.float32
             )
-            return Example(pixels, noise, sample_id, broken)
+            return Example(pixels, noise, sample.id, broken)
         first, reason = next(iter(broken.items()))
         raise DataError(
             f"{len(broken)} samples in a row of {self.source.name!r} cannot be decoded "
             f"(first: {first}: {reason})"
         )
 
-    def _decode(self, epoch: int, index: int) -> tuple[str, np.ndarray]:
-        sample = self.source.read(index)
+    def replacement(self, position: int, ahead: int) -> int:
+        """The position whose sample takes the place of one that cannot be decoded.
+
+        Args:
+            position: The place to fill.
+            ahead: How many were tried before; 0 is the position itself.
+        """
+        return position + ahead
+
+    def read(self, position: int, index: int) -> Sample:
+        """Read the sample at a position; what is in the file is not decoded yet."""
+        return self.source.read(index)
+
+    def _decode(self, epoch: int, index: int, sample: Sample) -> np.ndarray:
         image = open_image(sample.image, self.channels)
         draw = generator(self.seed, Purpose.VIEW, epoch, index).random(3)
         u, v = (float(draw[0]), float(draw[1])) if self.random_crop else (None, None)
         image, _ = self.view.apply(image, u, v, flip=self.flip and bool(draw[2] < 0.5))
-        return sample.id, pixels_of(image, self.channels)
+        return pixels_of(image, self.channels)
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -191,13 +205,13 @@ class StepSampler:
 
 
 def training_loader(
-    stream: TrainingStream, sampler: StepSampler, workers: int, pin_memory: bool
+    stream: TrainingStream, sampler: Iterable[list[int]], workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
     """Decode a process's micro-batches in workers, ahead of the step.
 
     Args:
         stream: The stream.
-        sampler: Which positions.
+        sampler: Which positions: a list per micro-batch.
         workers: Worker processes; 0 decodes in this one.
         pin_memory: Copy batches to page-locked memory, for a GPU.
 
@@ -338,8 +352,12 @@ def fingerprint(source: Source) -> str:
 
     It covers the ids of all samples and the files of up to 256 of them, spread evenly: samples that
     were added, removed or renamed are always noticed, and so is a set that was resized or encoded
-    anew; a single file that was replaced under its old name mostly is not.
+    anew; a single file that was replaced under its old name mostly is not. Sources that know a
+    better way have a method `fingerprint` of their own.
     """
+    own = getattr(source, "fingerprint", None)
+    if own is not None:
+        return str(own())
     digest = hashlib.sha256()
     count = len(source)
     for index in range(count):

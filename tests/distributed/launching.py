@@ -1,5 +1,6 @@
 """Starts trainings on several processes as users do, and in ways that they would rather not."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -71,10 +72,8 @@ def run(processes: int, script: Path, *line: object, output: Path, **options: ob
 
 def kill_group(process: subprocess.Popen) -> None:
     """SIGKILL for a process and all its descendants in its group."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

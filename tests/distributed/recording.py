@@ -35,6 +35,12 @@ def samples_of(batches):
     ]
 
 
+def weights(parameters):
+    """Stands in for a model in `Trainer.restore`, which only asks for the parameters."""
+    kept = list(parameters)
+    return SimpleNamespace(parameters=lambda: kept)
+
+
 class Recorder:
     """Wraps `Trainer.training_step`."""
 
@@ -62,11 +68,9 @@ class Recorder:
         if self.reference is not None and step > 0:
             self.kind = f"{step}.forced"
             own = copy.deepcopy(trainer.snapshot(step))
-            average = SimpleNamespace(
-                parameters=lambda kept=[p.clone() for p in trainer.ema.shadow_params]: kept
-            )
+            average = weights(p.clone() for p in trainer.ema.shadow_params)
             theirs = load_checkpoint(checkpoint_folder(Path(self.reference), step))
-            trainer.restore(theirs, SimpleNamespace(parameters=lambda: trainer.ema.shadow_params))
+            trainer.restore(theirs, weights(trainer.ema.shadow_params))
             original(trainer, step, batches)
             trainer.restore(own, average)
         self.kind = f"{step}.free"

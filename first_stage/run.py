@@ -144,7 +144,6 @@ class Run:
         self.fingerprint = self._agreed_fingerprint()
         self.held_out = len(held_out) if held_out is not None else 0
         self.trainer = Trainer(config, accelerator, processes)
-        self.watch = Watch()
         stage = self.trainer.first_stage.network
         for problem in factor_problems(config, stage.downsample_factor):
             raise ConfigError(problem)

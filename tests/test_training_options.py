@@ -10,6 +10,7 @@ from first_stage.adversarial import PAIRS
 from first_stage.data import Batch, images_from_pixels
 from first_stage.diagnostics import derived
 from first_stage.regularisers import gradient_penalty, zero_centred_penalty
+from first_stage.run import train
 
 OPTIONS = {
     "wasserstein with gradient penalty": {
@@ -303,3 +304,16 @@ def test_nothing_is_decoded_beside_the_batch_before_the_critic_starts(tiny):
     batch = batch_of(trainer, 4, 0)
     assert trainer._extra_latents(1, 0, batch) == {}
     assert set(trainer._extra_latents(2, 0, batch)) == {"prior", "cut_off"}
+
+
+def test_a_run_says_in_words_that_its_kl_collapsed(tiny, capfd):
+    config = tiny(
+        loss__kl_weight=1e4,
+        train__learning_rate=0.05,
+        train__max_steps=30,
+        loss__learned__weight=0,
+        loss__adversarial__weight=0,
+    )
+    train(config)
+    said = capfd.readouterr().err
+    assert said.count("the KL has collapsed") == 1

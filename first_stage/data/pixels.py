@@ -121,10 +121,18 @@ class View:
         resolution: Side of the square crop, in pixels.
         resize: Shorter side after resizing (bicubic, antialiased), in pixels; `None` leaves images
             as they are. An image smaller than the crop is always enlarged until the crop fits.
+        shape: (height, width) of the crop instead of a square: the image is resized until it just
+            covers the crop, and `resize` does not matter.
     """
 
     resolution: int
     resize: int | None
+    shape: tuple[int, int] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the crop."""
+        return self.shape or (self.resolution, self.resolution)
 
     def apply(
         self, image: Image.Image, u: float | None = None, v: float | None = None, flip: bool = False
@@ -138,19 +146,20 @@ class View:
             flip: Mirror left to right after the crop.
 
         Returns:
-            The image of `resolution` x `resolution`, and the crop's top and left in pixels of the
-            resized image.
+            The image of `size`, and the crop's top and left in pixels of the resized image.
         """
         width, height = image.size
-        shorter = max(self.resize or min(width, height), self.resolution)
-        scale = shorter / min(width, height)
+        crop_height, crop_width = self.size
+        scale = max(crop_height / height, crop_width / width)
+        if self.shape is None:
+            scale = max(scale, (self.resize or min(width, height)) / min(width, height))
         resized = (
-            max(round(width * scale), self.resolution),
-            max(round(height * scale), self.resolution),
+            max(round(width * scale), crop_width),
+            max(round(height * scale), crop_height),
         )
-        left = _place(resized[0] - self.resolution, u)
-        top = _place(resized[1] - self.resolution, v)
-        box = (left, top, left + self.resolution, top + self.resolution)
+        left = _place(resized[0] - crop_width, u)
+        top = _place(resized[1] - crop_height, v)
+        box = (left, top, left + crop_width, top + crop_height)
         if resized == image.size:
             image = image.crop(box)
         else:
@@ -158,7 +167,7 @@ class View:
             # the filter still sees the pixels around the rectangle.
             x, y = width / resized[0], height / resized[1]
             image = image.resize(
-                (self.resolution, self.resolution),
+                (crop_width, crop_height),
                 Image.Resampling.BICUBIC,
                 box=(box[0] * x, box[1] * y, box[2] * x, box[3] * y),
             )

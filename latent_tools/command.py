@@ -209,7 +209,8 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
         compile=options.compile,
         seed=options.seed,
         revision=options.revision,
-        command=shlex.join(sys.argv),
+        opened_with={"image_column": options.data.image_column, "split": options.data.split},
+        command=shlex.join(["accelerate", "launch", *sys.argv]),
     )
 
 

@@ -80,7 +80,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
                 autoencoder = load_autoencoder(str(expect), self.manifest.first_stage["revision"])
             check_weights(self.manifest, autoencoder, self.path)
         index = _read_index(self.path)
-        self._places = {name: index[name].to_numpy() for name in ("row", "height", "width")}
+        self._places = {name: index[name].to_numpy() for name in ("unit", "row", "height", "width")}
         self._ids = index["id"].combine_chunks()
         # Shard names repeat for a whole unit: keep each once.
         self._shards = index["shard"].combine_chunks().dictionary_encode()
@@ -149,6 +149,11 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def shapes(self) -> np.ndarray:
         """`(len, 2)`: height and width of each sample's pixels; its bucket."""
         return np.stack([self._places["height"], self._places["width"]], axis=1)
+
+    @property
+    def units(self) -> np.ndarray:
+        """`(len,)`: each sample's unit; samples are sorted by it."""
+        return self._places["unit"]
 
     @property
     def column_names(self) -> list[str]:
@@ -273,18 +278,17 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """
         import datasets
 
-        chosen = self._of_shape(shape)
+        chosen = self.of_shape(shape)
         first = self.stored(int(chosen[0]))
         dtype = "float16" if self.manifest.store["dtype"] == "float16" else "float32"
         names = [self.manifest.tensor_name]
         if self.manifest.store["flip"]:
             names.append(f"{names[0]}_flip")
-        pairs = ("original_size", "crop")
         features = datasets.Features(
             {name: datasets.Array3D(tuple(first.shape), dtype) for name in names}
             | {"id": datasets.Value("string")}
             | {
-                name: datasets.List(datasets.Value("int64"), 2)
+                name: datasets.Sequence(datasets.Value("int64"), 2)
                 for name in ("original_size", "crop")
             }
             | dict(datasets.Features.from_arrow_schema(self._columns.schema))
@@ -305,7 +309,12 @@ class LatentDataset(Dataset[dict[str, Any]]):
             parts.append(datasets.Dataset.from_dict(table, features=features))
         return datasets.concatenate_datasets(parts)
 
-    def _of_shape(self, shape: Shape | None) -> np.ndarray:
+    def of_shape(self, shape: Shape | None) -> np.ndarray:
+        """Places of the samples of one bucket; `None` where there is only one.
+
+        Raises:
+            CacheError: Naming the buckets there are.
+        """
         there = sorted({(int(h), int(w)) for h, w in self.shapes})
         if shape is None and len(there) == 1:
             shape = there[0]

@@ -1,6 +1,6 @@
 """How a data set is encoded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Representation = Literal["moments", "mean", "sample"]
@@ -28,6 +28,7 @@ class CacheOptions:
         compile: Use `torch.compile`.
         seed: Of the draws that `sample` stores.
         revision: The first stage's hub revision.
+        opened_with: Path, image column and split that the source was opened with, for the manifest.
         command: The command line, for the manifest.
     """
 
@@ -46,4 +47,5 @@ class CacheOptions:
     compile: bool = False
     seed: int = 0
     revision: str | None = None
+    opened_with: dict[str, str | None] = field(default_factory=dict)
     command: str = ""

@@ -87,7 +87,7 @@ def describe_launch(
             "precision": encoder.precision,
             "seed": options.seed if representation == "sample" else None,
         },
-        source={"path": source.name},
+        source={"path": source.name, **options.opened_with},
         made_with={
             "python": platform.python_version(),
             "torch": torch.__version__,

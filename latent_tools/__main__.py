@@ -1,0 +1,147 @@
+"""`python -m latent_tools info|verify|stats|preview|gc DIR`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tqdm import tqdm
+
+from first_stage.errors import ConfigError, run_command
+from latent_tools import tools
+from latent_tools.files import CacheError
+from latent_tools.manifest import Manifest
+from latent_tools.plan import committed_units
+
+
+def info(cache: str) -> None:
+    """Say what is in a cache and how far it is.
+
+    Args:
+        cache: The cache's folder.
+    """
+    print("\n".join(tools.describe(Path(cache))))
+
+
+def verify(cache: str, release: bool = False, data: bool = False, path: str | None = None) -> None:
+    """Check every shard's checksum, and every commit against the plan.
+
+    Args:
+        cache: The cache's folder.
+        release: Set the commits of damaged units aside; the next launch encodes just these again.
+        data: Check too that the images are still those that were encoded.
+        path: Where the images are now, if they moved.
+    """
+    folder = Path(cache)
+    manifest = Manifest.load(folder)
+    found: list[tools.Damage] = []
+    units = sum(1 for _ in committed_units(folder))
+    for damage in tqdm(tools.damages(folder), total=units, desc="verifying", unit=" units"):
+        if damage is not None:
+            found.append(damage)
+    for damage in found:
+        print(f"unit {damage.unit}: {damage.file} {damage.reason}")
+    changed = list(tools.changed_samples(folder, path)) if data else []
+    for name, reason in changed:
+        print(f"sample {name}: {reason}")
+    if found and release:
+        for damage in found:
+            print(f"set aside: {tools.release(folder, damage.unit)}")
+        print(f"next, to encode only these units again: {tools.redo_command(manifest)}")
+        return
+    if found:
+        raise CacheError(
+            f"{len(found)} of {units} units are damaged; to encode only these again: python -m "
+            f"latent_tools verify {tools.quoted(folder)} --release, then "
+            f"{tools.redo_command(manifest)}"
+        )
+    if changed:
+        raise CacheError(
+            f"{len(changed)} samples of the data are not those that were encoded: restore them, "
+            "or make a new cache"
+        )
+    print(f"{units} units are whole{', and so is the data' if data else ''}")
+
+
+def stats(cache: str) -> None:
+    """Print the latents' statistics per channel.
+
+    Args:
+        cache: The cache's folder.
+    """
+    print("\n".join(tools.statistics_table(Path(cache))))
+
+
+def preview(
+    cache: str,
+    output: str = "preview.png",
+    count: int = 8,
+    path: str | None = None,
+    first_stage: str | None = None,
+) -> None:
+    """Picture samples: originals above, decoded latents below.
+
+    Args:
+        cache: The cache's folder.
+        output: The picture's file.
+        count: How many samples.
+        path: Where the images are now, if they moved.
+        first_stage: The first stage's folder or hub id, if it moved.
+    """
+    names = tools.preview(Path(cache), Path(output), count, path, first_stage)
+    print(f"{output}: originals above, decoded latents below: {', '.join(names)}")
+
+
+def gc(cache: str, delete: bool = False) -> None:
+    """List what killed launches left behind; nothing is deleted unless asked for.
+
+    Args:
+        cache: The cache's folder.
+        delete: Delete what is listed.
+    """
+    found = tools.leftovers(Path(cache))
+    size = sum(path.stat().st_size for path, _ in found)
+    for path, reason in found:
+        print(f"{path}: {reason}")
+        if delete:
+            path.unlink()
+    if not found:
+        print("nothing is left over")
+    elif delete:
+        print(f"deleted {len(found)} files, {size / 2**20:.1f} MiB")
+    else:
+        again = f"python -m latent_tools gc {tools.quoted(Path(cache))} --delete"
+        print(f"{len(found)} files, {size / 2**20:.1f} MiB; to delete them: {again}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command.
+
+    Args:
+        arguments: Command line without the program's name; `None` reads `sys.argv`.
+    """
+    import jsonargparse
+
+    class Parser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            raise ConfigError(" ".join(str(message).split())) from ex
+
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    switches = {"--release", "--data", "--delete"}
+    with_values: list[str] = []
+    for place, argument in enumerate(given):
+        with_values.append(argument)
+        following: Any = given[place + 1 : place + 2]
+        if argument in switches and (not following or following[0] not in ("true", "false")):
+            with_values.append("true")
+    jsonargparse.auto_cli(
+        [info, verify, stats, preview, gc],
+        args=with_values,
+        parser_class=Parser,
+        prog="python -m latent_tools",
+        as_positional=True,
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -151,9 +151,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     autoencoder = load_autoencoder(options.first_stage, options.revision)
     source = open_source(options.data.path, options.data.image_column, "all", options.data.split)
     cache_options = _cache_options(options, autoencoder, process)
-    outcome = precompute(
-        autoencoder, options.first_stage, source, options.output, cache_options, process, say
-    )
+    try:
+        outcome = precompute(
+            autoencoder, options.first_stage, source, options.output, cache_options, process, say
+        )
+    except KeyboardInterrupt:
+        say("stopped; the units that are complete are kept: start the same command to go on")
+        sys.exit(130)
     _report(options, outcome, process)
 
 

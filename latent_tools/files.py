@@ -1,6 +1,5 @@
-"""Files that are either whole or not there: atomic writes, checksums, and the launch's lock."""
+"""A cache's files: written atomically, read with errors that name them; and the launch's lock."""
 
-import hashlib
 import json
 import os
 import socket
@@ -9,39 +8,26 @@ from types import TracebackType
 from typing import Any
 
 from first_stage.errors import UserError
-
-TEMPORARY = ".tmp-"
-"""What the names of unfinished files start with; a killed run may leave some, `gc` lists them."""
+from first_stage.files import write_atomic
 
 
 class CacheError(UserError):
     """A latent cache cannot be made, continued or read as asked."""
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a run after a kill, sees the old file or the new one.
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a run after a kill, sees the old file or the new one."""
+    write_atomic(path, lambda temporary: _write(temporary, content))
 
-    The bytes go to a temporary name in the same folder, are flushed to the disk, renamed over
-    `path`, and the folder's entry is flushed too.
-    """
-    # The process in the name: two processes may finalize at once, each with its own file.
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{os.getpid()}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+
+def _write(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
 
 
 def write_json(path: Path, value: Any, indent: int | None = None) -> None:
     """Write a JSON file atomically; NaN and infinity are refused rather than written as such."""
     text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
-    write_atomic(path, text.encode() + b"\n")
+    write_bytes(path, text.encode() + b"\n")
 
 
 def read_json(path: Path) -> Any:
@@ -54,12 +40,6 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CacheError(f"{str(path)!r} cannot be read: {error}") from error
-
-
-def sha256_file(path: Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class LaunchLock:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from latent_tools.files import CacheError, write_atomic
+from latent_tools.files import CacheError, write_bytes
 from latent_tools.manifest import Manifest
 from latent_tools.plan import Plan
 from latent_tools.shards import read_commit
@@ -134,4 +134,4 @@ _EMPTY: dict[str, Any] = {
 def _write_table(path: Path, table: pa.Table) -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_atomic(path, sink.getvalue().to_pybytes())
+    write_bytes(path, sink.getvalue().to_pybytes())

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latent_tools.files import CacheError, write_atomic
+from latent_tools.files import CacheError, write_bytes
 
 Shape = tuple[int, int]
 """(height, width) of the encoded pixels."""
@@ -125,7 +125,7 @@ class Plan:
         """Write `plan.parquet` atomically."""
         sink = pa.BufferOutputStream()
         pq.write_table(self.table, sink, compression="zstd")
-        write_atomic(folder / FILE, sink.getvalue().to_pybytes())
+        write_bytes(folder / FILE, sink.getvalue().to_pybytes())
 
     @staticmethod
     def load(folder: Path) -> "Plan":

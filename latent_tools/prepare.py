@@ -14,9 +14,10 @@ from torch import nn
 from tqdm import tqdm
 
 from first_stage.data import BrokenImage, Source
+from first_stage.files import TEMPORARY
 from latent_tools.decode import content_hash, file_of, picture_size
 from latent_tools.encoder import Encoder
-from latent_tools.files import TEMPORARY, CacheError, LaunchLock
+from latent_tools.files import CacheError, LaunchLock
 from latent_tools.manifest import (
     FILE,
     Manifest,

@@ -24,7 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from latent_tools.files import CacheError, read_json, write_atomic, write_json
+from latent_tools.files import CacheError, read_json, write_bytes, write_json
 from latent_tools.plan import Shape
 from latent_tools.stats import ChannelSums
 
@@ -173,7 +173,7 @@ def write_unit(folder: Path, unit: EncodedUnit, dtype: str, channels: int) -> di
         about = json.dumps({"unit": unit.unit, "ids": commit["ids"]}, ensure_ascii=False)
         content = safetensors.torch.save(tensors, {"latent_cache": about})
         name = shard_name(unit.unit, unit.shape)
-        write_atomic(folder / SHARDS / name, content)
+        write_bytes(folder / SHARDS / name, content)
         commit |= {
             "shard": name,
             "sha256": hashlib.sha256(content).hexdigest(),

@@ -48,12 +48,12 @@ class LatentStream(IterableDataset[dict[str, Any]]):
         units = dataset.units[rows]
         # The index is sorted by unit: a unit's samples lie side by side.
         self._units = np.split(rows, np.flatnonzero(np.diff(units)) + 1)
-        self._taken = 0
+        self._taken, self._is_over = 0, False
 
     def set_epoch(self, epoch: int) -> None:
         """Start an epoch from its beginning."""
         self.dataset.set_epoch(epoch)
-        self._taken = 0
+        self._taken, self._is_over = 0, False
 
     def state_dict(self) -> dict[str, int]:
         """The epoch, and how many samples this copy of the stream has given in it."""
@@ -62,7 +62,7 @@ class LatentStream(IterableDataset[dict[str, Any]]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where `state_dict` was taken, with the same number of processes and workers."""
         self.dataset.set_epoch(state["epoch"])
-        self._taken = state["taken"]
+        self._taken, self._is_over = state["taken"], False
 
     def _order(self) -> Iterator[np.ndarray]:
         epoch = self.dataset.epoch
@@ -76,6 +76,8 @@ class LatentStream(IterableDataset[dict[str, Any]]):
             yield rows
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self._is_over:  # the same epoch once more
+            self._taken, self._is_over = 0, False
         worker = get_worker_info()
         workers = worker.num_workers if worker is not None else 1
         readers = self.world * workers
@@ -88,4 +90,5 @@ class LatentStream(IterableDataset[dict[str, Any]]):
             for row in rows[(here >= first) & (here % readers == reader)]:
                 self._taken += 1
                 yield self.dataset[int(row)]
-        self._taken = 0
+        # `taken` stays: a state saved here goes on with the next epoch, not with this one again.
+        self._is_over = True

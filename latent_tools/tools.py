@@ -21,9 +21,10 @@ from first_stage.data import (
     pixels_from_images,
 )
 from first_stage.errors import UserError
+from first_stage.files import TEMPORARY, sha256
 from latent_tools.dataset import LatentDataset
 from latent_tools.decode import PortionReader, Preprocessing, content_hash, file_of
-from latent_tools.files import TEMPORARY, CacheError, LaunchLock, sha256_file
+from latent_tools.files import CacheError, LaunchLock
 from latent_tools.finalize import INDEX
 from latent_tools.manifest import Manifest
 from latent_tools.plan import Plan, committed_units
@@ -125,7 +126,7 @@ def _damage(folder: Path, plan: Plan, number: int, planned: list[str]) -> Damage
     size = path.stat().st_size
     if size != commit["bytes"]:
         return Damage(number, file, f"has {size} bytes instead of {commit['bytes']}")
-    if (digest := sha256_file(path)) != commit["sha256"]:
+    if (digest := sha256(path)) != commit["sha256"]:
         return Damage(number, file, f"has sha256 {digest[:16]} instead of {commit['sha256'][:16]}")
     if ShardReader(folder).ids(path.name) != commit["ids"]:
         return Damage(number, file, "names other samples than its commit")

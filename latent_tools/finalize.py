@@ -19,9 +19,6 @@ from latent_tools.stats import ChannelSums, merge_all, summary
 
 INDEX, FAILURES = "index.parquet", "failures.parquet"
 
-# A carried column of one of these names would hide what the index itself has to say.
-_OWN = ("id", "unit", "row", "shard", "height", "width", "content")
-
 
 def finalize(folder: Path) -> Manifest:
     """Write `index.parquet`, `failures.parquet`, and counts and statistics into the manifest.
@@ -95,6 +92,7 @@ def _index_table(commit: dict[str, Any]) -> pa.Table:
         "content": pa.array(commit["content"], pa.string()),
     }
     for name, values in commit["columns"].items():
+        # A column named like one of the index's own must not hide it.
         columns[name if name not in columns else f"data_{name}"] = _column(values)
     return pa.table(columns)
 
@@ -109,7 +107,7 @@ def _column(values: list[Any]) -> pa.Array:
 
 def _concat(tables: list[pa.Table]) -> pa.Table:
     if not tables:
-        return pa.table({name: pa.array([], pa.string()) for name in _OWN})
+        return _index_table(_EMPTY)
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from first_stage.autoencoder import load_autoencoder
 from first_stage.seeding import Purpose, generator
 from latent_tools.files import CacheError
 from latent_tools.finalize import INDEX
@@ -75,9 +74,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.flip = self._flip_probability(flip)
         self._check_choices()
         if expect is not None:
-            autoencoder = expect
-            if not isinstance(autoencoder, nn.Module):
-                autoencoder = load_autoencoder(str(expect), self.manifest.first_stage["revision"])
+            autoencoder = self._first_stage(expect)
             check_weights(self.manifest, autoencoder, self.path)
         index = _read_index(self.path)
         self._places = {name: index[name].to_numpy() for name in ("unit", "row", "height", "width")}
@@ -104,6 +101,16 @@ class LatentDataset(Dataset[dict[str, Any]]):
                 "mirrored latent is not one): set flip=0, or make the cache with --flip"
             )
         return flip
+
+    def _first_stage(self, first_stage: nn.Module | str | Path) -> nn.Module:
+        if isinstance(first_stage, nn.Module):
+            return first_stage
+        # Reading latents needs no diffusers, whose import takes seconds in every worker.
+        from first_stage.autoencoder import load_autoencoder
+
+        name, revision = str(first_stage), self.manifest.first_stage["revision"]
+        is_the_same = name == self.manifest.first_stage["name"]
+        return load_autoencoder(name, revision if is_the_same else None)
 
     def _check_choices(self) -> None:
         for name, value, known in (
@@ -247,10 +254,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         Returns:
             For each an image `(C_in, H, W)` in [-1, 1], not clamped, on the CPU.
         """
-        autoencoder = first_stage
-        if not isinstance(autoencoder, nn.Module):
-            name = autoencoder or self.manifest.first_stage["name"]
-            autoencoder = load_autoencoder(name, self.manifest.first_stage["revision"])
+        autoencoder = self._first_stage(first_stage or self.manifest.first_stage["name"])
         check_weights(self.manifest, autoencoder, self.path)
         channels = self.manifest.first_stage["latent_channels"]
         device = next(autoencoder.parameters()).device

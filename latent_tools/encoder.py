@@ -4,7 +4,6 @@ import contextlib
 from typing import Any
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 
 from first_stage.data import CHANNELS
@@ -132,6 +131,8 @@ class BatchSplitter:
             try:
                 return torch.cat([self._padded(p) for p in images.split(self.batch_size)])
             except RuntimeError as error:
+                from accelerate.utils.memory import should_reduce_batch_size
+
                 if not should_reduce_batch_size(error):
                     raise
                 if self.batch_size == 1:

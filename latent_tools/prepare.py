@@ -3,9 +3,9 @@
 import platform
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import PIL
 import pyarrow as pa
@@ -92,7 +92,7 @@ def describe_launch(
         made_with={
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
+            "diffusers": version("diffusers"),
             "pillow": PIL.__version__,
         },
         command=options.command,

@@ -63,14 +63,12 @@ def number_of(latents: Tensor) -> tuple[int, bool]:
     return number, bool(pixels[2, 0, 0] > pixels[2, 0, -1])
 
 
-def write_photos(
-    folder: Path, count: int, first: int = 0, size: tuple[int, int] = (16, 16)
-) -> None:
+def write_photos(folder: Path, count: int, first: int = 0, side: int = 16) -> None:
     """Photos as PNG files in two class folders."""
     for number in range(first, first + count):
         path = folder / f"class{number % 2}" / f"{number:05d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        photo(number, size).save(path)
+        photo(number, (side, side)).save(path)
 
 
 def options(**changes) -> CacheOptions:

@@ -194,7 +194,7 @@ class TestOtherFirstStages:
 
     def test_resolution_must_fit_the_downsample_factor(self, tmp_path):
         write_photos(tmp_path / "data", 1)
-        with pytest.raises(UserError, match="resolution 17 is no multiple .* factor 2: use 16"):
+        with pytest.raises(UserError, match=r"resolution 17 is no multiple .* factor 2: use 16"):
             cache(tmp_path / "data", tmp_path / "c", resolution=17)
 
 
@@ -267,7 +267,7 @@ class TestPairing:
             assert item["caption"] == (f"number {number}" if number != 4 else None)
             assert item["tags"] == [str(number), "x"]
             assert item["other"] == number
-        with pytest.raises(UserError, match="columns has 'nope'.*caption, tags, other"):
+        with pytest.raises(UserError, match=r"columns has 'nope'.*caption, tags, other"):
             cache(tmp_path / "data", tmp_path / "d", NumberReader(), columns=("nope",), **common)
 
 
@@ -514,11 +514,11 @@ class TestContinuing:
             for number in range(4):
                 photo(first + number).save(tmp_path / folder / f"{number}.png")
         cache(tmp_path / "a", tmp_path / "c")
-        with pytest.raises(UserError, match="'0.png' .* is not the one that was encoded"):
+        with pytest.raises(UserError, match=r"'0\.png' .* is not the one that was encoded"):
             cache(tmp_path / "b", tmp_path / "c")
         (tmp_path / "e").mkdir()
         photo(0).save(tmp_path / "e" / "else.png")
-        with pytest.raises(UserError, match="none of the 4 samples planned .* another data set"):
+        with pytest.raises(UserError, match=r"none of the 4 samples planned .* another data set"):
             cache(tmp_path / "e", tmp_path / "c")
 
     def test_a_mismatch_changes_nothing(self, tmp_path):
@@ -527,7 +527,7 @@ class TestContinuing:
         before = {p: p.read_bytes() for p in _files(tmp_path / "c")}
         with pytest.raises(UserError, match=r"encoder weights: cache \w+, now \w+.*Nothing was ch"):
             cache(tmp_path / "data", tmp_path / "c", make_vae(seed=1))
-        with pytest.raises(UserError, match="store.flip: cache False, now True"):
+        with pytest.raises(UserError, match=r"store\.flip: cache False, now True"):
             cache(tmp_path / "data", tmp_path / "c", flip=True)
         assert {p: p.read_bytes() for p in _files(tmp_path / "c")} == before
 

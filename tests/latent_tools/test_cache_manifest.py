@@ -85,7 +85,7 @@ def test_manifest_reads_back_and_names_what_is_wrong(tmp_path):
     made.save(tmp_path)
     assert Manifest.load(tmp_path) == made
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(CacheError, match="manifest.json"):
+    with pytest.raises(CacheError, match=r"manifest\.json"):
         Manifest.load(tmp_path)
     (tmp_path / "manifest.json").write_text('{"format": "first-stage latent cache", "version": 9}')
     with pytest.raises(CacheError, match="version 9"):

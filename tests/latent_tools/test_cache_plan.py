@@ -86,5 +86,5 @@ def test_malformed_buckets_are_refused(text):
 
 def test_buckets_must_fit_the_downsample_factor():
     assert parse_buckets("16x32, 32x16", 64, 8) == [(16, 32), (32, 16)]
-    with pytest.raises(CacheError, match="12x16, but both sides must be multiples .* 8"):
+    with pytest.raises(CacheError, match=r"12x16, but both sides must be multiples .* 8"):
         parse_buckets("12x16", 64, 8)

@@ -119,3 +119,20 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
+
+
+def encode_logged(data: Path, output: Path, log: Path) -> None:
+    """Precompute, writing down each unit whose pixels go into the encoder."""
+    from latent_tools.passes import UnitEncoder
+
+    original = UnitEncoder.start
+
+    def start(self, portion):
+        handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(handle, f"{portion.unit}\n".encode())
+        os.close(handle)
+        return original(self, portion)
+
+    UnitEncoder.start = start
+    torch.set_num_threads(1)
+    cache(data, output, unit_size=8, batch_size=2, flip=True, workers=1)

@@ -1,0 +1,186 @@
+"""What a kill, or another number of processes, does to a cache: nothing."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import time
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+from cache_helpers import (
+    ROOT,
+    NumberReader,
+    cache,
+    encode_logged,
+    launch,
+    launch_command,
+    make_vae,
+    shard_hashes,
+    write_photos,
+)
+
+from first_stage.data import open_source
+from latent_tools import LatentDataset, Manifest, writer
+from latent_tools.plan import committed_units
+
+pytestmark = pytest.mark.slow
+
+KILLS = 20
+
+
+def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypatch):
+    # The server that forks the runs imports everything once; it looks for modules there.
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'latent_tools'}")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cache_helpers"])
+    data, output, log = tmp_path / "data", tmp_path / "c", tmp_path / "log"
+    write_photos(data, 1200)
+
+    def start(*arguments):
+        process = context.Process(target=encode_logged, args=arguments)
+        process.start()
+        return process
+
+    undisturbed = start(data, tmp_path / "reference", tmp_path / "reference.log")
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+
+    moments, again = random.Random(7), []
+    done: set[int] = set()
+    progress = []
+    log.touch()
+    for kill in range(KILLS):
+        lines = len(log.read_text().split())
+        process = start(data, output, log)
+        if kill % 4:
+            # Anywhere in the encoding of a few units; the others fall into the start, too.
+            _wait(lambda lines=lines: len(log.read_text().split()) > lines)
+        time.sleep(moments.uniform(0, 0.4))
+        assert process.is_alive(), "the run ended before it could be killed often enough"
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        again += [unit for unit in map(int, log.read_text().split()[lines:]) if unit in done]
+        done = set(committed_units(output)) if output.exists() else set()
+        progress.append(len(done))
+    assert len(set(progress)) > 5, progress  # the kills fell into the encoding
+    assert progress[-1] < 150
+    lines = len(log.read_text().split())
+    last = start(data, output, log)
+    last.join()
+    assert last.exitcode == 0
+    again += [unit for unit in map(int, log.read_text().split()[lines:]) if unit in done]
+    assert again == []
+    assert {n: h for n, h in shard_hashes(output).items() if not n.startswith(".")} == shard_hashes(
+        tmp_path / "reference"
+    )
+    index = (output / "index.parquet").read_bytes()
+    assert index == (tmp_path / "reference" / "index.parquet").read_bytes()
+    assert Manifest.load(output).statistics == Manifest.load(tmp_path / "reference").statistics
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """1,009 samples, their first stage, and the cache that one process makes of them."""
+    root = tmp_path_factory.mktemp("many")
+    write_photos(root / "data", 1009)
+    make_vae().save_pretrained(root / "vae")
+    result = launch(1, *arguments(root, "one"))
+    assert result.returncode == 0, result.stderr
+    return root
+
+
+def arguments(root, output):
+    return [
+        "--first_stage", str(root / "vae"), "--data.path", str(root / "data"),
+        "--output", str(root / output), "--unit_size", "16", "--batch_size", "2",
+        "--data.workers", "0",
+    ]  # fmt: skip
+
+
+def assert_same(root, output):
+    assert shard_hashes(root / output) == shard_hashes(root / "one")
+    source = open_source(str(root / "data"))
+    there = pq.read_table(root / output / "index.parquet")["id"].to_pylist()
+    assert sorted(there) == sorted(source.id(n) for n in range(1009))
+    assert there == LatentDataset(root / "one").ids
+    statistics = [Manifest.load(root / name).statistics for name in (output, "one")]
+    assert statistics[0] == statistics[1]
+
+
+@pytest.mark.parametrize("processes", [2, 3, 8])
+def test_any_number_of_processes_gives_the_same_bytes(many, processes):
+    result = launch(processes, *arguments(many, f"by{processes}"))
+    assert result.returncode == 0, result.stderr
+    assert f"{processes} processes on cpu" in result.stdout
+    assert result.stdout.count("samples in") == processes + 1
+    assert_same(many, f"by{processes}")
+
+
+def test_the_number_of_processes_may_change_after_a_kill(many):
+    """A launch of three is killed whole; one of two finishes."""
+    command, environment = launch_command(3, *arguments(many, "changed"))
+    killed = subprocess.Popen(
+        command, env=environment, start_new_session=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    _wait(lambda: len(set(committed_units(many / "changed"))) >= 5)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    _kill_orphans(many / "changed")
+    done = len(set(committed_units(many / "changed")))
+    assert 5 <= done < 64
+    assert not (many / "changed" / "index.parquet").exists()
+    result = launch(2, *arguments(many, "changed"))
+    assert result.returncode == 0, result.stderr
+    assert f"in {64 - done} of 64 units to encode" in result.stdout
+    for path in (many / "changed" / "shards").glob(".tmp-*"):
+        path.unlink()  # of the kill; `gc` lists them
+    assert_same(many, "changed")
+
+
+def _wait(condition):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _kill_orphans(output):
+    """Processes of the killed launch that run in sessions of their own."""
+    for process in psutil.process_iter(["cmdline"]):
+        if str(output) in (process.info["cmdline"] or []):
+            process.kill()
+            process.wait(10)
+
+
+def test_more_processes_than_samples(many, tmp_path):
+    write_photos(tmp_path / "data", 2)
+    few = arguments(many, "x")
+    few[few.index("--data.path") + 1] = str(tmp_path / "data")
+    few[few.index("--output") + 1] = str(tmp_path / "c")
+    result = launch(3, *few)
+    assert result.returncode == 0, result.stderr
+    assert len(LatentDataset(tmp_path / "c")) == 2
+
+
+def test_memory_stays_flat_over_ten_thousand_samples(tmp_path, monkeypatch):
+    write_photos(tmp_path / "data", 10_000, side=32)
+    used: list[int] = []
+    original = writer.write_unit
+
+    def write(*arguments):
+        used.append(psutil.Process().memory_info().rss)
+        return original(*arguments)
+
+    monkeypatch.setattr(writer, "write_unit", write)
+    cache(
+        tmp_path / "data", tmp_path / "c", NumberReader(), resolution=32, resize=32, flip=True,
+        dtype="float32", unit_size=100, batch_size=50,
+    )  # fmt: skip
+    assert len(used) == 100
+    # Kept latents alone would be 120 MB from the first unit to the last, pixels another 30 MB.
+    assert max(used[-10:]) - min(used[10:20]) < 20e6, [n // 1_000_000 for n in used]
+    assert len(list((tmp_path / "c").rglob("*"))) < 100 * 2 + 10

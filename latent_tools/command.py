@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from first_stage.autoencoder import load_autoencoder
-from first_stage.data import open_source
+from first_stage.data import Source, open_source
 from first_stage.errors import ConfigError
 from latent_tools.encode import Outcome, Process, precompute
 from latent_tools.manifest import Manifest
 from latent_tools.options import CacheOptions, Dtype, Precision, Representation
+from latent_tools.streaming import ParquetStream
 
 # A launch waits at its start until the first process has read the sizes of all images.
 _PLANNING_TIME = timedelta(days=2)
@@ -38,6 +39,9 @@ class DataOptions:
     """Column with the images, for data sets that have columns; null: found by its type."""
     split: str = "train"
     """Which split of a hub or saved data set."""
+    streaming: bool = False
+    """Read parquet files where they are, a row group at a time, instead of copying them: for data
+    larger than the disk. path may then be any address that fsspec knows (hf://, s3://)."""
     workers: int | None = None
     """Decoding processes per encoding process; null: one per core left over, at most 8; 0: none."""
     max_broken: float = 0.05
@@ -123,7 +127,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
 
 def _with_values(arguments: list[str]) -> list[str]:
     """A switch named without a value is switched on."""
-    meant = {"--flip": "true", "--compile": "true", "--buckets": "auto"}
+    meant = {"--flip": "true", "--compile": "true", "--data.streaming": "true", "--buckets": "auto"}
     result: list[str] = []
     for place, argument in enumerate(arguments):
         result.append(argument)
@@ -149,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = process.world
     say(f"{count} process{'es' if count > 1 else ''} on {process.device.type}")
     autoencoder = load_autoencoder(options.first_stage, options.revision)
-    source = open_source(options.data.path, options.data.image_column, "all", options.data.split)
+    source = _open(options.data)
     cache_options = _cache_options(options, autoencoder, process)
     try:
         outcome = precompute(
@@ -159,6 +163,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         say("stopped; the units that are complete are kept: start the same command to go on")
         sys.exit(130)
     _report(options, outcome, process)
+
+
+def _open(data: DataOptions) -> Source:
+    if data.streaming:
+        return ParquetStream(data.path, data.image_column, data.split)
+    return open_source(data.path, data.image_column, "all", data.split)
 
 
 def _this_process() -> Process:
@@ -213,7 +223,11 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
         compile=options.compile,
         seed=options.seed,
         revision=options.revision,
-        opened_with={"image_column": options.data.image_column, "split": options.data.split},
+        opened_with={
+            "image_column": options.data.image_column,
+            "split": options.data.split,
+            "streaming": options.data.streaming,
+        },
         command=shlex.join(["accelerate", "launch", *sys.argv]),
     )
 

@@ -223,16 +223,31 @@ def plain_value(value: Any, column: str) -> Any:
 
 
 def portions(
-    plan: Plan, units: Sequence[Unit], places: np.ndarray, batch_size: int
+    plan: Plan, units: Sequence[Unit], places: np.ndarray, batch_size: int, lanes: int = 1
 ) -> Iterator[Portion]:
-    """The units cut into portions, in order.
+    """The units cut into portions, each unit's in order.
 
     Args:
         plan: The plan.
         units: The units to do.
         places: Where each planned sample stands in the source, -1 where it does not.
         batch_size: Samples per portion.
+        lanes: How many units are open at a time, taking turns. A `DataLoader` deals its workers
+            portions in turn, so with as many lanes as workers each worker reads whole units.
     """
+    each = [_lane(plan, units[lane::lanes], places, batch_size) for lane in range(lanes)]
+    while each:
+        for lane in list(each):
+            portion = next(lane, None)
+            if portion is None:
+                each.remove(lane)
+            else:
+                yield portion
+
+
+def _lane(
+    plan: Plan, units: Sequence[Unit], places: np.ndarray, batch_size: int
+) -> Iterator[Portion]:
     for unit in units:
         ids = plan.ids(unit)
         where = places[unit.start : unit.stop].tolist()
@@ -245,14 +260,16 @@ def portions(
 class _Portions:
     """The sampler: makes each portion when it is asked for."""
 
-    def __init__(self, plan: Plan, units: Sequence[Unit], places: np.ndarray, batch_size: int):
-        self.arguments = (plan, units, places, batch_size)
+    def __init__(
+        self, plan: Plan, units: Sequence[Unit], places: np.ndarray, batch_size: int, lanes: int
+    ):
+        self.arguments = (plan, units, places, batch_size, lanes)
 
     def __iter__(self) -> Iterator[Portion]:
         return portions(*self.arguments)
 
     def __len__(self) -> int:
-        _, units, _, batch_size = self.arguments
+        _, units, _, batch_size, _ = self.arguments
         return sum(-(-len(unit) // batch_size) for unit in units)
 
 
@@ -279,9 +296,11 @@ def portion_loader(
     Returns:
         A loader of `DecodedPortion`.
     """
+    in_order = getattr(reader.source, "reads_in_order", False)
+    lanes = max(1, workers) if in_order else 1
     return DataLoader(
         reader,
-        sampler=_Portions(plan, units, places, batch_size),  # type: ignore[arg-type]
+        sampler=_Portions(plan, units, places, batch_size, lanes),  # type: ignore[arg-type]
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,

@@ -1,7 +1,7 @@
 """How a data set is encoded."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Representation = Literal["moments", "mean", "sample"]
 Dtype = Literal["float16", "bfloat16", "float32", "uint8"]
@@ -28,7 +28,8 @@ class CacheOptions:
         compile: Use `torch.compile`.
         seed: Of the draws that `sample` stores.
         revision: The first stage's hub revision.
-        opened_with: Path, image column and split that the source was opened with, for the manifest.
+        opened_with: Image column, split and streaming that the source was opened with, for the
+            manifest.
         command: The command line, for the manifest.
     """
 
@@ -47,5 +48,5 @@ class CacheOptions:
     compile: bool = False
     seed: int = 0
     revision: str | None = None
-    opened_with: dict[str, str | None] = field(default_factory=dict)
+    opened_with: dict[str, Any] = field(default_factory=dict)
     command: str = ""

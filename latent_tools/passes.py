@@ -57,8 +57,7 @@ class UnitEncoder:
     ):
         self.splitter, self.encoder = splitter, splitter.encoder
         self.representation, self.dtype, self.flip, self.seed = representation, dtype, flip, seed
-        self._parts: list[list[Tensor]] = []
-        self._unit: EncodedUnit | None = None
+        self._open: dict[int, tuple[EncodedUnit, list[list[Tensor]]]] = {}
 
     def start(self, portion: DecodedPortion) -> Pass:
         """Send a portion through the encoder, without waiting for the device."""
@@ -78,36 +77,36 @@ class UnitEncoder:
             How many of the portion's samples failed, and the unit when this was its last portion.
         """
         portion = started.portion
-        unit = self._current(portion)
+        unit, parts = self._current(portion)
         failures = list(portion.failures)
         if started.images is not None:
             latents = [self._stored(output, portion, n) for n, output in enumerate(started.outputs)]
             keep: list[int] = []
             for row, record in enumerate(portion.records):
-                reason = self._mend(started.images, latents, row, record.id)
+                reason = self._mend(unit, started.images, latents, row, record.id)
                 if reason is None:
                     keep.append(row)
                     unit.records.append(record)
                 else:
                     failures.append((record.id, reason))
-            self._parts.append([part[keep] for part in latents])
+            parts.append([part[keep] for part in latents])
         unit.failures += failures
-        return len(failures), self._complete(unit) if portion.is_last else None
+        return len(failures), self._complete(unit, parts) if portion.is_last else None
 
-    def _current(self, portion: DecodedPortion) -> EncodedUnit:
-        if self._unit is None:
+    def _current(self, portion: DecodedPortion) -> tuple[EncodedUnit, list[list[Tensor]]]:
+        if portion.unit not in self._open:
             name = "moments" if self.representation == "moments" else "latents"
-            self._parts = []
-            self._unit = EncodedUnit(portion.unit, portion.shape, name, None, None, [], [])
-        return self._unit
+            unit = EncodedUnit(portion.unit, portion.shape, name, None, None, [], [])
+            self._open[portion.unit] = (unit, [])
+        return self._open[portion.unit]
 
-    def _complete(self, unit: EncodedUnit) -> EncodedUnit:
+    def _complete(self, unit: EncodedUnit, parts: list[list[Tensor]]) -> EncodedUnit:
         if unit.records:
-            unit.latents = torch.cat([part[0] for part in self._parts])
+            unit.latents = torch.cat([part[0] for part in parts])
             if self.flip:
-                unit.flipped = torch.cat([part[1] for part in self._parts])
+                unit.flipped = torch.cat([part[1] for part in parts])
         unit.batch_size = self.splitter.batch_size
-        self._unit, self._parts = None, []
+        del self._open[unit.unit]
         return unit
 
     def _stored(self, output: Tensor, portion: DecodedPortion, flipped: int) -> Tensor:
@@ -126,13 +125,14 @@ class UnitEncoder:
             noise[row] = torch.from_numpy(draw.standard_normal(mean.shape[1:], dtype="float32"))
         return mean + torch.exp(0.5 * logvar) * noise
 
-    def _mend(self, images: Tensor, latents: list[Tensor], row: int, name: str) -> str | None:
+    def _mend(
+        self, unit: EncodedUnit, images: Tensor, latents: list[Tensor], row: int, name: str
+    ) -> str | None:
         """Encode a sample that is not finite again in float32; the reason if that fails too."""
         if all(part[row].isfinite().all() for part in latents):
             return self._out_of_range(latents, row)
-        assert self._unit is not None
         if self.encoder.precision != "no":
-            self._unit.retried.append(name)
+            unit.retried.append(name)
             for flipped, part in enumerate(latents):
                 image = images[row : row + 1]
                 output = self.encoder.in_float32(image.flip(3) if flipped else image).cpu()

@@ -29,6 +29,7 @@ from latent_tools.finalize import INDEX
 from latent_tools.manifest import Manifest
 from latent_tools.plan import Plan, committed_units
 from latent_tools.shards import COMMITS, SHARDS, ShardReader, commit_path, read_commit
+from latent_tools.streaming import ParquetStream
 
 _RELEASED = ".released"
 
@@ -269,6 +270,10 @@ def _originals(
 
 def _open(manifest: Manifest, data: str | None) -> Source:
     about = manifest.source
+    if about.get("streaming"):
+        return ParquetStream(
+            data or about["path"], about.get("image_column"), about.get("split") or "train"
+        )
     return open_source(
         data or about["path"], about.get("image_column"), "all", about.get("split") or "train"
     )

@@ -30,7 +30,7 @@ Part = Literal["train", "validation"]
 
 @dataclass(frozen=True)
 class Options:
-    """Sample digits from a DiTPipeline and count those that a judge reads as the class asked for."""
+    """Sample digits and count those that a judge reads as the class asked for."""
 
     pipeline: str = ""
     """The pipeline's folder, trained on the built-in digits."""

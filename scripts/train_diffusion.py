@@ -2,8 +2,9 @@
 
 accelerate launch scripts/train_diffusion.py --latents CACHE --output_dir runs/diffusion
 
-An example to read and to copy. It learns the velocity of a DDPM (Salimans & Ho 2022, section 4) with
-classifier-free guidance (Ho & Salimans 2022), and saves a `DiTPipeline` that diffusers loads alone.
+An example to read and to copy. It learns the velocity of a DDPM (Salimans & Ho 2022, section 4)
+with classifier-free guidance (Ho & Salimans 2022), and saves a `DiTPipeline` that diffusers loads
+alone.
 """
 
 import itertools

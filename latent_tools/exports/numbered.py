@@ -10,7 +10,7 @@ from latent_tools.exports.writing import SmallFiles, npy
 
 
 class FastDitWriter:
-    """`imagenet256_features/{i}.npy` [1, C, h, w] float32, scaled, and `imagenet256_labels/{i}.npy`.
+    """`imagenet256_features/{i}.npy` [1, C, h, w] float32, scaled; `imagenet256_labels/{i}.npy`.
 
     The reader lists both folders, sorts each as text and pairs them by place, so the numbers are
     padded to one width. It looks for these folder names whatever the data set is.

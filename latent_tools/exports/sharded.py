@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 
@@ -161,7 +162,9 @@ class DatasetsWriter:
         shape = self.cache.dataset.shapes[places[0]].tolist()
         data = datasets.Dataset.from_dict(table, features=self._features(stored))
         path = self.output / _bucket(shape) / f"unit-{unit:06d}.parquet"
-        write_atomic(path, lambda temporary: _to_parquet(data, temporary))
+        # Its own `to_parquet` would draw a progress bar a unit; the schema carries the features.
+        table_of_unit = data.data.table.replace_schema_metadata(data.features.arrow_schema.metadata)
+        write_atomic(path, lambda temporary: pq.write_table(table_of_unit, temporary))
 
     def _features(self, stored: dict[str, np.ndarray]) -> Any:
         import datasets
@@ -200,8 +203,3 @@ class DatasetsWriter:
 
 def _bucket(shape: Any) -> str:
     return f"{shape[0]}x{shape[1]}"
-
-
-def _to_parquet(data: Any, path: Path) -> None:
-    with path.open("wb") as stream:
-        data.to_parquet(stream)

@@ -1,9 +1,9 @@
-"""`python -m latent_tools info|verify|stats|preview|gc DIR`."""
+"""`python -m latent_tools info|verify|stats|preview|gc|export DIR`."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from tqdm import tqdm
 
@@ -114,6 +114,41 @@ def gc(cache: str, delete: bool = False) -> None:
         print(f"{len(found)} files, {size / 2**20:.1f} MiB; to delete them: {again}")
 
 
+Name = Literal[
+    "lightningdit", "mar", "fast-dit", "edm2", "repa", "dc-ae", "kohya-sd", "kohya-sdxl",
+    "webdataset", "datasets",
+]  # fmt: skip
+
+
+def export(
+    cache: str,
+    format: Name | None = None,
+    output: str | None = None,
+    draw: Literal["posterior", "mean"] | None = None,
+    seed: int = 0,
+    any_pixel_range: bool = False,
+) -> None:
+    """Write a cache in the layout that another project's trainer reads; resumes where it stopped.
+
+    Args:
+        cache: The cache's folder.
+        format: The layout.
+        output: The folder to write into; for kohya that of the images.
+        draw: For layouts without moments: one draw from each posterior (the default where there
+            is one), or its mean.
+        seed: Seed of the draws.
+        any_pixel_range: Export although the trainers decode to another pixel range.
+    """
+    from latent_tools.exports import export_cache
+    from latent_tools.exports.formats import FORMATS
+
+    if format is None or output is None:
+        raise ConfigError(
+            f"export needs --format ({', '.join(FORMATS)}) and --output, the folder to write into"
+        )
+    print("\n".join(export_cache(cache, format, output, draw, seed, any_pixel_range)))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
@@ -127,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise ConfigError(" ".join(str(message).split())) from ex
 
     given = list(sys.argv[1:] if arguments is None else arguments)
-    switches = {"--release", "--data", "--delete"}
+    switches = {"--release", "--data", "--delete", "--any_pixel_range"}
     with_values: list[str] = []
     for place, argument in enumerate(given):
         with_values.append(argument)
@@ -135,7 +170,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if argument in switches and (not following or following[0] not in ("true", "false")):
             with_values.append("true")
     jsonargparse.auto_cli(
-        [info, verify, stats, preview, gc],
+        [info, verify, stats, preview, gc, export],
         args=with_values,
         parser_class=Parser,
         prog="python -m latent_tools",

@@ -1,0 +1,123 @@
+"""Folding the latents' statistics into the 1x1 convolutions around them.
+
+With per-channel mean m and standard deviation s of the latents, z' = (z - m) / s is an affine map
+per channel, and so are the two 1x1 convolutions between which z lies: `quant_conv` puts out the
+posterior's mean and log-variance, `post_quant_conv` takes z. Folding the map into the one and its
+inverse into the other gives an autoencoder with the same reconstructions whose raw latents are
+centred with unit variance per channel. `scaling_factor` is then 1 and there is no shift, so that no
+pipeline can forget one.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from first_stage.errors import UserError
+
+# What the posterior clamps its log-variance to (diffusers' DiagonalGaussianDistribution).
+_LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
+
+
+@torch.no_grad()
+def fold_statistics(
+    autoencoder: AutoencoderKL, mean: Sequence[float], std: Sequence[float]
+) -> AutoencoderKL:
+    """An autoencoder whose raw latents are (z - mean) / std.
+
+    A posterior N(mu, sigma^2) becomes N((mu - mean) / std, sigma^2 / std^2): the rows of the means
+    are shifted and divided, the rows of the log-variances get -2 log(std) added to their bias.
+    An autoencoder without the 1x1 convolutions gets identity ones first. Where a log-variance is
+    clamped (below -30 or above 20) it stays at the clamp, which no real posterior meets.
+
+    Args:
+        autoencoder: The autoencoder; it is not changed.
+        mean: Mean of the latents, per channel.
+        std: Standard deviation of the latents, per channel; above 0.
+
+    Returns:
+        A copy with the statistics folded in; its config says scaling 1 and shift 0.
+
+    Raises:
+        UserError: When the statistics do not fit the latents, or the autoencoder's posterior does
+            not come out of a 1x1 convolution.
+    """
+    if not isinstance(autoencoder, AutoencoderKL):
+        raise UserError(
+            f"statistics fold into an AutoencoderKL; this is a {type(autoencoder).__name__}"
+        )
+    channels = autoencoder.config.latent_channels
+    _check(mean, std, channels)
+    folded = _with_convolutions(autoencoder)
+    shift = torch.tensor(mean, dtype=torch.float64)
+    scale = torch.tensor(std, dtype=torch.float64)
+
+    to_moments = folded.quant_conv
+    rows = torch.cat([1.0 / scale, torch.ones_like(scale)])
+    offset = torch.cat([-shift / scale, -2.0 * scale.log()])
+    _store(to_moments.weight, to_moments.weight.double().cpu() * rows[:, None, None, None])
+    _store(to_moments.bias, to_moments.bias.double().cpu() * rows + offset)
+
+    from_latents = folded.post_quant_conv
+    weight = from_latents.weight.double().cpu()
+    _store(from_latents.bias, from_latents.bias.double().cpu() + weight[:, :, 0, 0] @ shift)
+    _store(from_latents.weight, weight * scale[None, :, None, None])
+
+    folded.register_to_config(
+        scaling_factor=1.0,
+        shift_factor=0.0,
+        latents_mean=[0.0] * channels,
+        latents_std=[1.0] * channels,
+    )
+    return folded
+
+
+def folded_largest(mean: Sequence[float], std: Sequence[float]) -> float:
+    """Largest factor that folding multiplies a latent with: how much rounding can grow."""
+    return max(max(1.0 / s, abs(m) / s) for m, s in zip(mean, std, strict=True))
+
+
+def _check(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
+    if len(mean) != channels or len(std) != channels:
+        raise UserError(
+            f"the statistics have {len(mean)} means and {len(std)} standard deviations; the "
+            f"autoencoder has {channels} latent channels"
+        )
+    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
+        if not (math.isfinite(m) and math.isfinite(s) and s > 0):
+            raise UserError(
+                f"latent channel {channel} has mean {m} and standard deviation {s}: a channel that "
+                "never varies, or is not finite, cannot be given unit variance"
+            )
+        if not _LOGVAR_MIN < 2 * math.log(s) < _LOGVAR_MAX:
+            raise UserError(
+                f"latent channel {channel} has standard deviation {s}: folded log-variances would "
+                "be clamped"
+            )
+
+
+def _with_convolutions(autoencoder: AutoencoderKL) -> AutoencoderKL:
+    """A copy that has both 1x1 convolutions; the ones it lacked do nothing."""
+    if autoencoder.quant_conv is not None and autoencoder.post_quant_conv is not None:
+        return copy.deepcopy(autoencoder)
+    channels = autoencoder.config.latent_channels
+    reference = autoencoder.encoder.conv_out.weight
+    config = {**autoencoder.config, "use_quant_conv": True, "use_post_quant_conv": True}
+    result = AutoencoderKL.from_config(config)
+    result.load_state_dict(autoencoder.state_dict(), strict=False)
+    for present, name, width in (
+        (autoencoder.quant_conv, "quant_conv", 2 * channels),
+        (autoencoder.post_quant_conv, "post_quant_conv", channels),
+    ):
+        if present is None:
+            convolution: nn.Conv2d = getattr(result, name)
+            convolution.weight.copy_(torch.eye(width)[:, :, None, None])
+            convolution.bias.zero_()
+    return result.to(reference.device, reference.dtype).train(autoencoder.training)
+
+
+def _store(parameter: Tensor, value: Tensor) -> None:
+    parameter.copy_(value.to(parameter))

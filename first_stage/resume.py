@@ -1,10 +1,15 @@
-"""Which fields of a configuration may differ from those that a checkpoint was trained with."""
+"""Going on with a run: what its configuration and data may differ in from the checkpoint's."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from first_stage.errors import ConfigError
+import yaml
+
+from first_stage.checkpoint import Snapshot
+from first_stage.config import Config, to_dict
+from first_stage.errors import ConfigError, DataError
 
 MAY_CHANGE = (
     "output_dir",
@@ -62,7 +67,54 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     return changed
 
 
+def lasting(config: Config) -> Config:
+    """The configuration without what concerns only how one command began."""
+    return replace(config, resume=None, overwrite=False)
+
+
+def recipe(config: Config) -> str:
+    """The configuration as YAML that `--config` reads, ready to be resumed."""
+    return yaml.safe_dump(_lists(to_dict(lasting(config))), sort_keys=False)
+
+
 def check_resumable(
+    config: Config, fingerprint: str, samples: int, snapshot: Snapshot, checkpoint: str
+) -> str:
+    """Whether a run is the one that a checkpoint belongs to.
+
+    Args:
+        config: The run's configuration.
+        fingerprint: Of its data.
+        samples: How many there are to train on.
+        snapshot: The checkpoint's contents.
+        checkpoint: Where it lies, for messages.
+
+    Returns:
+        What has changed and may change, one line per field; empty when nothing has.
+
+    Raises:
+        ConfigError: Naming the fields that may not change.
+        DataError: When the data set is another one.
+    """
+    state = snapshot.state
+    changes = changed_fields(state["config"], to_dict(config), to_dict(Config()), checkpoint)
+    if state["data_fingerprint"] != fingerprint:
+        raise DataError(
+            f"the data set {config.data.path!r} has changed since the checkpoint {checkpoint}: "
+            f"{state['samples']:,} samples to train on then, {samples:,} now, fingerprint "
+            f"{state['data_fingerprint']} then, {fingerprint} now. Put it back as it was, or begin "
+            f"a new run in another output_dir (--model.pretrained {checkpoint}/ema starts it from "
+            "these weights)"
+        )
+    if snapshot.step > config.train.max_steps:
+        raise ConfigError(
+            f"train.max_steps ({config.train.max_steps}) is below the {snapshot.step} steps of the "
+            f"checkpoint {checkpoint}: raise it, or resume from an earlier checkpoint"
+        )
+    return changes
+
+
+def changed_fields(
     before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any], checkpoint: str
 ) -> str:
     """Compare the configuration of a checkpoint with that of the run that goes on.
@@ -130,3 +182,10 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as lists: YAML has no tuples."""
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return [_lists(v) for v in value] if isinstance(value, list | tuple) else value

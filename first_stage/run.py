@@ -3,18 +3,15 @@
 import contextlib
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import yaml
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from first_stage import folder as files
 from first_stage.checkpoint import (
-    Snapshot,
     find_checkpoint,
     load_checkpoint,
     save_checkpoint,
@@ -26,7 +23,6 @@ from first_stage.data import (
     BrokenFiles,
     StepSampler,
     View,
-    fingerprint,
     fixed_images,
     images_from_pixels,
     loader_fault,
@@ -34,15 +30,23 @@ from first_stage.data import (
 )
 from first_stage.diagnostics import Watch, derived
 from first_stage.errors import ConfigError, DataError, UserError
-from first_stage.evaluation import HeldImages, Options, evaluate, save
-from first_stage.export import measure_latents, model_card, write_export
+from first_stage.evaluation import HeldImages, Options, evaluate
+from first_stage.export import measure_latents
 from first_stage.files import write_text, writing
+from first_stage.handover import hand_over
 from first_stage.logbook import Logbook, Progress
 from first_stage.pictures import save_gif, save_png
 from first_stage.processes import Processes, StopRequest, end_with_launcher
-from first_stage.report import write_report
-from first_stage.resume import check_resumable
-from first_stage.setup import make_accelerator, on_main, open_data, open_loader, open_stream
+from first_stage.resume import check_resumable, lasting, recipe
+from first_stage.setup import (
+    agreed_fingerprint,
+    introduction,
+    make_accelerator,
+    on_main,
+    open_data,
+    open_loader,
+    open_stream,
+)
 from first_stage.trainer import Trainer
 from first_stage.validation import draw_grid, validate
 
@@ -107,16 +111,6 @@ def train(config: Config) -> Outcome:
     return outcome
 
 
-def recipe(config: Config) -> str:
-    """The configuration as YAML that `--config` reads, ready to be resumed."""
-    return yaml.safe_dump(_lists(to_dict(lasting(config))), sort_keys=False)
-
-
-def lasting(config: Config) -> Config:
-    """The configuration without what concerns only how this command began."""
-    return replace(config, resume=None, overwrite=False)
-
-
 class Run:
     """A run's data, trainer and files.
 
@@ -137,7 +131,7 @@ class Run:
         resume = config.resume is not None
         on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
         self.source, held_out = open_data(config, processes)
-        self.fingerprint = self._agreed_fingerprint()
+        self.fingerprint = agreed_fingerprint(config, self.source, processes)
         self.held_out = len(held_out) if held_out is not None else 0
         self.trainer = Trainer(config, accelerator, processes)
         stage = self.trainer.first_stage.network
@@ -156,7 +150,7 @@ class Run:
         self.resumed_at = self._resume()
         self.saved = self.resumed_at or 0
         self.logbook = self._open_logbook()
-        self._introduce()
+        self._say(introduction(self.trainer, self.micro, len(self.source), self.held_out))
 
     def fit(self) -> Outcome:
         """Train to the last step, or until a signal asks to stop; then export.
@@ -196,8 +190,7 @@ class Run:
         finished = done == train.max_steps
         if finished:
             metrics = metrics or self._measure()
-            self._export(metrics)
-            self._report()
+            self._hand_over(metrics)
         return Outcome(finished, done, metrics, self.held_out, self.processes.world)
 
     # -- parts of the loop -------------------------------------------------------------------
@@ -334,64 +327,29 @@ class Run:
         command = files.resume_command(self.folder, self.processes.world)
         return f"Everything up to step {self.saved} is saved; go on with: {command}"
 
-    def _export(self, metrics: dict[str, float]) -> None:
-        with self.trainer.ema_weights() as vae:
-            statistics = measure_latents(vae, self._measured_images(), self.processes)
-            if self.processes.is_main:
-                picture = files.list_frames(self.folder)[-1][1]
-                card = model_card(
-                    statistics,
-                    data=self.config.data.path,
-                    recipe=recipe(self.config),
-                    metrics=metrics,
-                    steps=self.config.train.max_steps,
-                    images_seen=self.config.train.max_steps * self.config.train.batch_size,
-                    downsample_factor=self.trainer.first_stage.network.downsample_factor,
-                    picture="reconstructions.png",
-                )
-                extras: dict[str, str | Path] = {"README.md": card, "reconstructions.png": picture}
-                with self._writing():
-                    write_export(vae, statistics, self.folder / files.EXPORT, extras)
-        self.processes.wait()
-
-    def _report(self) -> None:
-        """Look closely at the images of the pictures once more, and make the run's report."""
+    def _hand_over(self, metrics: dict[str, float]) -> None:
+        """Measure latents and reconstructions once more, and write the export and the report."""
         held = "held out" if self.held_out else "trained on"
         images = HeldImages(self.shown, f"{self.config.data.path}, {held}")
+        options = Options(batch_size=self.micro)
         with self.trainer.ema_weights() as vae:
-            found = evaluate(
-                [("this run", vae)],
-                images,
-                Options(batch_size=self.micro),
-                self.processes,
-                self.config.seed,
+            statistics = measure_latents(
+                vae, self._first_images(self.config.export.images), self.processes
             )
-        if self.processes.is_main:
-            with self._writing():
-                save(found, self.folder / files.EVALUATION)
-                write_report(self.folder)
+            found = evaluate([("this run", vae)], images, options, self.processes, self.config.seed)
+            if self.processes.is_main:
+                with self._writing():
+                    hand_over(self.config, vae, statistics, metrics, found)
         self.processes.wait()
 
-    def _measured_images(self) -> Iterator[Tensor]:
+    def _first_images(self, count: int) -> Iterator[Tensor]:
         """This process's share of the first views of the training stream."""
-        count = self.config.export.images
         mine = list(range(self.processes.rank, count, self.processes.world))
         chunks = [mine[i : i + self.micro] for i in range(0, len(mine), self.micro)]
         for batch in self._load(chunks):
             yield images_from_pixels(batch.pixels.to(self.accelerator.device))
 
     # -- before the loop ---------------------------------------------------------------------
-
-    def _agreed_fingerprint(self) -> str:
-        """The data's fingerprint; on several machines each may have its own copy."""
-        prints = self.processes.gather(fingerprint(self.source))
-        for rank, other in enumerate(prints):
-            if other != prints[0]:
-                raise DataError(
-                    f"data.path {self.config.data.path!r} is not the same everywhere: process "
-                    f"{rank} sees other samples than process 0. Give all machines the same files"
-                )
-        return str(prints[0])
 
     def _resume(self) -> int | None:
         """Restore the checkpoint that `resume` names; returns the steps done."""
@@ -412,7 +370,11 @@ class Run:
             self.broken.load_state_dict(self.broken.state_dict(), write=self.processes.is_main)
             return None
         snapshot = load_checkpoint(path)
-        self._check_resumable(snapshot, path)
+        changes = check_resumable(
+            self.config, self.fingerprint, len(self.source), snapshot, str(path)
+        )
+        if changes:
+            self._say(f"changed since the checkpoint was written:\n{changes}")
         self.trainer.restore(
             snapshot, AutoencoderKL.from_pretrained(path / "ema", use_safetensors=True)
         )
@@ -422,27 +384,6 @@ class Run:
             for place in set_aside(self.folder, snapshot.step):
                 self._say(f"a later checkpoint is set aside as {place}; delete it when you like")
         return snapshot.step
-
-    def _check_resumable(self, snapshot: Snapshot, path: Path) -> None:
-        """Whether this run is the one that the checkpoint belongs to."""
-        changes = check_resumable(
-            snapshot.state["config"], to_dict(self.config), to_dict(Config()), str(path)
-        )
-        if changes:
-            self._say(f"changed since the checkpoint was written:\n{changes}")
-        if snapshot.state["data_fingerprint"] != self.fingerprint:
-            raise DataError(
-                f"the data set {self.config.data.path!r} has changed since the checkpoint {path}: "
-                f"{snapshot.state['samples']:,} samples to train on then, {len(self.source):,} "
-                f"now, fingerprint {snapshot.state['data_fingerprint']} then, {self.fingerprint} "
-                "now. Put it back as it was, or begin a new run in another output_dir "
-                f"(--model.pretrained {path}/ema starts it from these weights)"
-            )
-        if snapshot.step > self.config.train.max_steps:
-            raise ConfigError(
-                f"train.max_steps ({self.config.train.max_steps}) is below the {snapshot.step} "
-                f"steps of the checkpoint {path}: raise it, or resume from an earlier checkpoint"
-            )
 
     def _open_logbook(self) -> Logbook | None:
         self.accelerator.init_trackers(files.TRACKER)
@@ -455,33 +396,6 @@ class Run:
             write_text(self.folder / files.CONFIG, recipe(self.config))
             return Logbook(self.folder / files.LOG, self.accelerator, self.resumed_at)
 
-    def _introduce(self) -> None:
-        config, stage = self.config, self.trainer.first_stage.network
-        sizes = f"first stage of {_millions(stage)} parameters"
-        if self.trainer.critic is not None:
-            sizes += f", critic of {_millions(self.trainer.critic.network)}"
-        processes = (
-            "1 process" if self.processes.world == 1 else f"{self.processes.world} processes"
-        )
-        self._say(
-            f"{processes} on {self.accelerator.device.type}, precision {config.train.precision}, "
-            f"batch of {config.train.batch_size} in micro-batches of {self.micro}\n"
-            f"{len(self.source):,} images to train on, {self.held_out:,} held out, from "
-            f"{config.data.path}\n"
-            f"{sizes}, f{stage.downsample_factor}, {stage.latent_channels} latent channels"
-        )
-
     def _say(self, text: str) -> None:
         if self.processes.is_main:
             print(text, flush=True)
-
-
-def _lists(value: Any) -> Any:
-    """Tuples as lists: YAML has no tuples."""
-    if isinstance(value, dict):
-        return {k: _lists(v) for k, v in value.items()}
-    return [_lists(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _millions(module: Any) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"

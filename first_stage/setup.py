@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
 
 from first_stage.autoencoder import FirstStage
 from first_stage.config import Config
@@ -16,6 +17,7 @@ from first_stage.data import (
     Source,
     TrainingStream,
     View,
+    fingerprint,
     is_builtin,
     open_source,
     split_source,
@@ -23,10 +25,11 @@ from first_stage.data import (
 )
 from first_stage.data.shards import Shard, ShardedRows, count_rows, find_shards
 from first_stage.data.streaming import ShardLoader, ShardStream, StreamSource, split_stream
-from first_stage.errors import ConfigError, UserError
+from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.folder import SHARDS
 from first_stage.logbook import tracker_of
 from first_stage.processes import Processes
+from first_stage.trainer import Trainer
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -102,6 +105,22 @@ def _open_shards(config: Config, processes: Processes) -> ShardedRows:
     return ShardedRows(data.path, counted, data.image_column, max(config.train.batch_size, 1))
 
 
+def agreed_fingerprint(config: Config, source: Source, processes: Processes) -> str:
+    """The data's fingerprint; on several machines each may have its own copy.
+
+    Raises:
+        DataError: When the processes do not see the same samples.
+    """
+    prints = processes.gather(fingerprint(source))
+    for rank, other in enumerate(prints):
+        if other != prints[0]:
+            raise DataError(
+                f"data.path {config.data.path!r} is not the same everywhere: process {rank} sees "
+                "other samples than process 0. Give all machines the same files"
+            )
+    return str(prints[0])
+
+
 def open_stream(config: Config, source: Source, stage: FirstStage) -> TrainingStream:
     """The stream of training samples, for a first stage.
 
@@ -142,6 +161,33 @@ def open_loader(
         per_step = getattr(positions, "micro_batches", 1)
         return ShardLoader(stream, positions, per_step, workers, pin_memory)
     return training_loader(stream, positions, workers, pin_memory)
+
+
+def introduction(trainer: Trainer, micro: int, samples: int, held_out: int) -> str:
+    """What a run says of itself before it begins.
+
+    Args:
+        trainer: Its trainer.
+        micro: Images per forward pass of a process.
+        samples: Images to train on.
+        held_out: Images held out.
+    """
+    config, stage = trainer.config, trainer.first_stage.network
+    world = trainer.processes.world
+    sizes = f"first stage of {_millions(stage)} parameters"
+    if trainer.critic is not None:
+        sizes += f", critic of {_millions(trainer.critic.network)}"
+    return (
+        f"{'1 process' if world == 1 else f'{world} processes'} on "
+        f"{trainer.accelerator.device.type}, precision {config.train.precision}, batch of "
+        f"{config.train.batch_size} in micro-batches of {micro}\n"
+        f"{samples:,} images to train on, {held_out:,} held out, from {config.data.path}\n"
+        f"{sizes}, f{stage.downsample_factor}, {stage.latent_channels} latent channels"
+    )
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
 
 
 def on_main(processes: Processes, work: Callable[[], None]) -> None:

@@ -4,7 +4,7 @@ When a process dies, its peers are left in a collective: with gloo they get an e
 socket, with NCCL they wait for ten minutes. So every process beats over the job's key-value store
 and looks after the others from a thread of its own. A peer on the same machine is missed when its
 process is gone, within seconds; one on another machine when its beat stopped for `patience`
-seconds.
+seconds. A second thread looks after the first, which can get stuck where the store is cut off.
 """
 
 import os
@@ -21,6 +21,10 @@ _LOOK_EVERY = 1.0
 ROLL_CALL = 10.0
 """Seconds that survivors wait for each other to report."""
 _EXIT_CODE = 2
+_CUT_OFF = (
+    "the job's first machine, which holds its key-value store, cannot be reached any more, so this "
+    "process ended too"
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class Peer:
         rank: Its number.
         pid: Its process id.
         host: Its machine's name.
-        place: Where its process id means something: a machine's boot and a namespace of ids.
+        place: Its machine: where its process id means something, and where no cable can break
+            between it and others.
     """
 
     rank: int
@@ -44,7 +49,8 @@ class Peer:
         """This process."""
         try:
             with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
-                place = stream.read().strip() + os.readlink("/proc/self/ns/pid")
+                place = stream.read().strip()
+            place += os.readlink("/proc/self/ns/pid") + os.readlink("/proc/self/ns/net")
         except OSError:  # no Linux: only its beat tells
             place = f"{socket.gethostname()}-{rank}"
         return cls(rank, os.getpid(), socket.gethostname(), place)
@@ -88,12 +94,18 @@ class Watch:
         self._lock = threading.Lock()
         self._closed, self._ending = threading.Event(), threading.Event()
         self._beat_every = min(max(patience / 10, _LOOK_EVERY), 10.0)
+        self._heard, self._lost = time.monotonic(), ""
         self._beat(0)
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._threads = [
+            threading.Thread(target=work, name=f"watch-{work.__name__}", daemon=True)
+            for work in (self._look, self._guard)
+        ]
 
     def start(self) -> None:
         """Begin to look; every process must have made its `Watch` before."""
-        self._thread.start()
+        self._heard = time.monotonic()
+        for thread in self._threads:
+            thread.start()
 
     def close(self) -> None:
         """Say goodbye: this process ends, and is not to be missed."""
@@ -132,14 +144,15 @@ class Watch:
             first = 0 if told[0].rank == 0 else first
             return f"{told[0]} ended: {faults[told[0].rank]}", first
         if not reachable:
-            return "the process that holds the job's store cannot be reached any more", self.rank
+            return _CUT_OFF, self.rank
         if silent:
             return _lost(silent), first
         return "the connection between the processes broke, but all of them are alive", first
 
-    # -- the thread --------------------------------------------------------------------------
+    # -- the threads -------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _look(self) -> None:
+        """Beat, and look for peers that are gone or silent, until some are found."""
         beats: dict[int, tuple[bytes, float]] = {}
         count, next_beat = 0, 0.0
         while not self._closed.wait(_LOOK_EVERY):
@@ -147,18 +160,28 @@ class Watch:
             lost = [p for p in self._nearby() if p.is_gone() and not self._excused(p)]
             if now >= next_beat:
                 count, next_beat = count + 1, now + self._beat_every
-                self._beat(count)
+                if self._beat(count):
+                    self._heard = now
                 lost += [p for p in self._silent(beats, now) if not self._excused(p)]
             if lost and not self._closed.is_set():
-                self._end(lost)
+                survivors = [p.rank for p in self.peers if p not in lost]
+                self._lost = _lost(lost) if self.rank == min(survivors) else " "
                 return
 
-    def _end(self, lost: list[Peer]) -> None:
+    def _guard(self) -> None:
         """Give the main thread time to end by itself; then end it, wherever it waits."""
+        while not self._closed.wait(_LOOK_EVERY):
+            silence = time.monotonic() - self._heard
+            if self._ending.is_set():
+                break
+            if self._lost or silence > self.patience + self._beat_every:
+                break
+        else:
+            return
         if not self._ending.wait(ROLL_CALL) and not self._closed.is_set():
-            survivors = [p.rank for p in self.peers if p not in lost]
-            if self.rank == min(survivors):
-                print(f"error: {_lost(lost)}", file=sys.stderr, flush=True)
+            told = self._lost or _CUT_OFF
+            if told.strip():
+                print(f"error: {told}", file=sys.stderr, flush=True)
             self._leave(_EXIT_CODE)
             return
         if not self._closed.wait(2 * ROLL_CALL):
@@ -193,36 +216,40 @@ class Watch:
 
     # -- the store; whatever it cannot do now counts as not said ------------------------------
 
-    def _beat(self, count: int) -> None:
-        self._set("beat", str(count))
+    def _beat(self, count: int) -> bool:
+        return self._set("beat", str(count))
 
     def _set(self, kind: str, value: str) -> bool:
-        try:
-            with self._lock:
-                self._store.set(f"{kind}/{self.rank}", value)
-        except RuntimeError:
-            return False
-        return True
+        def work() -> bool:
+            self._store.set(f"{kind}/{self.rank}", value)
+            # Setting waits for no answer; this does.
+            return bool(self._store.check([f"{kind}/{self.rank}"]))
+
+        return bool(self._ask(work))
 
     def _has(self, kind: str, rank: int) -> bool:
-        try:
-            with self._lock:
-                return bool(self._store.check([f"{kind}/{rank}"]))
-        except RuntimeError:
-            return False
+        return bool(self._ask(lambda: self._store.check([f"{kind}/{rank}"])))
 
     def _get_raw(self, kind: str, rank: int) -> bytes | None:
         if not self._has(kind, rank):
             return None
-        try:
-            with self._lock:
-                return bytes(self._store.get(f"{kind}/{rank}"))
-        except RuntimeError:
-            return None
+        value = self._ask(lambda: self._store.get(f"{kind}/{rank}"))
+        return None if value is None else bytes(value)
 
     def _get(self, kind: str, rank: int) -> str | None:
         value = self._get_raw(kind, rank)
         return None if value is None else value.decode(errors="replace")
+
+    def _ask(self, work: Callable[[], Any]) -> Any:
+        """`None` where the store does not answer, or another thread has waited for it too long."""
+        if not self._lock.acquire(timeout=ROLL_CALL / 4):
+            return None
+        try:
+            return work()
+        except RuntimeError:
+            return None
+        finally:
+            self._lock.release()
 
 
 def _lost(peers: Sequence[Peer]) -> str:

@@ -107,7 +107,7 @@ def test_a_machine_that_falls_silent_is_named_after_the_patience(hurry, capsys):
         each.start()
     time.sleep(0.8)  # longer than the patience: beating machines are not missed
     assert not job.left
-    watches[1]._closed.set()  # its thread stops beating without a goodbye
+    watches[1]._closed.set()  # its threads stop beating without a goodbye
     silent_since = time.monotonic()
     wait_for(lambda: 0 in job.left)
     assert 0.5 < job.left[0] - silent_since < 2.5

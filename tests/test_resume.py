@@ -11,7 +11,7 @@ from conftest import arguments, picture
 
 from first_stage.config import Config, parse_config, to_dict
 from first_stage.errors import UserError
-from first_stage.resume import MAY_CHANGE, check_resumable, differences
+from first_stage.resume import MAY_CHANGE, changed_fields, differences
 from first_stage.run import train
 from first_stage.trainer import Trainer
 
@@ -218,13 +218,13 @@ def test_fields_that_a_checkpoint_does_not_know_count_with_their_default():
     before = {"train": {"batch_size": 4}}
     defaults = {"train": {"batch_size": 32, "new": 1}, "group": None}
     same = {"train": {"batch_size": 4, "new": 1}, "group": None}
-    assert check_resumable(before, same, defaults, "c") == ""
+    assert changed_fields(before, same, defaults, "c") == ""
     other = {"train": {"batch_size": 4, "new": 2}, "group": None}
     with pytest.raises(UserError, match=r"train\.new \(1 -> 2\)"):
-        check_resumable(before, other, defaults, "c")
+        changed_fields(before, other, defaults, "c")
     grown = {"train": {"batch_size": 4, "new": 1}, "group": {"x": 3}}
     with pytest.raises(UserError, match=r"group\.x \(null -> 3\)"):
-        check_resumable(before, grown, defaults, "c")
+        changed_fields(before, grown, defaults, "c")
 
 
 def test_lists_and_tuples_are_the_same():

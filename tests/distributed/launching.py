@@ -71,9 +71,12 @@ def run(processes: int, script: Path, *line: object, output: Path, **options: ob
 
 
 def kill_group(process: subprocess.Popen) -> None:
-    """SIGKILL for a process and all its descendants in its group."""
-    with contextlib.suppress(ProcessLookupError):
+    """SIGKILL for a process and all that it started; launchers put theirs in other groups."""
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        below = descendants(process.pid)
         os.killpg(process.pid, signal.SIGKILL)
+        for pid in below:
+            os.kill(pid, signal.SIGKILL)
     process.wait()
 
 

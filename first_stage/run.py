@@ -161,12 +161,9 @@ class Run:
         """
         train = self.config.train
         metrics = self._validate(0) if self.resumed_at is None else {}
-        start = self.saved
-        batches = self._load(self._positions(start))
-        progress = Progress(
-            start, train.max_steps, train.batch_size, visible=self.processes.is_main
-        )
-        done, ending = start, Ending(False)
+        done, ending = self.saved, Ending(False)
+        batches = self._load(self._positions(done))
+        progress = Progress(done, train.max_steps, train.batch_size, self.processes.is_main)
         with contextlib.closing(progress), contextlib.closing(batches):
             while done < train.max_steps:
                 micro_batches, fault = self._next(batches, progress)
@@ -311,9 +308,8 @@ class Run:
                 self.logbook.sync()
                 keep = self.config.train.keep_checkpoints
                 save_checkpoint(self.folder, snapshot, self.trainer.ema_weights, keep)
-                frames = files.list_frames(self.folder)
-                captioned = [(f"step {number}", file) for number, file in frames]
-                save_gif(captioned, self.shown.pixels.shape[1], self.folder / files.GIF)
+                frames = [(f"step {done}", file) for done, file in files.list_frames(self.folder)]
+                save_gif(frames, self.shown.pixels.shape[1], self.folder / files.GIF)
         self.processes.wait()
         self.saved = step
 

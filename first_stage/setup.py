@@ -26,6 +26,7 @@ from first_stage.data import (
 from first_stage.data.shards import Shard, ShardedRows, count_rows, find_shards
 from first_stage.data.streaming import ShardLoader, ShardStream, StreamSource, split_stream
 from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.files import writing
 from first_stage.folder import SHARDS
 from first_stage.logbook import tracker_of
 from first_stage.processes import Processes
@@ -97,8 +98,9 @@ def _open_shards(config: Config, processes: Processes) -> ShardedRows:
     shards: list[Shard] = []
 
     def count() -> None:
-        urls = find_shards(data.path, data.split)
-        shards.extend(count_rows(urls, Path(config.output_dir) / SHARDS))
+        urls, folder = find_shards(data.path, data.split), Path(config.output_dir)
+        with writing(folder, lambda: "Nothing was trained yet"):
+            shards.extend(count_rows(urls, folder / SHARDS))
 
     on_main(processes, count)
     counted = processes.gather(shards)[0]

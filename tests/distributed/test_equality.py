@@ -100,7 +100,7 @@ def check_equal(root: Path, name: str, world: int) -> None:
             same = found[f"{step}.{'forced' if step else 'free'}.{player}"]
             assert furthest(same, target) < 5e-6, (step, player)
             # Along its own way: Adam turns rounding in the smallest gradients into steps.
-            assert furthest(found[f"{step}.free.{player}"], target) < 1e-2, (step, player)
+            assert furthest(found[f"{step}.free.{player}"], target) < 1e-3, (step, player)
     for rank in range(1, world):  # and every process applies the very same gradient
         other = load_file(many / f"gradients-{rank}-of-{world}.safetensors")
         assert all(torch.equal(other[key], found[key]) for key in found)

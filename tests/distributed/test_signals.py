@@ -4,13 +4,15 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import arguments
+from conftest import arguments, picture
 from launching import (
     TRAIN,
     command,
@@ -156,8 +158,6 @@ def test_a_killed_data_worker_of_one_process_ends_all_with_every_step_saved(tmp_
 @pytest.mark.slow
 def test_a_full_disk_is_told_once_by_several_processes(tmp_path, images):
     """Process 0 writes; the other one must not be left waiting for it."""
-    import subprocess
-
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
@@ -178,38 +178,55 @@ def test_a_full_disk_is_told_once_by_several_processes(tmp_path, images):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+ON_TWO = {
+    **{"train.max_steps": 6, "train.batch_size": 12, "train.log_every": 4},
+    **{"train.checkpoint_every": 3, "train.keep_checkpoints": 9, "validation.every": 3},
+}
+RECORDING = Path(__file__).with_name("recording.py")
+
+
+@pytest.fixture(scope="module")
+def on_two(tmp_path_factory) -> Path:
+    """A whole run on two processes: pictures, run folder and record."""
+    root = tmp_path_factory.mktemp("on-two")
+    (root / "images").mkdir()
+    for index in range(12):
+        picture(index).save(root / "images" / f"{index:02d}.png")
+    line = arguments(root / "run", root / "images", **ON_TWO)
+    run(2, RECORDING, root / "record", "-", *line, output=root / "output.txt")
+    return root
+
+
+def samples(folder: Path, world: int) -> dict[str, list]:
+    """Samples of each step, over processes in their order."""
+    parts = [
+        json.loads((folder / f"samples-{rank}-of-{world}.json").read_text())
+        for rank in range(world)
+    ]
+    return {step: [s for part in parts for s in part[step]] for step in parts[0]}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("second", [1, 2, 3])
-def test_a_run_on_two_processes_goes_on_on_any_number(tmp_path, images, second):
+def test_a_run_on_two_processes_goes_on_on_any_number(tmp_path, on_two, second):
     """On the same number bit for bit, on another to rounding."""
-    recording = Path(__file__).with_name("recording.py")
-    fields = {
-        **{"train.max_steps": 6, "train.batch_size": 12, "train.log_every": 4},
-        **{"train.checkpoint_every": 3, "train.keep_checkpoints": 9, "validation.every": 3},
-    }
-    expected = tmp_path / "expected"
-    line = arguments(expected, images, **fields)
-    run(2, recording, tmp_path / "whole", "-", *line, output=tmp_path / "one.txt")
-
     found = tmp_path / "found"
-    os.system(f"cp -r {shlex.quote(str(expected))} {shlex.quote(str(found))}")
+    shutil.copytree(on_two / "run", found)
     for leftover in ("checkpoints/step-000006", "export"):
-        os.system(f"rm -r {shlex.quote(str(found / leftover))}")
-    line = arguments(found, images, **fields, resume="latest")
-    text = run(second, recording, tmp_path / "rest", "-", *line, output=tmp_path / "two.txt")
+        shutil.rmtree(found / leftover)
+    line = arguments(found, on_two / "images", **ON_TWO, resume="latest")
+    output = tmp_path / "output.txt"
+    text = run(second, RECORDING, tmp_path / "record", "-", *line, output=output)
     assert "resuming at step 3" in text
 
-    def samples(folder, world):
-        parts = [json.loads((folder / f"samples-{r}-of-{world}.json").read_text())
-                 for r in range(world)]  # fmt: skip
-        return {step: [s for part in parts for s in part[step]] for step in parts[0]}
-
-    whole, rest = samples(tmp_path / "whole", 2), samples(tmp_path / "rest", second)
-    assert rest == {step: whole[step] for step in ("3", "4", "5")}
-    logs = [read_log(folder / "log.jsonl") for folder in (expected, found)]
-    last = "checkpoints/step-000006/first_stage.safetensors"
+    whole = samples(on_two / "record", 2)
+    assert samples(tmp_path / "record", second) == {step: whole[step] for step in ("3", "4", "5")}
+    logs = [read_log(folder / "log.jsonl") for folder in (on_two / "run", found)]
     if second == 2:
+        last = "checkpoints/step-000006"
         assert logs[0] == logs[1]
-        assert (expected / last).read_bytes() == (found / last).read_bytes()
+        for file in ("first_stage", "critic", "optimizers", "means"):
+            one, other = (f / last / f"{file}.safetensors" for f in (on_two / "run", found))
+            assert one.read_bytes() == other.read_bytes()
     for one, other in zip(*logs, strict=True):
         assert other == pytest.approx(one, rel=2e-3, abs=1e-5)

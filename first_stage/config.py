@@ -244,6 +244,18 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
 
 def make_parser() -> Any:
     """The `jsonargparse` parser of a training run; its `--help` lists every field."""
+    parser = plain_parser("Train the first stage of a latent diffusion model on your own images.")
+    parser.add_argument("--config", action="config", help="A YAML recipe; flags override it.")
+    parser.add_class_arguments(Config, nested_key=None, as_group=False)
+    return parser
+
+
+def plain_parser(description: str) -> Any:
+    """A `jsonargparse` parser without arguments, whose errors are one-line `ConfigError`s.
+
+    Args:
+        description: What the command does.
+    """
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -252,13 +264,7 @@ def make_parser() -> Any:
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise ConfigError(" ".join(str(message).split())) from ex
 
-    parser = Parser(
-        prog=Path(sys.argv[0]).name,
-        description="Train the first stage of a latent diffusion model on your own images.",
-    )
-    parser.add_argument("--config", action="config", help="A YAML recipe; flags override it.")
-    parser.add_class_arguments(Config, nested_key=None, as_group=False)
-    return parser
+    return Parser(prog=Path(sys.argv[0]).name, description=description)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -1,0 +1,186 @@
+"""The objectives that are compared, and what they share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from first_stage.config import (
+    AdversarialConfig,
+    Config,
+    CriticConfig,
+    DataConfig,
+    LearnedConfig,
+    LossConfig,
+    ModelConfig,
+    PretrainedConfig,
+    TrainConfig,
+    check,
+)
+
+START = "start"
+"""The row of the first stage after the shared warm-up."""
+VGG = "l1+vgg"
+"""The row that needs pretrained weights."""
+
+Size = Literal["quick", "small", "full"]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What every objective gets.
+
+    Attributes:
+        warmup_steps: Steps of mean squared error that all share.
+        steps: Steps of each objective after them.
+        decay_steps: Steps at the end over which the learning rates fall.
+        batch_size: Images per step.
+        crop: Side of the training crops in pixels.
+        widths: Widths of the first stage's levels.
+        critic_width: Width of the critic's first layer.
+        learning_rate: Of both players.
+    """
+
+    warmup_steps: int = 10_000
+    steps: int = 20_000
+    decay_steps: int = 5_000
+    batch_size: int = 32
+    crop: int = 64
+    widths: tuple[int, ...] = (64, 128, 128)
+    critic_width: int = 64
+    learning_rate: float = 5e-4
+
+
+BUDGETS: dict[Size, Budget] = {
+    "quick": Budget(200, 600, 200, 16, 32, (32, 64, 64), 32, 1e-3),
+    "small": Budget(500, 1500, 500, 16, 32, (32, 64, 64), 32, 1e-3),
+    "full": Budget(),
+}
+
+
+def row_names(pretrained: bool) -> list[str]:
+    """The rows of the table, in order.
+
+    Args:
+        pretrained: Whether there are weights for the pretrained perceptual distance.
+    """
+    return [START, *(row for row in _ROWS if row != VGG or pretrained)]
+
+
+def warmup_config(budget: Budget, seed: int) -> Config:
+    """The run that all objectives start from."""
+    loss = LossConfig(pixel="l2", learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL)
+    return _config(budget, seed, loss, _Parts(budget, None).critic, budget.warmup_steps)
+
+
+def row_config(row: str, budget: Budget, seed: int, vgg: str | None = None) -> Config:
+    """The run of one objective: the warm-up's steps are done when it begins.
+
+    Args:
+        row: Its name.
+        budget: What it gets.
+        seed: The run's seed.
+        vgg: Weights of VGG16, for the row that needs them.
+    """
+    if row == START:
+        return warmup_config(budget, seed)
+    loss, critic = _ROWS[row](_Parts(budget, vgg))
+    last = budget.warmup_steps + budget.steps
+    config = _config(budget, seed, loss, critic, last, budget.decay_steps)
+    check(config)
+    return config
+
+
+_NO_LEARNED = LearnedConfig(weight=0.0)
+_NO_ADVERSARIAL = AdversarialConfig(weight=0.0)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the rows are put together from."""
+
+    budget: Budget
+    vgg: str | None
+
+    @property
+    def ramp(self) -> int:
+        return max(self.budget.steps // 15, 1)
+
+    @property
+    def learned(self) -> LearnedConfig:
+        # The critic trains alone for a moment: untrained features are no yardstick.
+        start = self.budget.warmup_steps + self.ramp // 2
+        return LearnedConfig(start_step=start, ramp_steps=self.ramp)
+
+    @property
+    def hinge(self) -> AdversarialConfig:
+        start = self.budget.warmup_steps + self.ramp
+        return AdversarialConfig(weight=0.1, start_step=start, ramp_steps=self.ramp)
+
+    @property
+    def wasserstein(self) -> AdversarialConfig:
+        return replace(self.hinge, kind="wasserstein", gradient_penalty=10.0)
+
+    @property
+    def critic(self) -> CriticConfig:
+        budget = self.budget
+        return CriticConfig(width=budget.critic_width, layers=2, start_step=budget.warmup_steps)
+
+
+_Row = Callable[[_Parts], tuple[LossConfig, CriticConfig]]
+
+_ROWS: dict[str, _Row] = {
+    "mse": lambda p: (
+        LossConfig(pixel="l2", learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL),
+        p.critic,
+    ),
+    "l1": lambda p: (LossConfig(learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL), p.critic),
+    "l1+hinge": lambda p: (LossConfig(learned=_NO_LEARNED, adversarial=p.hinge), p.critic),
+    "learned": lambda p: (
+        LossConfig(learned=p.learned, adversarial=replace(p.hinge, weight=0.0)),
+        p.critic,
+    ),
+    "learned+hinge": lambda p: (LossConfig(learned=p.learned, adversarial=p.hinge), p.critic),
+    "learned+hinge+antialias": lambda p: (
+        LossConfig(learned=p.learned, adversarial=p.hinge),
+        replace(p.critic, antialias=True),
+    ),
+    "learned+wasserstein": lambda p: (
+        LossConfig(learned=p.learned, adversarial=p.wasserstein),
+        p.critic,
+    ),
+    VGG: lambda p: (
+        LossConfig(
+            learned=_NO_LEARNED,
+            adversarial=_NO_ADVERSARIAL,
+            pretrained=PretrainedConfig(weights=p.vgg, vgg_weight=0.1),
+        ),
+        p.critic,
+    ),
+}
+
+
+def _config(
+    budget: Budget, seed: int, loss: LossConfig, critic: CriticConfig, steps: int, decay: int = 0
+) -> Config:
+    return Config(
+        seed=seed,
+        data=DataConfig(path="compared", resolution=budget.crop, resize=0),
+        model=ModelConfig(
+            latent_channels=3,
+            block_out_channels=budget.widths,
+            layers_per_block=1,
+            norm_num_groups=16,
+            mid_block_attention=False,
+        ),
+        critic=critic,
+        loss=loss,
+        train=TrainConfig(
+            max_steps=steps,
+            batch_size=budget.batch_size,
+            learning_rate=budget.learning_rate,
+            warmup_steps=20,
+            decay_steps=decay,
+            ema_decay=0.99,
+            log_every=100,
+        ),
+    )

@@ -8,11 +8,10 @@ alone.
 """
 
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -34,11 +33,13 @@ from first_stage.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
+from first_stage.command_line import read_options
 from first_stage.errors import ConfigError, run_command
 from first_stage.files import write_folder
 from first_stage.folding import fold_statistics
 from first_stage.seeding import Purpose, generator
 from latent_tools import BucketBatchSampler, LatentDataset
+from latent_tools.manifest import check_weights
 
 NULL_CLASS = 1000  # the label that DiTPipeline gives to what it guides away from
 
@@ -89,6 +90,9 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision="no")
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device.type}")
     dataset = LatentDataset(options.latents, normalize="channel", seed=options.seed)
+    stage = dataset.manifest.first_stage
+    autoencoder = load_autoencoder(options.first_stage or stage["name"], stage["revision"])
+    check_weights(dataset.manifest, autoencoder, dataset.path)
     names = class_names(dataset, options.label)
     if options.batch_size % accelerator.num_processes:
         raise ConfigError(
@@ -152,7 +156,12 @@ def main() -> None:
 
     if accelerator.is_main_process:
         ema.copy_to(transformer.parameters())
-        save_pipeline(output / "pipeline", transformer, scheduler, dataset, options, names)
+        # The transformer makes latents with mean 0 and variance 1 per channel: so does this stage.
+        folded = fold_statistics(autoencoder, dataset.stats["mean"], dataset.stats["std"])
+        pipeline = DiTPipeline(transformer=transformer, vae=folded, scheduler=scheduler)
+        if "class" in dataset.column_names:
+            pipeline.register_to_config(id2label=names)  # for pipeline.get_label_ids(["cat"])
+        write_folder(output / "pipeline", lambda path: pipeline.save_pretrained(path))
         print(
             f"pipeline  {output}/pipeline\n"
             "Sample from it with diffusers:\n"
@@ -176,6 +185,7 @@ def make_transformer(options: Options, dataset: LatentDataset) -> DiTTransformer
         num_attention_heads=options.heads,
         attention_head_dim=32,
         in_channels=channels,
+        out_channels=channels,  # DiTPipeline fails on the null that would mean the same
         num_layers=options.layers,
         sample_size=height,
         patch_size=options.patch_size,
@@ -297,39 +307,9 @@ def restore(
     return snapshot.step
 
 
-def save_pipeline(
-    folder: Path,
-    transformer: DiTTransformer2DModel,
-    scheduler: DDIMScheduler,
-    dataset: LatentDataset,
-    options: Options,
-    names: dict[int, str],
-) -> None:
-    """Write a `DiTPipeline` whose first stage takes the latents as the transformer makes them."""
-    stage = dataset.manifest.first_stage
-    autoencoder = load_autoencoder(options.first_stage or stage["name"], stage["revision"])
-    LatentDataset(options.latents, expect=autoencoder)  # refuses another encoder's latents
-    folded = fold_statistics(autoencoder, dataset.stats["mean"], dataset.stats["std"])
-    pipeline = DiTPipeline(transformer=transformer, vae=folded, scheduler=scheduler)
-    pipeline.register_to_config(id2label=names)
-    write_folder(folder, lambda path: pipeline.save_pretrained(path, safe_serialization=True))
-
-
 def parse_options() -> Options:
     """Read the command line."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(" ".join(str(message).split())) from ex
-
-    parser = Parser(prog=Path(sys.argv[0]).name, description=Options.__doc__)
-    parser.add_argument("--config", action="config", help="A YAML file with options.")
-    parser.add_class_arguments(Options, nested_key=None, as_group=False)
-    values = vars(parser.instantiate_classes(parser.parse_args()))
-    options = Options(**{name: value for name, value in values.items() if name != "config"})
+    options = read_options(Options, switches=["--resume"])
     if not options.latents:
         raise ConfigError("--latents is missing: the folder that scripts/cache_latents.py wrote")
     return options

@@ -86,20 +86,33 @@ class FirstStage(nn.Module):
         """Images from raw (unscaled) latents `(B, C, h, w)`."""
         return self.vae.decode(latents, return_dict=False)[0]
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Posterior]:
+    def forward(
+        self,
+        images: Tensor,
+        noise: Tensor | None = None,
+        prior: Tensor | None = None,
+        cut_off: bool = False,
+    ) -> tuple[Tensor, Posterior]:
         """Reconstruct images through their posterior.
 
         Args:
             images: `(B, C_in, H, W)` in [-1, 1].
             noise: `(B, C, h, w)` standard normal, or `None` to decode the posterior's mode.
+            prior: `(P, C, h, w)`, further latents to decode in the same pass.
+            cut_off: Decode the posterior's latents a second time, cut off from the encoder.
 
         Returns:
-            The reconstruction `(B, C_in, H, W)`, not clamped, and the posterior; both float32
-            whatever autocast computes in.
+            The reconstruction `(B, C_in, H, W)`, not clamped, followed along the first axis by the
+            B cut-off ones and the P decoded `prior`; and the posterior. Both are float32 whatever
+            autocast computes in.
         """
         posterior = self.encode(images)
         posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
         latents = posterior.mean if noise is None else posterior.sample(noise)
+        if cut_off:
+            latents = torch.cat([latents, latents.detach()])
+        if prior is not None:
+            latents = torch.cat([latents, prior])
         return self.decode(latents).float(), posterior
 
 

@@ -5,6 +5,7 @@
     first_stage.safetensors   the weights being trained
     ema/                      their moving average, as a diffusers folder
     critic.safetensors        when there is a critic
+    critic_ema.safetensors    its average, when that is the yardstick of the learned distance
     optimizers.safetensors    AdamW's moments of both players
     means.safetensors         what the objective's balance and the log have averaged so far
     state.json                step, counters, configuration, versions
@@ -15,8 +16,8 @@ Order, crops, flips and noise are functions of the seed, so there is no generato
 
 import json
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from first_stage.errors import UserError
-from first_stage.files import remove_leftovers, sha256, write_folder, write_json
+from first_stage.files import remove_folder, remove_leftovers, sha256, write_folder, write_json
 
 _NAME = re.compile(r"step-(\d{6,})")
 _GROUP = "/"
@@ -56,13 +57,20 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
     return output_dir / "checkpoints" / f"step-{step:06d}"
 
 
-def save_checkpoint(output_dir: Path, snapshot: Snapshot, ema: Any, keep: int) -> Path:
+def save_checkpoint(
+    output_dir: Path,
+    snapshot: Snapshot,
+    averaged: Callable[[], AbstractContextManager[Any]],
+    keep: int,
+) -> Path:
     """Write a checkpoint, then drop the oldest beyond `keep`.
 
     Args:
         output_dir: The run's folder.
         snapshot: What to write.
-        ema: A diffusers model with the averaged weights, or anything with `save_pretrained`.
+        averaged: Opens a context that gives a diffusers model with the averaged weights. It may
+            put them in the place of the weights being trained, to which the snapshot's tensors
+            refer, so those are written before.
         keep: How many of the newest checkpoints stay, at least 1.
 
     Returns:
@@ -74,7 +82,8 @@ def save_checkpoint(output_dir: Path, snapshot: Snapshot, ema: Any, keep: int) -
         for name, tensors in snapshot.tensors.items():
             contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             save_file(contiguous, folder / f"{name}.safetensors")
-        ema.save_pretrained(folder / "ema", safe_serialization=True)
+        with averaged() as ema:
+            ema.save_pretrained(folder / "ema", safe_serialization=True)
         (folder / "state.json").write_text(
             json.dumps({"step": snapshot.step, **snapshot.state}, indent=2) + "\n"
         )
@@ -85,8 +94,29 @@ def save_checkpoint(output_dir: Path, snapshot: Snapshot, ema: Any, keep: int) -
     write_folder(target, write)
     for _, old in list_checkpoints(output_dir)[:-keep]:
         if old != target:
-            shutil.rmtree(old, ignore_errors=True)
+            remove_folder(old)
     return target
+
+
+def set_aside(output_dir: Path, step: int) -> list[Path]:
+    """Rename the checkpoints beyond a step, which a run that goes on from there leaves behind.
+
+    They are damaged, or of a future that will be trained anew: `--resume latest` must not find
+    them, and they must not count among those to keep. Nothing is deleted.
+
+    Returns:
+        Where they lie now.
+    """
+    moved = []
+    for number, folder in list_checkpoints(output_dir):
+        if number > step:
+            place, count = folder.with_name(f"set-aside-{folder.name}"), 1
+            while place.exists():
+                count += 1
+                place = folder.with_name(f"set-aside-{folder.name}-{count}")
+            folder.rename(place)
+            moved.append(place)
+    return moved
 
 
 def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
@@ -96,7 +126,7 @@ def list_checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     if folder.is_dir():
         for entry in folder.iterdir():
             match = _NAME.fullmatch(entry.name)
-            if match and (entry / "checksums.json").exists():
+            if match and entry.is_dir():
                 found.append((int(match[1]), entry))
     return sorted(found)
 
@@ -108,18 +138,33 @@ def load_checkpoint(folder: Path) -> Snapshot:
         DamagedCheckpoint: Naming the file that is missing or altered.
         UserError: When the folder is no checkpoint.
     """
+    if not folder.is_dir():
+        raise UserError(f"there is no checkpoint {str(folder)!r}")
     try:
         sums: dict[str, str] = json.loads((folder / "checksums.json").read_text())
-    except (OSError, ValueError) as error:
+    except FileNotFoundError as error:
+        if _NAME.fullmatch(folder.name):
+            raise DamagedCheckpoint(f"checkpoint {folder} lacks checksums.json") from error
         raise UserError(
-            f"{str(folder)!r} is not a checkpoint: no readable checksums.json"
+            f"{str(folder)!r} is not a checkpoint: it has no checksums.json. Name a folder such as "
+            "checkpoints/step-000123, or latest"
         ) from error
+    except (OSError, ValueError) as error:
+        raise DamagedCheckpoint(f"checkpoint {folder}: checksums.json cannot be read") from error
     for name, expected in sums.items():
         file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise DamagedCheckpoint(f"checkpoint {folder}: checksums.json names {name}")
         if not file.is_file():
             raise DamagedCheckpoint(f"checkpoint {folder} lacks {name}")
-        if sha256(file) != expected:
+        try:
+            found = sha256(file)
+        except OSError as error:
+            raise DamagedCheckpoint(f"checkpoint {folder}: {name} cannot be read") from error
+        if found != expected:
             raise DamagedCheckpoint(f"checkpoint {folder}: {name} differs from its checksum")
+    if "state.json" not in sums:
+        raise DamagedCheckpoint(f"checkpoint {folder} lacks state.json")
     state = json.loads((folder / "state.json").read_text())
     tensors = {
         Path(name).stem: load_file(folder / name)
@@ -183,3 +228,9 @@ def restore_optimizer(
             state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    # Files hold plain row-major tensors. The fused AdamW walks a parameter and its moments through
+    # memory side by side, so they must lie alike; with other strides it would mix them up silently.
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if value.shape == parameter.shape:
+                entries[name] = torch.empty_like(parameter).copy_(value)

@@ -12,7 +12,38 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from first_stage.data.pixels import CHANNELS
+from first_stage.data.sources import is_builtin
 from first_stage.errors import ConfigError
+from first_stage.loss_config import (
+    AdversarialConfig,
+    BalanceConfig,
+    CriticConfig,
+    LearnedConfig,
+    LossConfig,
+    PretrainedConfig,
+    loss_problems,
+)
+
+__all__ = [
+    "AdversarialConfig",
+    "BalanceConfig",
+    "Config",
+    "CriticConfig",
+    "DataConfig",
+    "ExportConfig",
+    "LearnedConfig",
+    "LossConfig",
+    "ModelConfig",
+    "PretrainedConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "check",
+    "factor_problems",
+    "make_parser",
+    "micro_batch_size",
+    "parse_config",
+    "to_dict",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +74,12 @@ class DataConfig:
     max_broken: float = 0.05
     """Share of samples that may be undecodable before the run stops; they are skipped and listed
     in broken_files.jsonl."""
+    streaming: bool = False
+    """Read parquet or WebDataset shards, or a data set on the hub that is stored as such, row by
+    row instead of copying them to disk first; path may also be a URL (s3://...) of shards."""
+    shuffle_buffer: int = 8192
+    """Samples that a stream shuffles at a time, over all processes; they are held in memory, still
+    encoded."""
     workers: int | None = None
     """Decoding processes per training process; null: one per core left over, at most 8; 0: none."""
 
@@ -71,88 +108,6 @@ class ModelConfig:
     and Flux."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-
-
-@dataclass(frozen=True)
-class CriticConfig:
-    """The patch critic, trained beside the autoencoder."""
-
-    width: int = 64
-    """Channels of its first layer; doubled by every further one, up to eight times."""
-    layers: int = 3
-    """Strided layers, 1 to 5; 3 sees patches of 70 pixels."""
-    norm: Literal["group", "none"] = "group"
-    """Normalisation after the first layer; batch statistics are not offered because they mix
-    samples and processes."""
-    start_step: int = 0
-    """Step at which the critic begins to train; it is not run before."""
-    learning_rate: float | None = None
-    """Learning rate of the critic (AdamW); null: train.learning_rate."""
-
-
-@dataclass(frozen=True)
-class LearnedConfig:
-    """The perceptual distance learned by the critic (Larsen et al. 2016)."""
-
-    weight: float = 1.0
-    """Weight of the distance; 0 switches it off."""
-    distance: Literal["l1", "l2"] = "l1"
-    """Between feature maps: mean absolute or mean squared difference."""
-    layers: tuple[int, ...] | None = None
-    """Which of the critic's feature maps, from 0 (finest); null: all."""
-    start_step: int = 0
-    """Step at which it enters; not before the critic has begun to train."""
-    ramp_steps: int = 0
-    """Steps over which its weight grows from 0."""
-
-
-@dataclass(frozen=True)
-class AdversarialConfig:
-    """The critic's verdict as a loss of the autoencoder."""
-
-    kind: Literal["hinge"] = "hinge"
-    """The pair of losses of critic and autoencoder."""
-    weight: float = 0.1
-    """Weight of the autoencoder's loss: under adaptive balance the norm of its gradient relative to
-    that of all other terms together. 0 trains the critic for the learned distance only."""
-    start_step: int = 0
-    """Step at which it enters; not before the critic has begun to train."""
-    ramp_steps: int = 0
-    """Steps over which its weight grows from 0."""
-
-
-@dataclass(frozen=True)
-class BalanceConfig:
-    """How the adversarial term is balanced against the others."""
-
-    kind: Literal["adaptive", "fixed"] = "adaptive"
-    """adaptive: scale the adversarial term so that its gradient has adversarial.weight times the
-    norm of the other terms' gradient (VQGAN, equation 7); fixed: the weight as it is."""
-    at: Literal["reconstruction", "last_layer"] = "reconstruction"
-    """Where the gradients' norms are taken: at the reconstruction's pixels, or at the decoder's
-    last convolution as in VQGAN."""
-    max_weight: float = 1e4
-    """Upper bound of the adaptive factor."""
-    smoothing: float = 0.9
-    """The factor of a step follows from the norms of the steps before it, averaged exponentially
-    with this decay in [0, 1); 0 takes the last step alone."""
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    """The autoencoder's objective: a weighted sum of terms."""
-
-    pixel: Literal["l1", "l2"] = "l1"
-    """Mean absolute or mean squared error over all pixels and channels."""
-    pixel_weight: float = 1.0
-    """Weight of the pixel term."""
-    kl_weight: float = 1e-6
-    """Weight of the KL divergence against the error summed over an image, as in latent diffusion
-    (whose value is 1e-6); the KL is in nats per image, and both are divided by the number of values
-    in an image, so that the weight means the same at every resolution."""
-    learned: LearnedConfig = field(default_factory=LearnedConfig)
-    adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
-    balance: BalanceConfig = field(default_factory=BalanceConfig)
 
 
 @dataclass(frozen=True)
@@ -194,6 +149,9 @@ class TrainConfig:
     """Steps between log lines; values are averages over these steps."""
     tracker: str = "tensorboard"
     """Any tracker that accelerate knows by name (tensorboard, wandb, mlflow...), or none."""
+    process_timeout: float = 120.0
+    """Seconds without a sign of life after which a process on another machine counts as lost; the
+    others then end and name it. One on the same machine is missed within seconds."""
 
 
 @dataclass(frozen=True)
@@ -321,28 +279,34 @@ def check(config: Config) -> None:
 def _problems(c: Config) -> Iterator[str]:
     yield from _range_problems(c)
     yield from _layout_problems(c)
+    yield from loss_problems(c.loss, c.critic, c.model.in_channels, c.data.resolution)
     yield from _schedule_problems(c)
 
 
 def _range_problems(c: Config) -> Iterator[str]:
     if not c.data.path:
         yield "data.path is empty: give a folder of images, a hub id, photos or digits"
+    if c.data.streaming and is_builtin(c.data.path):
+        yield (
+            f"data.streaming is true, but data.path {c.data.path!r} is a built-in set, which is in "
+            "memory anyway: set it to false"
+        )
     positive: dict[str, float] = {
         "data.resolution": c.data.resolution,
+        "data.shuffle_buffer": c.data.shuffle_buffer,
         "train.max_steps": c.train.max_steps,
         "train.batch_size": c.train.batch_size,
         "train.learning_rate": c.train.learning_rate,
         "train.checkpoint_every": c.train.checkpoint_every,
         "train.keep_checkpoints": c.train.keep_checkpoints,
         "train.log_every": c.train.log_every,
+        "train.process_timeout": c.train.process_timeout,
         "validation.every": c.validation.every,
         "validation.images": c.validation.images,
         "validation.pictures": c.validation.pictures,
         "export.images": c.export.images,
-        "critic.width": c.critic.width,
         "model.latent_channels": c.model.latent_channels,
         "model.layers_per_block": c.model.layers_per_block,
-        "loss.balance.max_weight": c.loss.balance.max_weight,
     }
     for name, value in positive.items():
         if not value > 0:
@@ -351,15 +315,10 @@ def _range_problems(c: Config) -> Iterator[str]:
         "seed": c.seed,
         "data.resize": c.data.resize or 0,
         "data.workers": c.data.workers or 0,
-        "loss.pixel_weight": c.loss.pixel_weight,
-        "loss.kl_weight": c.loss.kl_weight,
-        "loss.learned.weight": c.loss.learned.weight,
-        "loss.adversarial.weight": c.loss.adversarial.weight,
         "train.weight_decay": c.train.weight_decay,
         "train.warmup_steps": c.train.warmup_steps,
         "train.decay_steps": c.train.decay_steps,
         "train.final_rate": c.train.final_rate,
-        "critic.start_step": c.critic.start_step,
     }
     for name, value in weights.items():
         if not value >= 0:
@@ -367,14 +326,11 @@ def _range_problems(c: Config) -> Iterator[str]:
     for name, share in {
         "data.validation_share": c.data.validation_share,
         "train.ema_decay": c.train.ema_decay,
-        "loss.balance.smoothing": c.loss.balance.smoothing,
     }.items():
         if not 0 <= share < 1:
             yield f"{name} is {share}; it must be at least 0 and below 1"
     if not 0 <= c.data.max_broken <= 1:
         yield f"data.max_broken is {c.data.max_broken}; it is a share, from 0 to 1"
-    if not 1 <= c.critic.layers <= 5:
-        yield f"critic.layers is {c.critic.layers}; it must be 1 to 5"
 
 
 def _layout_problems(c: Config) -> Iterator[str]:
@@ -394,14 +350,6 @@ def _layout_problems(c: Config) -> Iterator[str]:
             f"train.micro_batch_size ({micro}) does not divide train.batch_size "
             f"({c.train.batch_size}): the last micro-batch would be smaller. Choose a divisor"
         )
-    if c.loss.learned.layers is not None:
-        available = c.critic.layers + 1
-        for layer in c.loss.learned.layers:
-            if not 0 <= layer < available:
-                yield (
-                    f"loss.learned.layers names layer {layer}, but a critic of {c.critic.layers} "
-                    f"strided layers has the feature maps 0 to {available - 1}"
-                )
 
 
 def factor_problems(c: Config, factor: int) -> Iterator[str]:

@@ -36,7 +36,8 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        # Every process meets the same mistake; one line is enough.
-        if int(os.environ.get("RANK", "0")) == 0:
+        # Every process meets the same mistake; one line is enough. When a process was lost, the
+        # first one that is left tells.
+        if int(os.environ.get("RANK", "0")) == getattr(error, "told_by", 0):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

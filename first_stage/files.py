@@ -1,16 +1,68 @@
 """Files that are whole or not there, and checksums."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from first_stage.errors import UserError
+
 TEMPORARY = ".tmp-"
 """Prefix of what is being written; leftovers with it are never read."""
+
+
+_DISK = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "choose a file system that takes files of this size",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "check the network's file system",
+}
+
+
+class WriteError(UserError):
+    """The disk is full, broken, or not writable."""
+
+
+@contextlib.contextmanager
+def writing(folder: Path, what_is_saved: Callable[[], str]) -> Iterator[None]:
+    """Tell a disk that cannot be written in words.
+
+    Args:
+        folder: What is being written to, for the message.
+        what_is_saved: Says what the user still has, and how to go on.
+
+    Raises:
+        WriteError: Instead of the `OSError` of a full, broken or read-only disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        file = f" ({error.filename})" if error.filename else ""
+        raise WriteError(_write_problem(folder, error.errno, file, what_is_saved())) from error
+    except SafetensorError as error:
+        # Its Rust code hides the number of the system's error in the text: "(os error 28)".
+        for number in _DISK:
+            if f"(os error {number})" in str(error):
+                raise WriteError(_write_problem(folder, number, "", what_is_saved())) from error
+        raise
+
+
+def _write_problem(folder: Path, number: int, file: str, saved: str) -> str:
+    return f"{folder} cannot be written: {os.strerror(number)}{file}; {_DISK[number]}. {saved}"
 
 
 def sync_folder(folder: Path) -> None:
@@ -85,6 +137,13 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         else:
             entry.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that it is there whole or gone, whenever this is cut off."""
+    doomed = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex[:8]}-old-{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

@@ -1,6 +1,7 @@
 """What a run writes down: log.jsonl, the tracker, and the progress bar."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -48,15 +49,15 @@ class Logbook:
     Args:
         path: The file.
         accelerator: Its trackers get the same numbers.
-        start_step: Lines beyond it, from a run that was cut off, are dropped.
+        resumed_at: The step that the run goes on from; later lines, of a run that was cut off, are
+            dropped. `None` begins anew.
     """
 
-    def __init__(self, path: Path, accelerator: Accelerator, start_step: int):
+    def __init__(self, path: Path, accelerator: Accelerator, resumed_at: int | None):
         self.path = path
         self._accelerator = accelerator
-        kept = [
-            json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= start_step
-        ]
+        last = -1 if resumed_at is None else resumed_at
+        kept = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= last]
         write_text(self.path, "".join(kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -69,6 +70,11 @@ class Logbook:
         with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step, **values}) + "\n")
         self._accelerator.log(dict(values), step=step)
+
+    def sync(self) -> None:
+        """Make the lines so far survive a power cut: a checkpoint that is kept relies on them."""
+        with self.path.open("ab") as stream:
+            os.fsync(stream.fileno())
 
     def write_speed(self, step: int, values: Mapping[str, float]) -> None:
         """Hand numbers that depend on the machine to the tracker alone."""

@@ -5,10 +5,39 @@ beyond pixels using a learned similarity metric", equation 8: the critic has lea
 matter in this data set, whatever its number of channels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+_TINY = 1e-12
+
+
+def absolute(fake: Tensor, real: Tensor) -> Tensor:
+    """Mean absolute difference over batch, channels and places."""
+    return (fake - real).abs().mean()
+
+
+def squared(fake: Tensor, real: Tensor) -> Tensor:
+    """Mean squared difference over batch, channels and places."""
+    return (fake - real).square().mean()
+
+
+def cosine(fake: Tensor, real: Tensor) -> Tensor:
+    """1 - cosine between the feature vectors of a place, mean over batch and places; 0 to 2.
+
+    Written as half the squared difference of the unit vectors, which is the same and is exactly 0
+    (with a gradient of 0) for identical features. A vector of zeros counts as it is.
+    """
+    units = [x / x.square().sum(1, keepdim=True).clamp_min(_TINY).sqrt() for x in (fake, real)]
+    return 0.5 * (units[0] - units[1]).square().sum(1).mean()
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": absolute,
+    "l2": squared,
+    "cosine": cosine,
+}
 
 
 def feature_distances(
@@ -20,16 +49,14 @@ def feature_distances(
         fakes: Feature maps of the reconstructions, each `(B, C_l, h_l, w_l)`.
         reals: Feature maps of the images, of the same shapes. They are detached: the distance must
             not be lowered by moving the yardstick.
-        distance: `l1` (mean absolute difference) or `l2` (mean squared difference).
+        distance: `l1` (mean absolute difference), `l2` (mean squared difference) or `cosine`
+            (1 - cosine between the vectors at each place).
 
     Returns:
         `(layers,)`: mean over batch, channels and places.
     """
-    if distance == "l1":
-        each = [(f - r.detach()).abs().mean() for f, r in zip(fakes, reals, strict=True)]
-    else:
-        each = [(f - r.detach()).square().mean() for f, r in zip(fakes, reals, strict=True)]
-    return torch.stack(each)
+    measure = DISTANCES[distance]
+    return torch.stack([measure(f, r.detach()) for f, r in zip(fakes, reals, strict=True)])
 
 
 def feature_magnitudes(reals: Sequence[Tensor], distance: str = "l1") -> Tensor:
@@ -40,7 +67,35 @@ def feature_magnitudes(reals: Sequence[Tensor], distance: str = "l1") -> Tensor:
         distance: As in `feature_distances`.
 
     Returns:
-        `(layers,)`, detached: mean absolute or mean squared value.
+        `(layers,)`, detached: mean absolute or mean squared value; 1 for `cosine`, which has no
+        unit.
     """
+    if distance == "cosine":
+        return torch.ones(len(reals), device=reals[0].device)
     zeros = [r.new_zeros(()) for r in reals]
     return feature_distances([r.detach() for r in reals], zeros, distance)
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """Inner products of the channels' maps, `(B, C, C)`, divided by C h w.
+
+    Gatys et al. 2016, "Image style transfer using convolutional neural networks", equation 3, with
+    the normalisation of Johnson et al. 2016, "Perceptual losses", equation 3.
+    """
+    batch, channels, height, width = features.shape
+    rows = features.reshape(batch, channels, height * width)
+    return rows @ rows.mT / (channels * height * width)
+
+
+def gram_distances(fakes: Sequence[Tensor], reals: Sequence[Tensor]) -> Tensor:
+    """Squared Frobenius distance of the Gram matrices of each layer, `(layers,)`; mean over batch.
+
+    Johnson et al. 2016, "Perceptual losses for real-time style transfer and super-resolution",
+    equation 4. The reals are detached.
+    """
+    return torch.stack(
+        [
+            (gram_matrix(f) - gram_matrix(r.detach())).square().sum((1, 2)).mean()
+            for f, r in zip(fakes, reals, strict=True)
+        ]
+    )

@@ -1,43 +1,48 @@
 """A training run, from its configuration to its export."""
 
 import contextlib
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import AutoencoderKL
 from torch import Tensor
 
 from first_stage import folder as files
-from first_stage.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
+from first_stage.checkpoint import (
+    Snapshot,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside,
+)
 from first_stage.config import Config, factor_problems, micro_batch_size, to_dict
 from first_stage.data import (
     Batch,
     BrokenFiles,
-    Source,
     StepSampler,
-    TrainingStream,
     View,
     fingerprint,
     fixed_images,
     images_from_pixels,
-    is_builtin,
-    open_source,
-    split_source,
-    training_loader,
+    loader_fault,
+    start_loader,
 )
-from first_stage.errors import ConfigError, UserError
+from first_stage.diagnostics import Watch, derived
+from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.evaluation import HeldImages, Options, evaluate, save
 from first_stage.export import measure_latents, model_card, write_export
-from first_stage.files import write_text
-from first_stage.logbook import Logbook, Progress, tracker_of
+from first_stage.files import write_text, writing
+from first_stage.logbook import Logbook, Progress
 from first_stage.pictures import save_gif, save_png
-from first_stage.processes import Processes, StopRequest
+from first_stage.processes import Processes, StopRequest, end_with_launcher
+from first_stage.report import write_report
+from first_stage.resume import check_resumable
+from first_stage.setup import make_accelerator, on_main, open_data, open_loader, open_stream
 from first_stage.trainer import Trainer
 from first_stage.validation import draw_grid, validate
 
@@ -55,12 +60,27 @@ class Outcome:
         step: Steps done.
         metrics: Of the held-out images, when it finished.
         held_out: Number of held-out images.
+        processes: How many took part.
     """
 
     finished: bool
     step: int
     metrics: dict[str, float]
     held_out: int
+    processes: int
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Whether the loop ends before its last step.
+
+    Attributes:
+        now: It does.
+        fault: What went wrong, in some process; `None` when a signal asked.
+    """
+
+    now: bool
+    fault: UserError | None = None
 
 
 def train(config: Config) -> Outcome:
@@ -74,32 +94,27 @@ def train(config: Config) -> Outcome:
         How it ended; the files are in `config.output_dir`.
 
     Raises:
-        UserError: For anything in the configuration, data or files that cannot work.
+        UserError: For anything in the configuration, data or files that cannot work, and when
+            another process of the job ended before its time.
     """
-    return Run(config).fit()
+    end_with_launcher()
+    with StopRequest() as stop:
+        accelerator = make_accelerator(config)
+        processes = Processes(config.train.process_timeout)
+        with processes.together(), files.locked(Path(config.output_dir), processes.is_main):
+            outcome = Run(config, accelerator, processes, stop).fit()
+        accelerator.end_training()
+    return outcome
 
 
 def recipe(config: Config) -> str:
     """The configuration as YAML that `--config` reads, ready to be resumed."""
-    plain = to_dict(replace(config, resume=None, overwrite=False))
-    return yaml.safe_dump(_lists(plain), sort_keys=False)
+    return yaml.safe_dump(_lists(to_dict(lasting(config))), sort_keys=False)
 
 
-def open_data(config: Config) -> tuple[Source, Source | None]:
-    """The samples to train on, and the held-out ones if there are any."""
-    data = config.data
-
-    def opened(path: str, split: Any) -> Source:
-        return open_source(path, data.image_column, split, data.split)
-
-    if data.validation_path is not None:
-        return opened(data.path, "train"), opened(data.validation_path, "validation")
-    if is_builtin(data.path):
-        return opened(data.path, "train"), opened(data.path, "validation")
-    source = opened(data.path, "all")
-    if data.validation_share == 0:
-        return source, None
-    return split_source(source, data.validation_share, config.seed)
+def lasting(config: Config) -> Config:
+    """The configuration without what concerns only how this command began."""
+    return replace(config, resume=None, overwrite=False)
 
 
 class Run:
@@ -107,32 +122,28 @@ class Run:
 
     Args:
         config: The configuration.
+        accelerator: From `make_accelerator`.
+        processes: Those that take part.
+        stop: Whether a signal asked to end.
     """
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(
+        self, config: Config, accelerator: Accelerator, processes: Processes, stop: StopRequest
+    ):
+        self.config, self.accelerator = config, accelerator
+        self.processes, self.stop = processes, stop
         self.folder = Path(config.output_dir)
-        self.accelerator = self._make_accelerator()
-        self.processes = Processes()
-        self.micro = micro_batch_size(config, self.processes.world)
-        self._on_main(
-            lambda: files.prepare_folder(self.folder, config.overwrite, config.resume is not None)
-        )
-        self.source, held_out = open_data(config)
+        self.micro = micro_batch_size(config, processes.world)
+        resume = config.resume is not None
+        on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
+        self.source, held_out = open_data(config, processes)
+        self.fingerprint = self._agreed_fingerprint()
         self.held_out = len(held_out) if held_out is not None else 0
-        self.trainer = Trainer(config, self.accelerator, self.processes)
+        self.trainer = Trainer(config, accelerator, processes)
         stage = self.trainer.first_stage.network
         for problem in factor_problems(config, stage.downsample_factor):
             raise ConfigError(problem)
-        self.stream = TrainingStream(
-            self.source,
-            View(config.data.resolution, config.view_resize),
-            stage.in_channels,
-            config.seed,
-            stage.latent_shape(config.data.resolution),
-            random_crop=config.data.crop == "random",
-            flip=config.data.flip,
-        )
+        self.stream = open_stream(config, self.source, stage)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
             View(*config.validation_view),
@@ -140,103 +151,144 @@ class Run:
             config.validation.images,
             config.seed,
         )
+        self.watch = Watch()
         self.broken = BrokenFiles(self.folder / files.BROKEN, config.data.max_broken)
-        self.start_step = self._resume()
+        self.resumed_at = self._resume()
+        self.saved = self.resumed_at or 0
         self.logbook = self._open_logbook()
         self._introduce()
 
     def fit(self) -> Outcome:
-        """Train to the last step, or until a signal asks to stop; then export."""
+        """Train to the last step, or until a signal asks to stop; then export.
+
+        Raises:
+            UserError: When data or disk fail. What was trained is saved first, where that is
+                still possible, and the message says how to go on.
+        """
         train = self.config.train
-        metrics = self._validate(0) if self.start_step == 0 else {}
-        batches = iter(self._loader(self._positions()))
+        metrics = self._validate(0) if self.resumed_at is None else {}
+        start = self.saved
+        batches = self._load(self._positions(start))
         progress = Progress(
-            self.start_step, train.max_steps, train.batch_size, visible=self.processes.is_main
+            start, train.max_steps, train.batch_size, visible=self.processes.is_main
         )
-        done, stopping = self.start_step, False
-        with StopRequest() as stop, contextlib.closing(progress):
-            while done < train.max_steps and not stopping:
-                micro_batches = self._next(batches, progress)
+        done, ending = start, Ending(False)
+        with contextlib.closing(progress), contextlib.closing(batches):
+            while done < train.max_steps:
+                micro_batches, fault = self._next(batches, progress)
+                ending = self._agree(micro_batches, fault)
+                if ending.now:
+                    break
                 self.trainer.training_step(done, micro_batches)
                 done += 1
                 last = done == train.max_steps
                 progress.advance()
-                stopping = self._agree(stop, micro_batches)
                 if done % train.log_every == 0 or last:
                     self._log(done, progress)
                 if done % self.config.validation.every == 0 or last:
                     metrics = self._validate(done)
-                if done % train.checkpoint_every == 0 or last or stopping:
+                if done % train.checkpoint_every == 0 or last:
                     self._save(done)
+        if done != self.saved:
+            self._save(done)
+        if ending.fault is not None:
+            raise type(ending.fault)(f"{ending.fault}. {self._what_is_saved()}")
         finished = done == train.max_steps
         if finished:
-            metrics = metrics or self._validate(done)
+            metrics = metrics or self._measure()
             self._export(metrics)
-        self.accelerator.end_training()
-        return Outcome(finished, done, metrics, self.held_out)
+            self._report()
+        return Outcome(finished, done, metrics, self.held_out, self.processes.world)
 
     # -- parts of the loop -------------------------------------------------------------------
 
-    def _positions(self) -> StepSampler:
+    def _positions(self, start: int) -> StepSampler:
         return StepSampler(
             self.config.train.batch_size,
             self.micro,
-            self.start_step,
+            start,
             self.config.train.max_steps,
             self.processes.rank,
             self.processes.world,
         )
 
-    def _loader(self, positions: Any) -> Any:
-        workers = self.config.data.workers
-        if workers is None:
-            local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            workers = min(8, max((os.cpu_count() or 1) // local - 1, 0))
+    def _load(self, positions: Iterable[list[int]]) -> Generator[Batch, None, None]:
         pin = self.accelerator.device.type == "cuda"
-        return training_loader(self.stream, positions, workers, pin_memory=pin)
+        return start_loader(open_loader(self.config, self.stream, positions, pin))
 
-    def _next(self, batches: Iterator[Batch], progress: Progress) -> list[Batch]:
+    def _next(
+        self, batches: Iterator[Batch], progress: Progress
+    ) -> tuple[list[Batch], UserError | None]:
+        """This process's micro-batches of a step, or why there are none."""
         began = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(self._positions().micro_batches)]
+        try:
+            micro_batches = [next(batches) for _ in range(self._positions(0).micro_batches)]
+        except (UserError, RuntimeError, OSError, EOFError) as error:
+            fault = loader_fault(error, self.processes.rank)
+            if fault is None:
+                raise
+            return [], fault
         progress.waited(time.perf_counter() - began)
-        return [batch.to(self.accelerator.device) for batch in micro_batches]
+        return [batch.to(self.accelerator.device) for batch in micro_batches], None
 
-    def _agree(self, stop: StopRequest, micro_batches: list[Batch]) -> bool:
-        """Tell the other processes about a signal and about broken files; learn theirs."""
+    def _agree(self, micro_batches: list[Batch], fault: UserError | None) -> Ending:
+        """Tell the other processes about signals, faults and broken files, and learn theirs.
+
+        All of them then do the same: go on, or end between the same two steps, saved.
+        """
         skipped = [entry for batch in micro_batches for entry in batch.broken.items()]
-        asked, skips = self.processes.totals(int(stop.signal is not None), len(skipped))
-        parts = self.processes.gather(skipped) if skips else [[]]
-        self.broken.add(
-            self.config.train.batch_size,
-            [entry for part in parts for entry in part],
-            write=self.processes.is_main,
+        asked, faults, skips = self.processes.totals(
+            int(self.stop.signal is not None), int(fault is not None), len(skipped)
         )
-        return asked > 0
+        if faults:
+            told = self.processes.gather(None if fault is None else str(fault))
+            return Ending(True, DataError(next(text for text in told if text is not None)))
+        if asked:
+            return Ending(True)
+        parts = self.processes.gather(skipped) if skips else [[]]
+        try:
+            self.broken.add(
+                self.config.train.batch_size,
+                [entry for part in parts for entry in part],
+                write=self.processes.is_main,
+            )
+        except DataError as error:
+            return Ending(True, error)
+        return Ending(False)
 
     def _log(self, step: int, progress: Progress) -> None:
         self._check_finite()
-        values = gradient_shares(self.trainer.meter.averages(self.processes.average))
+        values = derived(self.trainer.meter.averages(self.processes.average))
         values["learning_rate"] = self.trainer.first_stage.optimizer.param_groups[0]["lr"]
         speed = progress.window()
         if self.logbook is not None:
-            self.logbook.write(step, values)
-            self.logbook.write_speed(step, speed)
+            with self._writing():
+                self.logbook.write(step, values)
+                self.logbook.write_speed(step, speed)
+        for line in self.watch.read(step, values):
+            progress.say(line)
         progress.show(
             f"{self.config.loss.pixel} {values['loss/pixel']:.4f}, "
             f"waiting for data {speed['speed/waiting_for_data']:.0%}"
         )
 
-    def _validate(self, step: int) -> dict[str, float]:
-        """Measure the held-out images, and add a frame to the pictures."""
-        metrics: dict[str, float] = {}
+    def _measure(self) -> dict[str, float]:
+        """Metrics of the held-out images."""
+        if not self.held_out:
+            return {}
         with self.trainer.ema_weights() as vae:
-            if self.held_out:
-                metrics = validate(vae, self.shown, self.processes, self.micro)
-            if self.processes.is_main:
+            return validate(vae, self.shown, self.processes, self.micro)
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Measure the held-out images, and add a line to the log and a frame to the pictures."""
+        metrics = self._measure()
+        if self.processes.is_main:
+            with self.trainer.ema_weights() as vae:
                 picture = draw_grid(vae, self.shown, self.config.validation.pictures)
+            with self._writing():
                 save_png(picture, files.frame_path(self.folder, step))
-        if metrics and self.logbook is not None:
-            self.logbook.write(step, {f"validation/{k}": v for k, v in metrics.items()})
+                if metrics and self.logbook is not None:
+                    self.logbook.write(step, {f"validation/{k}": v for k, v in metrics.items()})
         return metrics
 
     def _check_finite(self) -> None:
@@ -256,16 +308,31 @@ class Run:
         self._check_finite()
         snapshot = self.trainer.snapshot(step)
         snapshot.state |= {
-            "config": to_dict(self.config),
-            "data_fingerprint": fingerprint(self.source),
+            "config": to_dict(lasting(self.config)),
+            "data_fingerprint": self.fingerprint,
+            "samples": len(self.source),
             "broken": self.broken.state_dict(),
         }
-        if self.processes.is_main:
-            with self.trainer.ema_weights() as vae:
-                save_checkpoint(self.folder, snapshot, vae, self.config.train.keep_checkpoints)
-            frames = [(f"step {number}", file) for number, file in files.list_frames(self.folder)]
-            save_gif(frames, self.shown.pixels.shape[1], self.folder / files.GIF)
+        if self.logbook is not None:
+            with self._writing():
+                self.logbook.sync()
+                keep = self.config.train.keep_checkpoints
+                save_checkpoint(self.folder, snapshot, self.trainer.ema_weights, keep)
+                frames = files.list_frames(self.folder)
+                captioned = [(f"step {number}", file) for number, file in frames]
+                save_gif(captioned, self.shown.pixels.shape[1], self.folder / files.GIF)
         self.processes.wait()
+        self.saved = step
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(self.folder, self._what_is_saved)
+
+    def _what_is_saved(self) -> str:
+        """How the user goes on after an accident."""
+        if self.saved == 0:
+            return "No step had been saved yet"
+        command = files.resume_command(self.folder, self.processes.world)
+        return f"Everything up to step {self.saved} is saved; go on with: {command}"
 
     def _export(self, metrics: dict[str, float]) -> None:
         with self.trainer.ema_weights() as vae:
@@ -283,7 +350,26 @@ class Run:
                     picture="reconstructions.png",
                 )
                 extras: dict[str, str | Path] = {"README.md": card, "reconstructions.png": picture}
-                write_export(vae, statistics, self.folder / files.EXPORT, extras)
+                with self._writing():
+                    write_export(vae, statistics, self.folder / files.EXPORT, extras)
+        self.processes.wait()
+
+    def _report(self) -> None:
+        """Look closely at the images of the pictures once more, and make the run's report."""
+        held = "held out" if self.held_out else "trained on"
+        images = HeldImages(self.shown, f"{self.config.data.path}, {held}")
+        with self.trainer.ema_weights() as vae:
+            found = evaluate(
+                [("this run", vae)],
+                images,
+                Options(batch_size=self.micro),
+                self.processes,
+                self.config.seed,
+            )
+        if self.processes.is_main:
+            with self._writing():
+                save(found, self.folder / files.EVALUATION)
+                write_report(self.folder)
         self.processes.wait()
 
     def _measured_images(self) -> Iterator[Tensor]:
@@ -291,77 +377,83 @@ class Run:
         count = self.config.export.images
         mine = list(range(self.processes.rank, count, self.processes.world))
         chunks = [mine[i : i + self.micro] for i in range(0, len(mine), self.micro)]
-        for batch in self._loader(chunks):
+        for batch in self._load(chunks):
             yield images_from_pixels(batch.pixels.to(self.accelerator.device))
 
     # -- before the loop ---------------------------------------------------------------------
 
-    def _make_accelerator(self) -> Accelerator:
-        config = self.config.train
-        tracker, remark = tracker_of(config.tracker)
-        try:
-            accelerator = Accelerator(
-                mixed_precision=config.precision,
-                log_with=tracker,
-                project_dir=self.folder,
-                # Buffers never differ between processes, and copying them in the critic's second
-                # forward pass would change what its first one saved for the backward pass.
-                kwargs_handlers=[
-                    DistributedDataParallelKwargs(
-                        broadcast_buffers=False, gradient_as_bucket_view=True
-                    )
-                ],
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"train.precision {config.precision!r} cannot be used: {error}"
-            ) from error
-        if remark and accelerator.is_main_process:
-            print(remark, flush=True)
-        return accelerator
+    def _agreed_fingerprint(self) -> str:
+        """The data's fingerprint; on several machines each may have its own copy."""
+        prints = self.processes.gather(fingerprint(self.source))
+        for rank, other in enumerate(prints):
+            if other != prints[0]:
+                raise DataError(
+                    f"data.path {self.config.data.path!r} is not the same everywhere: process "
+                    f"{rank} sees other samples than process 0. Give all machines the same files"
+                )
+        return str(prints[0])
 
-    def _on_main(self, work: Callable[[], None]) -> None:
-        """Do something on the main process; what goes wrong there is raised on all."""
-        problem: str | None = None
-        if self.processes.is_main:
-            try:
-                work()
-            except UserError as error:
-                problem = str(error)
-        told = self.processes.gather(problem)[0]
-        if told is not None:
-            raise UserError(told)
-
-    def _resume(self) -> int:
+    def _resume(self) -> int | None:
         """Restore the checkpoint that `resume` names; returns the steps done."""
         if self.config.resume is None:
-            return 0
+            return None
         found: tuple[Path | None, list[str]] = (None, [])
-        if self.processes.is_main:
-            found = find_checkpoint(self.folder, self.config.resume)
+
+        def find() -> None:
+            nonlocal found
+            found = find_checkpoint(self.folder, str(self.config.resume))
+
+        on_main(self.processes, find)
         path, remarks = self.processes.gather(found)[0]
         for remark in remarks:
             self._say(remark)
         if path is None:
             self._say(f"no checkpoint in {self.folder} yet: starting at step 0")
-            return 0
+            self.broken.load_state_dict(self.broken.state_dict(), write=self.processes.is_main)
+            return None
         snapshot = load_checkpoint(path)
+        self._check_resumable(snapshot, path)
         self.trainer.restore(
             snapshot, AutoencoderKL.from_pretrained(path / "ema", use_safetensors=True)
         )
-        self.broken.load_state_dict(snapshot.state["broken"])
+        self.broken.load_state_dict(snapshot.state["broken"], write=self.processes.is_main)
         self._say(f"resuming at step {snapshot.step} from {path}")
+        if self.processes.is_main:
+            for place in set_aside(self.folder, snapshot.step):
+                self._say(f"a later checkpoint is set aside as {place}; delete it when you like")
         return snapshot.step
+
+    def _check_resumable(self, snapshot: Snapshot, path: Path) -> None:
+        """Whether this run is the one that the checkpoint belongs to."""
+        changes = check_resumable(
+            snapshot.state["config"], to_dict(self.config), to_dict(Config()), str(path)
+        )
+        if changes:
+            self._say(f"changed since the checkpoint was written:\n{changes}")
+        if snapshot.state["data_fingerprint"] != self.fingerprint:
+            raise DataError(
+                f"the data set {self.config.data.path!r} has changed since the checkpoint {path}: "
+                f"{snapshot.state['samples']:,} samples to train on then, {len(self.source):,} "
+                f"now, fingerprint {snapshot.state['data_fingerprint']} then, {self.fingerprint} "
+                "now. Put it back as it was, or begin a new run in another output_dir "
+                f"(--model.pretrained {path}/ema starts it from these weights)"
+            )
+        if snapshot.step > self.config.train.max_steps:
+            raise ConfigError(
+                f"train.max_steps ({self.config.train.max_steps}) is below the {snapshot.step} "
+                f"steps of the checkpoint {path}: raise it, or resume from an earlier checkpoint"
+            )
 
     def _open_logbook(self) -> Logbook | None:
         self.accelerator.init_trackers(files.TRACKER)
         if not self.processes.is_main:
             return None
-        for step, frame in files.list_frames(self.folder):
-            if step > self.start_step:
-                frame.unlink()
-        write_text(self.folder / files.CONFIG, recipe(self.config))
-        return Logbook(self.folder / files.LOG, self.accelerator, self.start_step)
+        with self._writing():
+            for step, frame in files.list_frames(self.folder):
+                if self.resumed_at is None or step > self.resumed_at:
+                    frame.unlink()
+            write_text(self.folder / files.CONFIG, recipe(self.config))
+            return Logbook(self.folder / files.LOG, self.accelerator, self.resumed_at)
 
     def _introduce(self) -> None:
         config, stage = self.config, self.trainer.first_stage.network
@@ -382,13 +474,6 @@ class Run:
     def _say(self, text: str) -> None:
         if self.processes.is_main:
             print(text, flush=True)
-
-
-def gradient_shares(values: dict[str, float]) -> dict[str, float]:
-    """Adds `share/x` for every `norm/x`: its share of the sum of all terms' gradient norms."""
-    norms = {k.removeprefix("norm/"): v for k, v in values.items() if k.startswith("norm/")}
-    total = sum(norms.values())
-    return values | {f"share/{k}": v / total if total > 0 else 0.0 for k, v in norms.items()}
 
 
 def _lists(value: Any) -> Any:

@@ -23,6 +23,10 @@ class Purpose(IntEnum):
     """Posterior draw from a latent cache: (epoch, sample index)."""
     SPLIT = 6
     """Choice of held-out samples and other fixed choices of a run."""
+    PRIOR = 7
+    """Latents drawn from the prior in training: (position in the stream of samples,)."""
+    MIX = 8
+    """Where between real and fake a penalty is taken: (position in the stream of samples,)."""
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

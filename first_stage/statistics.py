@@ -23,10 +23,11 @@ class LaggedMeans:
 
     Args:
         decay: Decay of the exponential mean, in [0, 1).
+        decays: Other decays, by name.
     """
 
-    def __init__(self, decay: float):
-        self.decay = decay
+    def __init__(self, decay: float, decays: Mapping[str, float] | None = None):
+        self.decay, self._decays = decay, dict(decays or {})
         self._means: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
@@ -62,7 +63,9 @@ class LaggedMeans:
                 value = finish[name](value)
             mean = self._means.get(name)
             self._means[name] = (
-                value.clone() if mean is None else torch.lerp(value, mean, self.decay)
+                value.clone()
+                if mean is None
+                else torch.lerp(value, mean, self._decays.get(name, self.decay))
             )
         self._sums, self._counts = {}, {}
 
@@ -80,19 +83,26 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, float] = {}
         self._bad: dict[str, Tensor] = {}
 
-    def add(self, step: int, values: Mapping[str, Tensor]) -> None:
-        """Add scalars of a micro-batch of a step; they stay on the device."""
+    def add(self, step: int, values: Mapping[str, Tensor], share: float = 1.0) -> None:
+        """Add scalars; they stay on the device.
+
+        Args:
+            step: The step they belong to.
+            values: Name to scalar.
+            share: Weight in the average: one over the number of a step's micro-batches, so that
+                all steps count alike however they are split.
+        """
         for name, value in values.items():
             value = value.detach().float()
             if name in self._sums:
-                self._sums[name] = self._sums[name] + value
-                self._counts[name] += 1
+                self._sums[name] = self._sums[name] + value * share
+                self._counts[name] += share
             else:
-                self._sums[name] = value.clone()
-                self._counts[name] = 1
+                self._sums[name] = value * share
+                self._counts[name] = share
                 self._bad.setdefault(name, torch.full_like(value, torch.inf))
             now = torch.where(value.isfinite(), torch.inf, float(step))
             self._bad[name] = torch.minimum(self._bad[name], now)
@@ -126,23 +136,36 @@ class Meter:
         self._sums, self._counts = {}, {}
         return dict(zip(names, values, strict=True))
 
-    def state_dict(self, average: Average) -> dict[str, Tensor]:
-        """Sums and counts since the last log line, averaged over processes: any number may go on.
+    def state_dict(self, stack: Average) -> dict[str, Tensor]:
+        """Sums and counts since the last log line, one row per process: any number may go on.
 
         Args:
-            average: Averages a tensor over processes.
+            stack: Every process's tensor, `(world, *shape)`, by rank.
         """
         names = sorted(self._sums)
         if not names:
             return {}
-        sums = average(torch.stack([self._sums[n] for n in names]))
+        sums = stack(torch.stack([self._sums[n] for n in names])).double()
         return {
-            name: torch.stack([value, value.new_tensor(self._counts[name])])
-            for name, value in zip(names, sums, strict=True)
+            name: torch.stack([column, torch.full_like(column, self._counts[name])], dim=1)
+            for name, column in zip(names, sums.unbind(1), strict=True)
         }
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state_dict` gave."""
-        self._sums = {name: value[0].clone() for name, value in state.items()}
-        self._counts = {name: int(value[1]) for name, value in state.items()}
+    def load_state_dict(self, state: Mapping[str, Tensor], rank: int = 0, world: int = 1) -> None:
+        """Take back what `state_dict` gave.
+
+        The same number of processes goes on exactly; on another one each takes an equal part of
+        what all had seen, which gives the same averages up to rounding.
+
+        Args:
+            state: `(processes then, 2)` per name: sums and counts.
+            rank: This process.
+            world: Number of processes now.
+        """
+        rows = {
+            name: value[rank] if value.shape[0] == world else value.mean(0)
+            for name, value in state.items()
+        }
+        self._counts = {name: float(row[1]) for name, row in rows.items()}
+        self._sums = {name: row[0].float() for name, row in rows.items()}
         self._bad = {name: torch.full_like(s, torch.inf) for name, s in self._sums.items()}

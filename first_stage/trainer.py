@@ -1,11 +1,13 @@
 """The training step: one batch and one autoencoder pass for both players."""
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
@@ -15,11 +17,13 @@ from torch import Tensor, nn
 from first_stage.autoencoder import FirstStage, build_autoencoder, load_autoencoder, require_kl
 from first_stage.checkpoint import Snapshot, flatten_optimizer, restore_optimizer
 from first_stage.config import Config, ModelConfig, TrainConfig
-from first_stage.critic import PatchCritic
+from first_stage.critic import Critic, advance_spectral_norm, make_critic, update_average
 from first_stage.data import Batch, images_from_pixels
 from first_stage.errors import ConfigError
 from first_stage.objective import Judged, Objective
 from first_stage.processes import Processes
+from first_stage.regularisers import clip_weights
+from first_stage.seeding import Purpose, generator
 from first_stage.statistics import Meter
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -101,22 +105,24 @@ class Trainer:
 
     def __init__(self, config: Config, accelerator: Accelerator, processes: Processes):
         self.config, self.accelerator, self.processes = config, accelerator, processes
+        self.objective = Objective(config.loss, accelerator.device, accelerator.autocast)
         torch.manual_seed(config.seed)
         first_stage = make_first_stage(config.model, config.data.resolution)
-        self.first_stage = self._player(first_stage, config.train.learning_rate)
-        self.critic: Player[PatchCritic] | None = None
+        own = list(self.objective.parameters.values())
+        self.first_stage = self._player(first_stage, config.train.learning_rate, own)
+        self.critic: Player[Critic] | None = None
+        self.critic_ema: Critic | None = None
         if config.needs_critic:
-            critic = PatchCritic(
-                first_stage.in_channels,
-                config.critic.width,
-                config.critic.layers,
-                config.critic.norm,
+            c = config.critic
+            critic = make_critic(
+                first_stage.in_channels, c.width, c.layers, c.norm, c.antialias, c.scales
             )
-            rate = config.critic.learning_rate or config.train.learning_rate
-            self.critic = self._player(critic, rate)
+            if config.loss.learned.ema_decay > 0 and config.loss.learned.weight > 0:
+                self.critic_ema = copy.deepcopy(critic).requires_grad_(False)
+                self.critic_ema.to(accelerator.device)
+            self.critic = self._player(critic, c.learning_rate or config.train.learning_rate)
         self.ema = EMAModel(self.vae.parameters(), decay=config.train.ema_decay, foreach=True)
         self.ema.to(accelerator.device)
-        self.objective = Objective(config.loss)
         self.meter = Meter()
 
     @property
@@ -124,15 +130,20 @@ class Trainer:
         """The autoencoder that is being trained."""
         return self.first_stage.network.vae
 
-    def _player(self, network: Network, learning_rate: float) -> Player[Network]:
+    def _player(
+        self, network: Network, learning_rate: float, own: Sequence[nn.Parameter] = ()
+    ) -> Player[Network]:
+        # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         module = self.accelerator.prepare_model(network)
         # The optimizers are not prepared: accelerate would update the loss scaler after each of
         # the two, and the second would unscale by another factor than its gradients carry.
         optimizer = torch.optim.AdamW(
-            [p for p in network.parameters() if p.requires_grad],
+            [*(p for p in network.parameters() if p.requires_grad), *own],
             lr=learning_rate,
             betas=self.config.train.betas,
             weight_decay=self.config.train.weight_decay,
+            fused=True,
         )
         return Player(network, module, optimizer, learning_rate)
 
@@ -152,33 +163,37 @@ class Trainer:
                 # The autoencoder: every loss is differentiated down to the leaf, that is, to the
                 # pixels of the reconstruction; one backward pass takes their sum further.
                 images = images_from_pixels(batch.pixels)
-                reconstruction, posterior = self.first_stage.module(images, batch.noise)
-                leaf = reconstruction.detach().requires_grad_()
-                judged = None
-                if critic is not None:
-                    judged = Judged(critic.module(images), critic.module(leaf))
+                extra = self._extra_latents(step, number, batch)
+                decoded, posterior = self.first_stage.module(images, batch.noise, **extra)
+                leaf = decoded.detach().requires_grad_()
+                judged = self._judge(critic, images, leaf) if critic is not None else None
                 gradient, log = self.objective.gradient(
-                    step, images, reconstruction, leaf, judged, self.first_stage.network.last_layer
+                    step, images, decoded, leaf, judged, self.first_stage.network.last_layer
                 )
-                kl = posterior.kl().mean()
-                kl_share = self.config.loss.kl_weight / images[0].numel()
-                surrogate = (reconstruction * gradient).sum() + kl_share * kl
+                direct, direct_log = self.objective.direct_loss(step, images, leaf, posterior)
+                surrogate = (decoded * gradient).sum() + direct
                 self.accelerator.backward(surrogate / len(batches))
-                log["loss/kl"] = kl
 
                 # The critic: the verdicts are already there; their graph ends at the leaf.
+                critic_log: dict[str, Tensor] = {}
                 if critic is not None and judged is not None:
-                    loss, critic_log = self.objective.critic_loss(judged)
+                    loss, critic_log = self.objective.critic_loss(judged, len(images))
+                    if self.objective.penalises(step):
+                        mix = self._mix(step, number, batch)
+                        slopes = self.objective.penalty(critic.network.judge, images, leaf, mix)
+                        loss, critic_log = loss + slopes[0], critic_log | slopes[1]
                     parameters = critic.parameters
                     self.accelerator.backward(loss / len(batches), inputs=parameters)
-                    log |= critic_log
-            self.meter.add(step, log)
+            self.meter.add(step, log | direct_log | critic_log, share=1 / len(batches))
         self._update(step, players)
 
     def _update(self, step: int, players: dict[str, Player[Any]]) -> None:
         """Clip and apply the players' gradients; then whatever counts steps counts one."""
         scaler = self.accelerator.scaler
         share = learning_rate_share(step, self.config.train)
+        for parameter in self.objective.parameters.values():  # no wrapper averages these
+            if parameter.grad is not None:
+                parameter.grad = self.processes.average(parameter.grad)
         for name, player in players.items():
             player.optimizer.param_groups[0]["lr"] = player.learning_rate * share
             if scaler is not None:
@@ -194,7 +209,60 @@ class Trainer:
         if scaler is not None:
             scaler.update()
         self.ema.step(self.vae.parameters())
+        if "critic" in players:
+            self._after_critic(step, players["critic"].network)
         self.objective.finish_step(self.processes.average)
+
+    def _after_critic(self, step: int, critic: Critic) -> None:
+        """What follows an update of the critic: bounds on its weights, and its average."""
+        if (limit := self.config.loss.adversarial.clip_weights) > 0:
+            clip_weights(critic.parameters(), limit)
+        advance_spectral_norm(critic)
+        if self.critic_ema is not None:
+            updates = step - self.config.critic.start_step
+            warm = (1 + updates) / (10 + updates)
+            update_average(self.critic_ema, critic, min(self.config.loss.learned.ema_decay, warm))
+
+    def _judge(self, critic: Player[Critic], images: Tensor, leaf: Tensor) -> Judged:
+        """The critic's verdicts, and its average's where that is the yardstick."""
+        yardsticks = None
+        if self.critic_ema is not None:
+            with self.accelerator.autocast():
+                with torch.no_grad():
+                    reals = self.critic_ema(images).features
+                yardsticks = (reals, self.critic_ema(leaf[: len(images)]).features)
+        return Judged(critic.module(images), critic.module(leaf), yardsticks)
+
+    def _extra_latents(self, step: int, number: int, batch: Batch) -> dict[str, Any]:
+        """What is decoded beside the batch, for the critic alone."""
+        adversarial = self.config.loss.adversarial
+        if adversarial.weight == 0 or step < self.config.critic.start_step:
+            return {}
+        extra: dict[str, Any] = {"cut_off": not adversarial.reaches_encoder}
+        if adversarial.prior_samples:
+            draws = [
+                generator(self.config.seed, Purpose.PRIOR, position).standard_normal(
+                    batch.noise.shape[1:], dtype=np.float32
+                )
+                for position in self._positions(step, number, batch)
+            ]
+            extra["prior"] = torch.from_numpy(np.stack(draws)).to(batch.noise.device)
+        return extra
+
+    def _mix(self, step: int, number: int, batch: Batch) -> Tensor:
+        """Where between each real and its fake the critic's slope is measured, `(B,)`."""
+        draws = [
+            generator(self.config.seed, Purpose.MIX, position).random()
+            for position in self._positions(step, number, batch)
+        ]
+        return torch.tensor(draws, dtype=torch.float32, device=batch.noise.device)
+
+    def _positions(self, step: int, number: int, batch: Batch) -> range:
+        """Places of a micro-batch's samples in the stream of samples."""
+        size = self.config.train.batch_size
+        count = len(batch.noise)
+        first = step * size + self.processes.rank * (size // self.processes.world) + number * count
+        return range(first, first + count)
 
     @contextlib.contextmanager
     def _synchronised(self, players: dict[str, Player[Any]], last: bool) -> Iterator[None]:
@@ -226,11 +294,13 @@ class Trainer:
         tensors: dict[str, dict[str, Tensor]] = {
             "first_stage": dict(self.vae.state_dict()),
             "optimizers": flatten_optimizer(self.first_stage.optimizer, "first_stage"),
-            "means": {f"objective.{k}": v for k, v in self.objective.means.state_dict().items()}
-            | {f"meter.{k}": v for k, v in self.meter.state_dict(self.processes.average).items()},
+            "means": {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
+            | {f"meter.{k}": v for k, v in self.meter.state_dict(self.processes.stack).items()},
         }
         if self.critic is not None:
             tensors["critic"] = dict(self.critic.network.state_dict())
+            if self.critic_ema is not None:
+                tensors["critic_ema"] = dict(self.critic_ema.state_dict())
             tensors["optimizers"] |= flatten_optimizer(self.critic.optimizer, "critic")
         scaler = self.accelerator.scaler
         state: dict[str, Any] = {
@@ -251,14 +321,18 @@ class Trainer:
         restore_optimizer(self.first_stage.optimizer, tensors["optimizers"], "first_stage")
         if self.critic is not None:
             self.critic.network.load_state_dict(tensors["critic"])
+            if self.critic_ema is not None:
+                self.critic_ema.load_state_dict(tensors["critic_ema"])
             restore_optimizer(self.critic.optimizer, tensors["optimizers"], "critic")
         self.ema.shadow_params = [p.detach().clone().to(device) for p in ema.parameters()]
         self.ema.optimization_step = snapshot.state["ema_steps"]
         if self.accelerator.scaler is not None and snapshot.state["scaler"]:
             self.accelerator.scaler.load_state_dict(snapshot.state["scaler"])
         means = {k: v.to(device) for k, v in tensors["means"].items()}
-        self.objective.means.load_state_dict(_without_prefix(means, "objective."))
-        self.meter.load_state_dict(_without_prefix(means, "meter."))
+        self.objective.load_state_dict(_without_prefix(means, "objective."))
+        self.meter.load_state_dict(
+            _without_prefix(means, "meter."), self.processes.rank, self.processes.world
+        )
 
 
 def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ from accelerate import PartialState
 
 from first_stage.config import parse_config
 from first_stage.errors import run_command
+from first_stage.folder import resume_command
 from first_stage.run import train
 
 
@@ -19,8 +20,7 @@ def main() -> None:
     if not outcome.finished:
         print(
             f"stopped after step {outcome.step} of {config.train.max_steps}; everything is saved. "
-            f"Go on with:\n  accelerate launch scripts/train.py --config {folder}/config.yaml "
-            "--resume latest"
+            f"Go on with:\n  {resume_command(folder, outcome.processes)}"
         )
         return
     if outcome.metrics:
@@ -31,6 +31,7 @@ def main() -> None:
         f"export  {folder}/export\n"
         f"grid    {pictures[-1]}\n"
         f"gif     {folder}/training.gif\n"
+        f"report  {folder}/report.html\n"
         "Load it with diffusers:\n"
         "  from diffusers import AutoencoderKL\n"
         f'  vae = AutoencoderKL.from_pretrained("{folder}/export")\n'

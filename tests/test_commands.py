@@ -18,7 +18,7 @@ def test_train_through_accelerate_launch(images, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "1 process on cpu" in result.stdout
-    for promised in ("export", "grid", "gif"):
+    for promised in ("export", "grid", "gif", "report"):
         line = next(text for text in result.stdout.splitlines() if text.startswith(promised))
         assert os.path.exists(line.split()[1]), line
     assert "AutoencoderKL.from_pretrained" in result.stdout

@@ -123,7 +123,7 @@ def test_the_golden_loss_curve(tiny, tmp_path):
     found = json.loads((ROOT / "tests/golden.json").read_text())
     log = [line for line in read_log(tmp_path / "run/log.jsonl") if "loss/pixel" in line]
     for name, values in found.items():
-        assert [line[name] for line in log] == pytest.approx(values, rel=2e-4), name
+        assert [line[name] for line in log] == pytest.approx(values, rel=2e-3), name
 
 
 def test_fine_tuning_a_pretrained_first_stage(tiny, tmp_path):

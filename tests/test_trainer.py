@@ -9,6 +9,7 @@ from torch import nn
 
 from first_stage.config import TrainConfig
 from first_stage.data import Batch, images_from_pixels
+from first_stage.diagnostics import derived
 from first_stage.processes import Processes
 from first_stage.trainer import Trainer, learning_rate_share
 
@@ -208,12 +209,10 @@ def test_without_adversary_and_learned_distance_there_is_no_critic(tiny):
 
 
 def test_shares_of_the_gradient_are_logged(tiny):
-    from first_stage.run import gradient_shares
-
     trainer = make_trainer(tiny())
     for step in range(3):
         trainer.training_step(step, [batch_of(trainer, 4, step)])
-    values = gradient_shares(trainer.meter.averages(lambda t: t))
+    values = derived(trainer.meter.averages(lambda t: t))
     shares = [values[f"share/{name}"] for name in ("pixel", "learned", "adversarial")]
     assert sum(shares) == pytest.approx(1)
     assert min(shares) > 0
@@ -232,7 +231,7 @@ def test_the_adaptive_weight_gives_the_adversarial_gradient_its_share(tiny):
         for step in range(2):  # the same weights and images twice: the lag has nothing to miss
             trainer.meter.averages(lambda t: t)
             trainer.training_step(step, [batch])
-    values = trainer.meter.averages(lambda t: t)
+    values = derived(trainer.meter.averages(lambda t: t))
     assert values["norm/adversarial"] / values["norm/pixel"] == pytest.approx(0.3, rel=0.02)
 
 

@@ -12,6 +12,8 @@ from first_stage.data.loader import (
     collate,
     fingerprint,
     fixed_images,
+    loader_fault,
+    start_loader,
     training_loader,
 )
 from first_stage.data.pixels import (
@@ -49,10 +51,12 @@ __all__ = [
     "fixed_images",
     "images_from_pixels",
     "is_builtin",
+    "loader_fault",
     "open_image",
     "open_source",
     "pixels_from_images",
     "pixels_of",
     "split_source",
+    "start_loader",
     "training_loader",
 ]

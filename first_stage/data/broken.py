@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from first_stage.errors import DataError
+from first_stage.files import write_text
 
 _ENOUGH_SEEN = 100
 
@@ -35,30 +36,44 @@ class BrokenFiles:
             DataError: When they are more than the share allows of what was drawn (of 100, while
                 fewer were drawn).
         """
-        self.drawn += drawn
-        new = []
+        skipped = list(skipped)
+        reasons = dict(self.reasons)
         for name, reason in skipped:
-            self.skipped += 1
-            if name not in self.reasons:
-                self.reasons[name] = reason
-                new.append(json.dumps({"id": name, "reason": reason}) + "\n")
+            reasons.setdefault(name, reason)
+        new = list(reasons.items())[len(self.reasons) :]
         if new and write:
             with self.path.open("a", encoding="utf-8") as stream:
-                stream.writelines(new)
-        if self.skipped > self.max_share * max(self.drawn, _ENOUGH_SEEN):
-            name, reason = next(iter(self.reasons.items()))
+                stream.writelines(_line(*entry) for entry in new)
+        total, broken = self.drawn + drawn, self.skipped + len(skipped)
+        if broken > self.max_share * max(total, _ENOUGH_SEEN):
+            # The counts stay as they were: the step that these samples were for is not done.
+            name, reason = next(iter(reasons.items()))
             raise DataError(
-                f"{self.skipped} of {self.drawn} samples could not be decoded, more than "
+                f"{broken} of {total} samples could not be decoded, more than "
                 f"data.max_broken ({self.max_share}) allows; first: {name}: {reason}. All are "
                 f"listed in {self.path}"
             )
+        self.drawn, self.skipped, self.reasons = total, broken, reasons
 
     def state_dict(self) -> dict[str, object]:
         """Counts and reasons, for a checkpoint."""
         return {"drawn": self.drawn, "skipped": self.skipped, "reasons": self.reasons}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Take back what `state_dict` gave, and write the list anew."""
+    def load_state_dict(self, state: dict[str, object], write: bool) -> None:
+        """Take back what `state_dict` gave.
+
+        Args:
+            state: Counts and reasons.
+            write: Write the list anew, without what a run that was cut off had added.
+        """
         self.drawn, self.skipped = int(str(state["drawn"])), int(str(state["skipped"]))
         reasons = state["reasons"]
         self.reasons = dict(reasons) if isinstance(reasons, dict) else {}
+        if write and self.reasons:
+            write_text(self.path, "".join(_line(*entry) for entry in self.reasons.items()))
+        elif write:
+            self.path.unlink(missing_ok=True)
+
+
+def _line(name: str, reason: str) -> str:
+    return json.dumps({"id": name, "reason": reason}) + "\n"

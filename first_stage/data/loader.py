@@ -7,9 +7,15 @@ resuming means starting at a step. No sampler pads or drops: a data set smaller 
 comes round again.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterator
+import os
+import signal
+import socket
+import threading
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +24,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from first_stage.data.pixels import BrokenImage, View, open_image, pixels_of
-from first_stage.data.sources import Source
-from first_stage.errors import DataError
+from first_stage.data.sources import Sample, Source
+from first_stage.errors import DataError, UserError
 from first_stage.seeding import Purpose, generator
 
+_CONTENT_SAMPLES = 256
 _LOOK_FURTHER = 100
 """How many unreadable samples in a row are skipped before the data counts as unusable."""
 
@@ -110,29 +117,43 @@ class TrainingStream(Dataset[Example]):
         """
         broken: dict[str, str] = {}
         for ahead in range(_LOOK_FURTHER):
-            epoch, index = self.sample_at(position + ahead)
+            place = self.replacement(position, ahead)
+            epoch, index = self.sample_at(place)
+            sample = self.read(place, index)
             try:
-                sample_id, pixels = self._decode(epoch, index)
+                pixels = self._decode(epoch, index, sample)
             except BrokenImage as error:
-                broken[self.source.id(index)] = str(error)
+                broken[sample.id] = str(error)
                 continue
             noise = generator(self.seed, Purpose.NOISE, position).standard_normal(
                 self.latent_shape, dtype=np.float32
             )
-            return Example(pixels, noise, sample_id, broken)
+            return Example(pixels, noise, sample.id, broken)
         first, reason = next(iter(broken.items()))
         raise DataError(
             f"{len(broken)} samples in a row of {self.source.name!r} cannot be decoded "
             f"(first: {first}: {reason})"
         )
 
-    def _decode(self, epoch: int, index: int) -> tuple[str, np.ndarray]:
-        sample = self.source.read(index)
+    def replacement(self, position: int, ahead: int) -> int:
+        """The position whose sample takes the place of one that cannot be decoded.
+
+        Args:
+            position: The place to fill.
+            ahead: How many were tried before; 0 is the position itself.
+        """
+        return position + ahead
+
+    def read(self, position: int, index: int) -> Sample:
+        """Read the sample at a position; what is in the file is not decoded yet."""
+        return self.source.read(index)
+
+    def _decode(self, epoch: int, index: int, sample: Sample) -> np.ndarray:
         image = open_image(sample.image, self.channels)
         draw = generator(self.seed, Purpose.VIEW, epoch, index).random(3)
         u, v = (float(draw[0]), float(draw[1])) if self.random_crop else (None, None)
         image, _ = self.view.apply(image, u, v, flip=self.flip and bool(draw[2] < 0.5))
-        return sample.id, pixels_of(image, self.channels)
+        return pixels_of(image, self.channels)
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -184,13 +205,13 @@ class StepSampler:
 
 
 def training_loader(
-    stream: TrainingStream, sampler: StepSampler, workers: int, pin_memory: bool
+    stream: TrainingStream, sampler: Iterable[list[int]], workers: int, pin_memory: bool
 ) -> DataLoader[Any]:
     """Decode a process's micro-batches in workers, ahead of the step.
 
     Args:
         stream: The stream.
-        sampler: Which positions.
+        sampler: Which positions: a list per micro-batch.
         workers: Worker processes; 0 decodes in this one.
         pin_memory: Copy batches to page-locked memory, for a GPU.
 
@@ -205,12 +226,74 @@ def training_loader(
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
         persistent_workers=False,
-        worker_init_fn=_one_thread,
+        worker_init_fn=prepare_worker,
     )
 
 
-def _one_thread(_: int) -> None:
+def prepare_worker(_: int) -> None:
+    """Set up a worker process: one thread, and signals are for the training process.
+
+    A terminal and a scheduler signal every process of a job. The training process then wants to
+    finish its step, and needs its workers for that; it ends them itself.
+    """
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    parent = os.getppid()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
+    """Iterate a loader whose workers' deaths are noticed where a batch is asked for.
+
+    torch also installs a handler that raises as soon as a worker dies, wherever the training is
+    just then: in the middle of an update or of a save. Without it the loader itself notices within
+    5 s, between two steps, where everything can still be saved.
+
+    Returns:
+        The batches. Closing it ends the workers.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return _deliver(batches)
+
+
+def _deliver(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+    yield from batches
+
+
+def loader_fault(error: Exception, rank: int) -> UserError | None:
+    """What a failing loader has to say in one line; `None` when it is not the loader's fault.
+
+    Args:
+        error: What was raised where a batch was asked for.
+        rank: This process.
+    """
+    if isinstance(error, UserError):
+        # From a worker, torch raises the same class with a whole traceback for its message.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        last = lines[-1]
+        return DataError(last.partition("Error: ")[2] or last if len(lines) > 1 else last)
+    told_by_torch = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    # A worker that dies while it hands over a batch breaks the connection first.
+    cut_off = isinstance(error, ConnectionError | EOFError) or (
+        isinstance(error, FileNotFoundError) and error.filename is None
+    )
+    if not told_by_torch and (not cut_off or "Caught " in str(error)):
+        return None
+    return DataError(
+        f"a data worker of process {rank} (on {socket.gethostname()}) was killed, most often "
+        "because memory ran out: fewer data.workers need less"
+    )
 
 
 @dataclass
@@ -265,8 +348,24 @@ def fixed_images(source: Source, view: View, channels: int, count: int, seed: in
 
 
 def fingerprint(source: Source) -> str:
-    """A hash of a source's ids, to notice that a data set changed between two runs."""
+    """A hash that tells whether a data set changed between two runs.
+
+    It covers the ids of all samples and the files of up to 256 of them, spread evenly: samples that
+    were added, removed or renamed are always noticed, and so is a set that was resized or encoded
+    anew; a single file that was replaced under its old name mostly is not. Sources that know a
+    better way have a method `fingerprint` of their own.
+    """
+    own = getattr(source, "fingerprint", None)
+    if own is not None:
+        return str(own())
     digest = hashlib.sha256()
-    for index in range(len(source)):
+    count = len(source)
+    for index in range(count):
         digest.update(source.id(index).encode() + b"\n")
+    for index in np.unique(np.linspace(0, count - 1, _CONTENT_SAMPLES).round().astype(int)):
+        image = source.read(int(index)).image
+        if isinstance(image, Path):
+            with contextlib.suppress(OSError):  # a broken file is the loader's to report
+                image = image.read_bytes()
+        digest.update(hashlib.sha256(image).digest() if isinstance(image, bytes) else b"")
     return digest.hexdigest()[:16]

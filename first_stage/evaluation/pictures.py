@@ -1,0 +1,93 @@
+"""The images that a report shows: originals, reconstructions and latents."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from first_stage.data import pixels_from_images
+from first_stage.evaluation.codec import Codec
+from first_stage.evaluation.images import ImageList, group_by_shape
+
+MAX_SIDE = 512
+"""Pictures larger than this show their centre, at full resolution."""
+MAX_CHANNELS = 32
+"""Latent channels shown as pictures at most."""
+_LATENTS_OF = 4
+"""How many of the shown images also show their latents."""
+
+
+@dataclass
+class Pair:
+    """One image beside its reconstructions.
+
+    Attributes:
+        index: Its place in the list of images.
+        id: Its id.
+        original: `(H, W, C)` uint8.
+        reconstructions: One per first stage, of the same shape.
+        latents: Per first stage the channels `(C, h, w)` float32, or `None`.
+        cropped: Whether only the centre is shown.
+    """
+
+    index: int
+    id: str
+    original: np.ndarray
+    cropped: bool
+    reconstructions: list[np.ndarray] = field(default_factory=list)
+    latents: list[np.ndarray | None] = field(default_factory=list)
+
+
+def choose_pairs(per_image: Sequence[dict[str, Any]], count: int) -> list[int]:
+    """Which images to show: a third the worst by PSNR, the others evenly over the ranking.
+
+    Args:
+        per_image: Rows with `index`, `psnr` and `identical`.
+        count: How many.
+
+    Returns:
+        Places in the list of images, in its order; the best image is among them.
+    """
+    ranked = sorted(per_image, key=lambda row: (row["identical"], row["psnr"] or 0.0))
+    places = [int(row["index"]) for row in ranked]
+    if count >= len(places):
+        return sorted(places)
+    worst = max(count // 3, 1) if count else 0
+    rest = places[worst:]
+    others = count - worst
+    step = [round(k * (len(rest) - 1) / max(others - 1, 1)) for k in range(others)]
+    if others == 1:
+        step = [len(rest) - 1]
+    return sorted(places[:worst] + [rest[k] for k in step])
+
+
+def start_pairs(images: ImageList, chosen: Sequence[int]) -> list[Pair]:
+    """The chosen images, without reconstructions yet."""
+    pairs = []
+    for index in chosen:
+        item = images[index]
+        if item.pixels is None:
+            continue
+        whole = pixels_from_images(group_by_shape([item])[0].images)[0].numpy()
+        shown = _centre(whole)
+        pairs.append(Pair(index, item.id, shown, cropped=shown.shape != whole.shape))
+    return pairs
+
+
+def add_reconstructions(pairs: Sequence[Pair], images: ImageList, codec: Codec) -> None:
+    """Reconstruct each pair's image with one more first stage."""
+    shown = {round(k * (len(pairs) - 1) / max(_LATENTS_OF - 1, 1)) for k in range(_LATENTS_OF)}
+    for number, pair in enumerate(pairs):
+        group = group_by_shape([images[pair.index]])[0]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            decoded, encoded = codec.reconstruct(group.images.to(codec.device))
+        pair.reconstructions.append(_centre(pixels_from_images(decoded)[0].cpu().numpy()))
+        latents = encoded.latents[0, :MAX_CHANNELS].cpu().numpy()
+        pair.latents.append(latents if number in shown else None)
+
+
+def _centre(pixels: np.ndarray) -> np.ndarray:
+    top, left = ((side - min(side, MAX_SIDE)) // 2 for side in pixels.shape[:2])
+    return pixels[top : top + MAX_SIDE, left : left + MAX_SIDE]

@@ -1,0 +1,165 @@
+"""The comparison of first stages as text, and the columns that it shares with the report."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Column:
+    """One figure of the comparison.
+
+    Attributes:
+        title: Its name.
+        better: `higher`, `lower`, or empty where neither is.
+        value: A first stage's number, or `None`.
+        show: The number as text.
+        about: What it is, in a sentence.
+    """
+
+    title: str
+    better: str
+    value: Callable[[dict[str, Any]], float | None]
+    show: Callable[[float], str]
+    about: str
+
+    def text(self, stage: dict[str, Any]) -> str:
+        """The figure as text, with a dash where there is none."""
+        value = self.value(stage)
+        return "–" if value is None else self.show(value)
+
+    def best(self, stages: Sequence[dict[str, Any]]) -> int | None:
+        """Place of the best of several first stages, if this figure ranks them."""
+        values = [(v, k) for k, s in enumerate(stages) if (v := self.value(s)) is not None]
+        if not self.better or len(values) < 2:
+            return None
+        return max(values)[1] if self.better == "higher" else min(values)[1]
+
+
+def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
+    """The figures of these first stages that at least one of them has."""
+    result = [
+        Column("PSNR", "higher", _mean("psnr"), _digits(2, " dB"), "peak signal-to-noise ratio"),
+        Column("SSIM", "higher", _mean("ssim"), _digits(4), "structural similarity"),
+        Column("MS-SSIM", "higher", _mean("ms_ssim"), _digits(4), "SSIM at five scales"),
+        Column("L1", "lower", _mean("l1"), _digits(4), "mean absolute error, values in [-1, 1]"),
+        Column("LPIPS", "lower", _mean("lpips"), _digits(4), "AlexNet, version 0.1"),
+        Column(
+            "detail kept",
+            "",
+            lambda s: s["sharpness"]["high_frequency_kept"],
+            lambda v: f"{v:.1%}",
+            "energy finer than four pixels, reconstructions over originals; 100% is right",
+        ),
+        Column(
+            "detail agreement",
+            "higher",
+            lambda s: s["sharpness"]["high_frequency_agreement"],
+            lambda v: f"{v:.1%}",
+            "correlation of that detail with the original's",
+        ),
+    ]
+    networks = {n: entry["network"] for stage in stages for n, entry in stage["features"].items()}
+    for name, key in networks.items():
+        result += [
+            Column(name, "lower", _frechet(name), _digits(3), "Fréchet distance of features"),
+            Column(
+                f"distance, {key}",
+                "lower",
+                _feature_distance(name),
+                _digits(4),
+                "1 - cosine of the features of an image and its reconstruction",
+            ),
+        ]
+    result += [
+        Column(
+            "KL",
+            "",
+            lambda s: s["latent_health"]["kl"],
+            lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}",
+            "nats per image, from the posterior to a standard normal",
+        ),
+        Column(
+            "active channels",
+            "",
+            lambda s: s["latent_health"]["active_channels"],
+            lambda v: f"{v:.0f}",
+            "of the latents: they carry signal",
+        ),
+    ]
+    return [c for c in result if any(c.value(stage) is not None for stage in stages)]
+
+
+def latent_layout(stage: dict[str, Any]) -> str:
+    """`f8 c4`: downsample factor and channels."""
+    return f"f{stage['downsample_factor']} c{stage['latent_channels']}"
+
+
+def comparison_table(stages: Sequence[dict[str, Any]]) -> str:
+    """Figures as lines of text, one column per first stage; `*` marks the best of several.
+
+    Args:
+        stages: Entries of an `Evaluation`.
+
+    Returns:
+        One line per figure under a line of names.
+    """
+    arrows = {"higher": " ↑", "lower": " ↓", "": ""}
+    rows = [
+        ["", *(stage["name"] for stage in stages)],
+        ["latents", *map(latent_layout, stages)],
+    ]
+    for column in columns(stages):
+        best = column.best(stages)
+        cells = [column.text(s) + ("*" if k == best else " ") for k, s in enumerate(stages)]
+        rows.append([column.title + arrows[column.better], *cells])
+    widths = [max(len(row[i].strip()) for row in rows) + 1 for i in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell if cell[-1] in "* " else cell + " " for cell in row[1:]]
+        first = row[0].ljust(widths[0])
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        lines.append("  ".join([first, *aligned]).rstrip())
+    return "\n".join(lines)
+
+
+def remarks(stages: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader of the figures must know: identical images, singular covariances, gaps."""
+    found: dict[str, None] = {}
+    for stage in stages:
+        psnr, ms_ssim = stage["metrics"]["psnr"], stage["metrics"]["ms_ssim"]
+        if count := psnr["identical_images"]:
+            found[
+                f"{stage['name']}: {count} reconstruction(s) equal their originals exactly; their "
+                "PSNR is infinite and left out of the mean"
+            ] = None
+        total = len(stage["per_image"])
+        if ms_ssim["images"] < total:
+            small = total - ms_ssim["images"]
+            found[f"MS-SSIM needs 176 pixels a side: {small} of {total} images are smaller"] = None
+        for name, entry in stage["features"].items():
+            if entry["note"]:
+                found[f"{name}: {entry['note']}"] = None
+        if stage["unreadable"]:
+            first = next(iter(stage["unreadable"].items()))
+            found[
+                f"{len(stage['unreadable'])} image(s) could not be decoded and are left out "
+                f"(first: {first[0]}: {first[1]})"
+            ] = None
+    return list(found)
+
+
+def _mean(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda stage: stage["metrics"].get(name, {}).get("mean")
+
+
+def _frechet(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda stage: stage["features"].get(name, {}).get("frechet_distance")
+
+
+def _feature_distance(name: str) -> Callable[[dict[str, Any]], float | None]:
+    return lambda stage: stage["features"].get(name, {}).get("feature_distance", {}).get("mean")
+
+
+def _digits(count: int, unit: str = "") -> Callable[[float], str]:
+    return lambda value: f"{value:,.{count}f}{unit}"

@@ -1,0 +1,230 @@
+"""Signs of life: which process of a job was lost, told by name and in a stated time.
+
+When a process dies, its peers are left in a collective: with gloo they get an error that names a
+socket, with NCCL they wait for ten minutes. So every process beats over the job's key-value store
+and looks after the others from a thread of its own. A peer on the same machine is missed when its
+process is gone, within seconds; one on another machine when its beat stopped for `patience`
+seconds.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_LOOK_EVERY = 1.0
+"""Seconds between two looks at processes on this machine."""
+ROLL_CALL = 10.0
+"""Seconds that survivors wait for each other to report."""
+_EXIT_CODE = 2
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Who a process is.
+
+    Attributes:
+        rank: Its number.
+        pid: Its process id.
+        host: Its machine's name.
+        place: Where its process id means something: a machine's boot and a namespace of ids.
+    """
+
+    rank: int
+    pid: int
+    host: str
+    place: str
+
+    @classmethod
+    def here(cls, rank: int) -> "Peer":
+        """This process."""
+        try:
+            with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as stream:
+                place = stream.read().strip() + os.readlink("/proc/self/ns/pid")
+        except OSError:  # no Linux: only its beat tells
+            place = f"{socket.gethostname()}-{rank}"
+        return cls(rank, os.getpid(), socket.gethostname(), place)
+
+    def __str__(self) -> str:
+        return f"process {self.rank} (pid {self.pid} on {self.host})"
+
+    def is_gone(self) -> bool:
+        """Whether the process has ended; only to be asked where its id means something."""
+        try:
+            with open(f"/proc/{self.pid}/stat", encoding="utf-8", errors="replace") as stream:
+                return stream.read().rpartition(")")[2].split()[0] in {"Z", "X"}
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        except OSError:
+            return False
+
+
+class Watch:
+    """Looks after the peers of this process until it is closed.
+
+    Args:
+        store: The job's key-value store (`torch.distributed.Store`); used from several threads, so
+            it must not be shared with anything that waits on it.
+        peers: All processes, by rank.
+        rank: This one.
+        patience: Seconds without a beat after which a process on another machine counts as lost.
+        leave: Ends this process at once when its main thread cannot be reached.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        peers: Sequence[Peer],
+        rank: int,
+        patience: float,
+        leave: Callable[[int], Any] = os._exit,
+    ):
+        self.peers, self.rank, self.patience = peers, rank, patience
+        self._store, self._leave = store, leave
+        self._lock = threading.Lock()
+        self._closed, self._ending = threading.Event(), threading.Event()
+        self._beat_every = min(max(patience / 10, _LOOK_EVERY), 10.0)
+        self._beat(0)
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look; every process must have made its `Watch` before."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Say goodbye: this process ends, and is not to be missed."""
+        self._closed.set()
+        self._set("bye", "")
+
+    def tell(self, reason: str) -> None:
+        """Leave word of why this process ends, for those that will miss it."""
+        self._ending.set()
+        self._set("fault", reason)
+
+    def roll_call(self) -> tuple[str, int]:
+        """After a collective failed: who is to blame, and who should say so.
+
+        Returns:
+            What happened, naming the process; and the rank that prints it: the first survivor, or 0
+            where process 0 has said it itself. Takes at most `ROLL_CALL` seconds.
+        """
+        self._ending.set()
+        self._set("survivor", "")
+        others = [p for p in self.peers if p.rank != self.rank]
+        deadline = time.monotonic() + ROLL_CALL
+        while True:
+            faults = {p.rank: self._get("fault", p.rank) for p in others}
+            silent = [
+                p for p in others if faults[p.rank] is None and not self._has("survivor", p.rank)
+            ]
+            told = [p for p in others if faults[p.rank] is not None]
+            reachable = self._set("survivor", "")
+            certain = all(p in self._nearby() and p.is_gone() for p in silent)
+            if told or certain or not reachable or time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        first = min([self.rank, *(p.rank for p in others if p not in silent and p not in told)])
+        if told:
+            first = 0 if told[0].rank == 0 else first
+            return f"{told[0]} ended: {faults[told[0].rank]}", first
+        if not reachable:
+            return "the process that holds the job's store cannot be reached any more", self.rank
+        if silent:
+            return _lost(silent), first
+        return "the connection between the processes broke, but all of them are alive", first
+
+    # -- the thread --------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        beats: dict[int, tuple[bytes, float]] = {}
+        count, next_beat = 0, 0.0
+        while not self._closed.wait(_LOOK_EVERY):
+            now = time.monotonic()
+            lost = [p for p in self._nearby() if p.is_gone() and not self._excused(p)]
+            if now >= next_beat:
+                count, next_beat = count + 1, now + self._beat_every
+                self._beat(count)
+                lost += [p for p in self._silent(beats, now) if not self._excused(p)]
+            if lost and not self._closed.is_set():
+                self._end(lost)
+                return
+
+    def _end(self, lost: list[Peer]) -> None:
+        """Give the main thread time to end by itself; then end it, wherever it waits."""
+        if not self._ending.wait(ROLL_CALL) and not self._closed.is_set():
+            survivors = [p.rank for p in self.peers if p not in lost]
+            if self.rank == min(survivors):
+                print(f"error: {_lost(lost)}", file=sys.stderr, flush=True)
+            self._leave(_EXIT_CODE)
+            return
+        if not self._closed.wait(2 * ROLL_CALL):
+            self._leave(_EXIT_CODE)
+
+    def _nearby(self) -> list[Peer]:
+        mine = self.peers[self.rank]
+        return [p for p in self.peers if p.place == mine.place and p.rank != self.rank]
+
+    def _silent(self, beats: dict[int, tuple[bytes, float]], now: float) -> list[Peer]:
+        """Peers elsewhere whose beat has not changed for too long; `beats` is brought up to date.
+
+        A process here is never silent: it is gone or it is not, and one that computes for a minute
+        without letting Python run must not be mistaken for a dead one.
+        """
+        nearby = self._nearby()
+        elsewhere = [p for p in self.peers if p.rank != self.rank and p not in nearby]
+        found = []
+        for peer in elsewhere:
+            beat = self._get_raw("beat", peer.rank)
+            known, since = beats.get(peer.rank, (None, now))
+            if beat is not None and beat != known:
+                beats[peer.rank] = (beat, now)
+            elif known is None:
+                beats[peer.rank] = (b"", now)
+            elif now - since > self.patience:
+                found.append(peer)
+        return found
+
+    def _excused(self, peer: Peer) -> bool:
+        return self._has("bye", peer.rank)
+
+    # -- the store; whatever it cannot do now counts as not said ------------------------------
+
+    def _beat(self, count: int) -> None:
+        self._set("beat", str(count))
+
+    def _set(self, kind: str, value: str) -> bool:
+        try:
+            with self._lock:
+                self._store.set(f"{kind}/{self.rank}", value)
+        except RuntimeError:
+            return False
+        return True
+
+    def _has(self, kind: str, rank: int) -> bool:
+        try:
+            with self._lock:
+                return bool(self._store.check([f"{kind}/{rank}"]))
+        except RuntimeError:
+            return False
+
+    def _get_raw(self, kind: str, rank: int) -> bytes | None:
+        if not self._has(kind, rank):
+            return None
+        try:
+            with self._lock:
+                return bytes(self._store.get(f"{kind}/{rank}"))
+        except RuntimeError:
+            return None
+
+    def _get(self, kind: str, rank: int) -> str | None:
+        value = self._get_raw(kind, rank)
+        return None if value is None else value.decode(errors="replace")
+
+
+def _lost(peers: Sequence[Peer]) -> str:
+    names = ", ".join(str(p) for p in peers)
+    return f"{names} died or cannot be reached, so the others ended too"

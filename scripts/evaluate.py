@@ -1,0 +1,12 @@
+"""Measure first stages, and make the report to look at.
+
+    python scripts/evaluate.py --first_stage DIR --data.path DATA --output DIR
+
+Also under `accelerate launch`, on several processes, with the same result.
+"""
+
+from first_stage.errors import run_command
+from first_stage.evaluation.command import main
+
+if __name__ == "__main__":
+    run_command(main)

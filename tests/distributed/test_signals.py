@@ -1,0 +1,215 @@
+"""Signals, kills and lost processes of real trainings."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import arguments
+from launching import (
+    TRAIN,
+    command,
+    descendants,
+    finish,
+    kill_group,
+    run,
+    start,
+    trainings,
+    wait_until,
+)
+
+from first_stage.checkpoint import list_checkpoints, load_checkpoint
+from first_stage.logbook import read_log
+
+ENDLESS = {"train.max_steps": 100000, "train.checkpoint_every": 100000, "train.batch_size": 12}
+
+
+def lines_of(folder: Path) -> int:
+    return len(read_log(folder / "log.jsonl"))
+
+
+def begin(tmp_path, images, processes: int, **fields):
+    """Start a run without end, and wait until it trains."""
+    output = tmp_path / "output.txt"
+    line = arguments(tmp_path / "run", images, **{**ENDLESS, **fields})
+    process = start(command(processes, TRAIN, *line), output)
+    try:
+        wait_until(lambda: process.poll() is not None or lines_of(tmp_path / "run") > 5)
+        assert process.poll() is None, output.read_text()
+    except BaseException:
+        kill_group(process)
+        raise
+    return process, output
+
+
+def saved_step(folder: Path) -> int:
+    ((step, checkpoint),) = list_checkpoints(folder)
+    load_checkpoint(checkpoint)
+    assert max(line["step"] for line in read_log(folder / "log.jsonl")) <= step
+    return step
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_to_the_whole_job_saves_and_exits_with_0(tmp_path, images, number):
+    """As a scheduler or a terminal sends it: to the training and to its data workers."""
+    process, output = begin(tmp_path, images, 1, **{"data.workers": 1})
+    os.killpg(process.pid, number)
+    text = finish(process, output, 60)
+    assert process.returncode == 0, text
+    assert "Traceback" not in text
+    step = saved_step(tmp_path / "run")
+    assert f"stopped after step {step} of 100000; everything is saved. Go on with:" in text
+
+
+@pytest.mark.slow
+def test_the_printed_command_goes_on(tmp_path, images):
+    process, output = begin(tmp_path, images, 1)
+    os.kill(process.pid, signal.SIGTERM)
+    text = finish(process, output, 60)
+    step = saved_step(tmp_path / "run")
+    told = shlex.split(re.search(r"accelerate launch .*", text)[0])
+    assert told[:2] == ["accelerate", "launch"]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    again = start([*launcher, *told[2:], "--train.max_steps", str(step + 2)], output)
+    text = finish(again, output, 90)
+    assert again.returncode == 0, text
+    assert f"resuming at step {step} " in text
+    assert (tmp_path / "run" / "export" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_ending_the_launcher_of_one_process_ends_the_training_saved(tmp_path, images):
+    """It does not pass signals on; the training notices that it is gone."""
+    output = tmp_path / "output.txt"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
+    line = arguments(tmp_path / "run", images, **ENDLESS)
+    process = start([*launcher, str(TRAIN), *line], output)
+    wait_until(lambda: lines_of(tmp_path / "run") > 5)
+    (training,) = descendants(process.pid)
+    os.kill(process.pid, signal.SIGTERM)
+    process.wait()
+    wait_until(lambda: not Path(f"/proc/{training}").exists(), 30)
+    assert "everything is saved" in output.read_text()
+    saved_step(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole_job", [True, False])
+def test_several_processes_stop_between_the_same_two_steps(tmp_path, images, whole_job):
+    process, output = begin(tmp_path, images, 2)
+    ranks = trainings(process.pid)
+    assert sorted(ranks) == [0, 1]
+    if whole_job:  # the launcher then sends each process the signal a second time
+        os.killpg(process.pid, signal.SIGTERM)
+    else:  # a signal to any one process stops all
+        os.kill(ranks[1], signal.SIGTERM)
+    text = finish(process, output, 90)
+    if not whole_job:
+        assert process.returncode == 0, text
+    step = saved_step(tmp_path / "run")
+    assert f"stopped after step {step} of 100000; everything is saved. Go on with:" in text
+    assert "accelerate launch --num_processes 2 scripts/train.py" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "killed"), [(3, 1), (2, 0)])
+def test_the_death_of_one_process_ends_the_others_with_its_name(
+    tmp_path, images, processes, killed
+):
+    process, output = begin(tmp_path, images, processes, **{"train.checkpoint_every": 2})
+    ranks = trainings(process.pid)
+    assert sorted(ranks) == list(range(processes))
+    began = time.monotonic()
+    os.kill(ranks[killed], signal.SIGKILL)
+    text = finish(process, output, 60)
+    assert time.monotonic() - began < 30
+    assert process.returncode != 0
+    assert re.search(rf"error: process {killed} \(pid {ranks[killed]} on .*\) died", text), text
+    assert len(re.findall(r"^error: process", text, re.M)) == 1
+    for pid in ranks.values():
+        assert not Path(f"/proc/{pid}").exists()
+    for _, checkpoint in list_checkpoints(tmp_path / "run"):
+        load_checkpoint(checkpoint)
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_of_one_process_ends_all_with_every_step_saved(tmp_path, images):
+    process, output = begin(tmp_path, images, 2, **{"data.workers": 1})
+    ranks = trainings(process.pid)
+    (worker,) = descendants(ranks[1])
+    os.kill(worker, signal.SIGKILL)
+    text = finish(process, output, 90)
+    assert process.returncode != 0
+    step = saved_step(tmp_path / "run")
+    assert "error: a data worker of process 1" in text
+    assert f"Everything up to step {step} is saved; go on with: accelerate launch" in text
+    assert text.count("error: a data worker") == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_once_by_several_processes(tmp_path, images):
+    """Process 0 writes; the other one must not be left waiting for it."""
+    import subprocess
+
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small file system can be mounted here")
+    try:
+        output = tmp_path / "output.txt"
+        fields = {"train.checkpoint_every": 1, "train.keep_checkpoints": 50}
+        line = arguments(disk / "run", images, **{**ENDLESS, **fields})
+        process = start(command(2, TRAIN, *line), output)
+        text = finish(process, output, 90)
+        assert process.returncode != 0
+        assert len(re.findall("^error: .*No space left on device", text, re.M)) == 1
+        assert text.count("error: process") == 0
+        for _, checkpoint in list_checkpoints(disk / "run"):
+            load_checkpoint(checkpoint)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second", [1, 2, 3])
+def test_a_run_on_two_processes_goes_on_on_any_number(tmp_path, images, second):
+    """On the same number bit for bit, on another to rounding."""
+    recording = Path(__file__).with_name("recording.py")
+    fields = {
+        **{"train.max_steps": 6, "train.batch_size": 12, "train.log_every": 4},
+        **{"train.checkpoint_every": 3, "train.keep_checkpoints": 9, "validation.every": 3},
+    }
+    expected = tmp_path / "expected"
+    line = arguments(expected, images, **fields)
+    run(2, recording, tmp_path / "whole", "-", *line, output=tmp_path / "one.txt")
+
+    found = tmp_path / "found"
+    os.system(f"cp -r {shlex.quote(str(expected))} {shlex.quote(str(found))}")
+    for leftover in ("checkpoints/step-000006", "export"):
+        os.system(f"rm -r {shlex.quote(str(found / leftover))}")
+    line = arguments(found, images, **fields, resume="latest")
+    text = run(second, recording, tmp_path / "rest", "-", *line, output=tmp_path / "two.txt")
+    assert "resuming at step 3" in text
+
+    def samples(folder, world):
+        parts = [json.loads((folder / f"samples-{r}-of-{world}.json").read_text())
+                 for r in range(world)]  # fmt: skip
+        return {step: [s for part in parts for s in part[step]] for step in parts[0]}
+
+    whole, rest = samples(tmp_path / "whole", 2), samples(tmp_path / "rest", second)
+    assert rest == {step: whole[step] for step in ("3", "4", "5")}
+    logs = [read_log(folder / "log.jsonl") for folder in (expected, found)]
+    last = "checkpoints/step-000006/first_stage.safetensors"
+    if second == 2:
+        assert logs[0] == logs[1]
+        assert (expected / last).read_bytes() == (found / last).read_bytes()
+    for one, other in zip(*logs, strict=True):
+        assert other == pytest.approx(one, rel=2e-3, abs=1e-5)

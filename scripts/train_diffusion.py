@@ -7,6 +7,7 @@ with classifier-free guidance (Ho & Salimans 2022), and saves a `DiTPipeline` th
 alone.
 """
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from first_stage.checkpoint import (
     load_checkpoint,
     restore_optimizer,
     save_checkpoint,
+    set_aside,
 )
 from first_stage.command_line import read_options
 from first_stage.errors import ConfigError, run_command
@@ -100,7 +102,9 @@ def main() -> None:
             f"{accelerator.num_processes} processes"
         )
     output = Path(options.output_dir)
-    checkpoint = find_checkpoint(output, "latest")[0] if options.resume else None
+    checkpoint, remarks = find_checkpoint(output, "latest") if options.resume else (None, [])
+    for remark in remarks:
+        accelerator.print(remark)
     if not options.resume and (list_checkpoints(output) or (output / "pipeline").exists()):
         raise ConfigError(
             f"output_dir {str(output)!r} holds a run: add --resume true, or choose another folder"
@@ -123,6 +127,9 @@ def main() -> None:
     ema = EMAModel(transformer.parameters(), decay=options.ema_decay, foreach=True)
     ema.to(accelerator.device)
     start = restore(checkpoint, transformer, optimizer, ema) if checkpoint else 0
+    accelerator.print(f"{len(dataset)} latents in {len(names)} classes, from step {start}")
+    if accelerator.is_main_process:
+        set_aside(output, start)  # damaged checkpoints that were passed over
 
     bar = tqdm(total=options.steps, initial=start, disable=not accelerator.is_main_process)
     losses = torch.zeros((), device=accelerator.device)
@@ -155,13 +162,13 @@ def main() -> None:
     bar.close()
 
     if accelerator.is_main_process:
-        ema.copy_to(transformer.parameters())
         # The transformer makes latents with mean 0 and variance 1 per channel: so does this stage.
         folded = fold_statistics(autoencoder, dataset.stats["mean"], dataset.stats["std"])
-        pipeline = DiTPipeline(transformer=transformer, vae=folded, scheduler=scheduler)
-        if "class" in dataset.column_names:
-            pipeline.register_to_config(id2label=names)  # for pipeline.get_label_ids(["cat"])
-        write_folder(output / "pipeline", lambda path: pipeline.save_pretrained(path))
+        with averaged(transformer, ema):
+            pipeline = DiTPipeline(transformer=transformer, vae=folded, scheduler=scheduler)
+            if "class" in dataset.column_names:
+                pipeline.register_to_config(id2label=names)  # for pipeline.get_label_ids(["cat"])
+            write_folder(output / "pipeline", lambda path: pipeline.save_pretrained(path))
         print(
             f"pipeline  {output}/pipeline\n"
             "Sample from it with diffusers:\n"
@@ -281,13 +288,23 @@ def save(
     ema: EMAModel,
 ) -> None:
     """Write a checkpoint: weights, their average, the optimizer."""
-    weights = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    tensors = {"transformer": weights, "optimizer": flatten_optimizer(optimizer, "transformer")}
+    tensors = {
+        "transformer": dict(transformer.state_dict()),
+        "optimizer": flatten_optimizer(optimizer, "transformer"),
+    }
+    snapshot = Snapshot(step, tensors, {"ema_steps": ema.optimization_step})
+    save_checkpoint(output, snapshot, lambda: averaged(transformer, ema), keep=2)
+
+
+@contextlib.contextmanager
+def averaged(transformer: DiTTransformer2DModel, ema: EMAModel) -> Iterator[DiTTransformer2DModel]:
+    """The transformer with its averaged weights, for the time being."""
     ema.store(transformer.parameters())
     ema.copy_to(transformer.parameters())
-    snapshot = Snapshot(step, tensors, {"ema_steps": ema.optimization_step})
-    save_checkpoint(output, snapshot, transformer, keep=2)
-    ema.restore(transformer.parameters())
+    try:
+        yield transformer
+    finally:
+        ema.restore(transformer.parameters())
 
 
 def restore(

@@ -4,8 +4,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
+# accelerate gives a process one core unless told otherwise.
+CORES ?= $(shell getconf _NPROCESSORS_ONLN)
+LAUNCH := OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
+  --mixed_precision no --dynamo_backend no
 
-.PHONY: demo test test-slow lint types format clean
+.PHONY: demo demo-diffusion test test-slow lint types format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -15,6 +19,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Train on the built-in photos and hand the result to diffusers.
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	  scripts/train.py --config configs/demo.yaml --output_dir $(RUNS)/demo --overwrite true
+
+demo-diffusion: $(STAMP)  ## From digits to a first stage, a latent cache and a diffusion model's digits.
+	$(LAUNCH) scripts/train.py --config configs/digits.yaml --output_dir $(RUNS)/digits --overwrite true
+	rm -rf $(RUNS)/digits/latents $(RUNS)/digits/diffusion  # of the first stage that was replaced
+	$(LAUNCH) scripts/cache_latents.py --first_stage $(RUNS)/digits/export --data.path digits \
+	  --output $(RUNS)/digits/latents
+	$(LAUNCH) scripts/train_diffusion.py --latents $(RUNS)/digits/latents \
+	  --output_dir $(RUNS)/digits/diffusion --steps 1200
+	$(BIN)/python scripts/score_digits.py --pipeline $(RUNS)/digits/diffusion/pipeline
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

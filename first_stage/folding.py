@@ -75,11 +75,6 @@ def fold_statistics(
     return folded
 
 
-def folded_largest(mean: Sequence[float], std: Sequence[float]) -> float:
-    """Largest factor that folding multiplies a latent with: how much rounding can grow."""
-    return max(max(1.0 / s, abs(m) / s) for m, s in zip(mean, std, strict=True))
-
-
 def _check(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
     if len(mean) != channels or len(std) != channels:
         raise UserError(
@@ -114,10 +109,11 @@ def _with_convolutions(autoencoder: AutoencoderKL) -> AutoencoderKL:
     ):
         if present is None:
             convolution: nn.Conv2d = getattr(result, name)
-            convolution.weight.copy_(torch.eye(width)[:, :, None, None])
-            convolution.bias.zero_()
+            _store(convolution.weight, torch.eye(width)[:, :, None, None])
+            _store(convolution.bias, torch.zeros(width))
     return result.to(reference.device, reference.dtype).train(autoencoder.training)
 
 
-def _store(parameter: Tensor, value: Tensor) -> None:
+def _store(parameter: Tensor | None, value: Tensor) -> None:
+    assert parameter is not None  # diffusers' 1x1 convolutions have a bias
     parameter.copy_(value.to(parameter))

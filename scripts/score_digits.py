@@ -6,10 +6,9 @@ The judge is a support vector machine trained on the pixels of the built-in digi
 how many of the held-out real digits it reads right is printed beside what it says of the samples.
 """
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from PIL import Image
 from sklearn.svm import SVC
 from tqdm import trange
 
+from first_stage.command_line import read_options
 from first_stage.data import View, open_image, open_source, pixels_of
 from first_stage.errors import ConfigError, run_command
 from first_stage.files import write_json
@@ -38,7 +38,7 @@ class Options:
     """Where digits.png and score.json go; null: beside the pipeline."""
     samples: int = 500
     """Digits to sample, as many of each class; a multiple of 10."""
-    guidance_scale: float = 3.0
+    guidance_scale: float = 2.0
     """Classifier-free guidance; 1 is none."""
     inference_steps: int = 30
     """Steps of the sampler."""
@@ -123,17 +123,7 @@ def sample(pipeline: DiTPipeline, options: Options) -> np.ndarray:
 
 def parse_options() -> Options:
     """Read the command line."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(" ".join(str(message).split())) from ex
-
-    parser = Parser(prog=Path(sys.argv[0]).name, description=Options.__doc__)
-    parser.add_class_arguments(Options, nested_key=None, as_group=False)
-    options = Options(**vars(parser.instantiate_classes(parser.parse_args())))
+    options = read_options(Options)
     if not (Path(options.pipeline) / "model_index.json").exists():
         raise ConfigError(f"pipeline {options.pipeline!r} is no diffusers pipeline's folder")
     for name, value in (("samples", options.samples), ("batch_size", options.batch_size)):

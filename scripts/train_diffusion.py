@@ -7,12 +7,12 @@ with classifier-free guidance (Ho & Salimans 2022), and saves a `DiTPipeline` th
 alone.
 """
 
+import contextlib
 import itertools
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -33,12 +33,15 @@ from first_stage.checkpoint import (
     load_checkpoint,
     restore_optimizer,
     save_checkpoint,
+    set_aside,
 )
+from first_stage.command_line import read_options
 from first_stage.errors import ConfigError, run_command
 from first_stage.files import write_folder
 from first_stage.folding import fold_statistics
 from first_stage.seeding import Purpose, generator
 from latent_tools import BucketBatchSampler, LatentDataset
+from latent_tools.manifest import check_weights
 
 NULL_CLASS = 1000  # the label that DiTPipeline gives to what it guides away from
 
@@ -89,6 +92,9 @@ def main() -> None:
     accelerator = Accelerator(mixed_precision="no")
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device.type}")
     dataset = LatentDataset(options.latents, normalize="channel", seed=options.seed)
+    stage = dataset.manifest.first_stage
+    autoencoder = load_autoencoder(options.first_stage or stage["name"], stage["revision"])
+    check_weights(dataset.manifest, autoencoder, dataset.path)
     names = class_names(dataset, options.label)
     if options.batch_size % accelerator.num_processes:
         raise ConfigError(
@@ -96,7 +102,9 @@ def main() -> None:
             f"{accelerator.num_processes} processes"
         )
     output = Path(options.output_dir)
-    checkpoint = find_checkpoint(output, "latest")[0] if options.resume else None
+    checkpoint, remarks = find_checkpoint(output, "latest") if options.resume else (None, [])
+    for remark in remarks:
+        accelerator.print(remark)
     if not options.resume and (list_checkpoints(output) or (output / "pipeline").exists()):
         raise ConfigError(
             f"output_dir {str(output)!r} holds a run: add --resume true, or choose another folder"
@@ -119,6 +127,9 @@ def main() -> None:
     ema = EMAModel(transformer.parameters(), decay=options.ema_decay, foreach=True)
     ema.to(accelerator.device)
     start = restore(checkpoint, transformer, optimizer, ema) if checkpoint else 0
+    accelerator.print(f"{len(dataset)} latents in {len(names)} classes, from step {start}")
+    if accelerator.is_main_process:
+        set_aside(output, start)  # damaged checkpoints that were passed over
 
     bar = tqdm(total=options.steps, initial=start, disable=not accelerator.is_main_process)
     losses = torch.zeros((), device=accelerator.device)
@@ -151,8 +162,13 @@ def main() -> None:
     bar.close()
 
     if accelerator.is_main_process:
-        ema.copy_to(transformer.parameters())
-        save_pipeline(output / "pipeline", transformer, scheduler, dataset, options, names)
+        # The transformer makes latents with mean 0 and variance 1 per channel: so does this stage.
+        folded = fold_statistics(autoencoder, dataset.stats["mean"], dataset.stats["std"])
+        with averaged(transformer, ema):
+            pipeline = DiTPipeline(transformer=transformer, vae=folded, scheduler=scheduler)
+            if "class" in dataset.column_names:
+                pipeline.register_to_config(id2label=names)  # for pipeline.get_label_ids(["cat"])
+            write_folder(output / "pipeline", lambda path: pipeline.save_pretrained(path))
         print(
             f"pipeline  {output}/pipeline\n"
             "Sample from it with diffusers:\n"
@@ -176,6 +192,7 @@ def make_transformer(options: Options, dataset: LatentDataset) -> DiTTransformer
         num_attention_heads=options.heads,
         attention_head_dim=32,
         in_channels=channels,
+        out_channels=channels,  # DiTPipeline fails on the null that would mean the same
         num_layers=options.layers,
         sample_size=height,
         patch_size=options.patch_size,
@@ -271,13 +288,23 @@ def save(
     ema: EMAModel,
 ) -> None:
     """Write a checkpoint: weights, their average, the optimizer."""
-    weights = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
-    tensors = {"transformer": weights, "optimizer": flatten_optimizer(optimizer, "transformer")}
+    tensors = {
+        "transformer": dict(transformer.state_dict()),
+        "optimizer": flatten_optimizer(optimizer, "transformer"),
+    }
+    snapshot = Snapshot(step, tensors, {"ema_steps": ema.optimization_step})
+    save_checkpoint(output, snapshot, lambda: averaged(transformer, ema), keep=2)
+
+
+@contextlib.contextmanager
+def averaged(transformer: DiTTransformer2DModel, ema: EMAModel) -> Iterator[DiTTransformer2DModel]:
+    """The transformer with its averaged weights, for the time being."""
     ema.store(transformer.parameters())
     ema.copy_to(transformer.parameters())
-    snapshot = Snapshot(step, tensors, {"ema_steps": ema.optimization_step})
-    save_checkpoint(output, snapshot, transformer, keep=2)
-    ema.restore(transformer.parameters())
+    try:
+        yield transformer
+    finally:
+        ema.restore(transformer.parameters())
 
 
 def restore(
@@ -297,39 +324,9 @@ def restore(
     return snapshot.step
 
 
-def save_pipeline(
-    folder: Path,
-    transformer: DiTTransformer2DModel,
-    scheduler: DDIMScheduler,
-    dataset: LatentDataset,
-    options: Options,
-    names: dict[int, str],
-) -> None:
-    """Write a `DiTPipeline` whose first stage takes the latents as the transformer makes them."""
-    stage = dataset.manifest.first_stage
-    autoencoder = load_autoencoder(options.first_stage or stage["name"], stage["revision"])
-    LatentDataset(options.latents, expect=autoencoder)  # refuses another encoder's latents
-    folded = fold_statistics(autoencoder, dataset.stats["mean"], dataset.stats["std"])
-    pipeline = DiTPipeline(transformer=transformer, vae=folded, scheduler=scheduler)
-    pipeline.register_to_config(id2label=names)
-    write_folder(folder, lambda path: pipeline.save_pretrained(path, safe_serialization=True))
-
-
 def parse_options() -> Options:
     """Read the command line."""
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(" ".join(str(message).split())) from ex
-
-    parser = Parser(prog=Path(sys.argv[0]).name, description=Options.__doc__)
-    parser.add_argument("--config", action="config", help="A YAML file with options.")
-    parser.add_class_arguments(Options, nested_key=None, as_group=False)
-    values = vars(parser.instantiate_classes(parser.parse_args()))
-    options = Options(**{name: value for name, value in values.items() if name != "config"})
+    options = read_options(Options, switches=["--resume"])
     if not options.latents:
         raise ConfigError("--latents is missing: the folder that scripts/cache_latents.py wrote")
     return options

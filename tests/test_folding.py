@@ -1,11 +1,13 @@
 """Folding statistics into the 1x1 convolutions: the same pictures, standard latents."""
 
 import json
+import runpy
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import picture, run_script
+from conftest import ROOT, picture, run_script
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from first_stage.autoencoder import build_autoencoder
@@ -140,14 +142,14 @@ def test_the_command_folds_an_export(tmp_path):
     assert "AutoencoderKL.from_pretrained" in result.stdout
 
 
-def test_the_command_needs_statistics(tmp_path):
+def test_the_command_needs_statistics(tmp_path, monkeypatch, capsys):
     stage().save_pretrained(tmp_path / "export")
-    result = run_script(
-        "scripts/export.py", "--first_stage", tmp_path / "export", "--fold_statistics", "true",
-        "--output", tmp_path / "folded",
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert "latents_mean" in result.stderr
-    assert "--data.path" in result.stderr
-    assert not (tmp_path / "folded").exists()
+    line = ["--first_stage", tmp_path / "export", "--fold_statistics", "--output", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["export.py", *map(str, line)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "scripts/export.py"), run_name="__main__")
+    assert ended.value.code == 2
+    (told,) = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
+    assert "latents_mean" in told
+    assert "--data.path" in told
+    assert not (tmp_path / "out").exists()

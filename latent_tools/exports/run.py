@@ -1,5 +1,6 @@
 """An export from its checks to its last file, resumable unit by unit."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from first_stage.files import TEMPORARY
 from latent_tools.exports.cache import Draw, ExportCache
 from latent_tools.exports.formats import FORMATS, Format, check
 from latent_tools.files import CacheError, read_json, write_json
+
+_SAVE_EVERY = 5.0  # seconds between two writes of the journal, which grows with the cache
 
 
 def export_cache(
@@ -54,6 +57,8 @@ def export_cache(
         writer.finish()
     except OSError as error:
         raise CacheError(f"{error.filename or folder}: {error.strerror or error}") from error
+    finally:
+        journal.save()
     return _report(chosen, source, folder)
 
 
@@ -85,6 +90,7 @@ class Journal:
             "is_scaled": form.is_scaled,
         }
         self._units: dict[str, dict[str, Any]] = {}
+        self._saved = time.monotonic()
         if self.path.exists():
             self._load(folder)
         elif not form.name.startswith("kohya"):  # which writes beside images that are there
@@ -112,9 +118,16 @@ class Journal:
         return str(unit) in self._units
 
     def add(self, unit: int, samples: int) -> None:
-        """Note that a unit is written."""
+        """Note that a unit is written. A kill forgets the units of the last seconds at most."""
         self._units[str(unit)] = {"samples": samples, "sha256": self.cache.digest(unit)}
-        write_json(self.path, {**self._about, "units": self._units}, indent=1)
+        if time.monotonic() - self._saved > _SAVE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Write the journal, if it says anything."""
+        if self._units:
+            write_json(self.path, {**self._about, "units": self._units}, indent=1)
+        self._saved = time.monotonic()
 
 
 def _refuse_strangers(folder: Path) -> None:

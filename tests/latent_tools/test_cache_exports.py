@@ -8,6 +8,7 @@ import json
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ from safetensors import safe_open
 
 from first_stage.autoencoder import build_autoencoder
 from latent_tools import CacheError, LatentDataset
+from latent_tools.__main__ import Name
 from latent_tools.exports import export_cache
 from latent_tools.exports.cache import relative_path
 from latent_tools.exports.folders import class_folders, crop_ltrb
@@ -420,3 +422,21 @@ def test_class_folders_sort_as_the_labels_do():
     assert folders([10, 9], None) == {9: "00009", 10: "00010"}
     assert folders([0, 1], ["..", "b"]) == {0: "00000", 1: "00001"}
     assert folders([0, 0, 1], ["a", "b", "c"]) == {0: "00000", 1: "00001"}
+
+
+def test_an_export_grows_with_its_cache(tmp_path):
+    write_photos(tmp_path / "images", 3)
+    cache(tmp_path / "images", tmp_path / "cache", flip=True)
+    for form in ("mar", "repa"):
+        export_cache(tmp_path / "cache", form, tmp_path / form)
+    write_photos(tmp_path / "images", 5)
+    cache(tmp_path / "images", tmp_path / "cache", flip=True)
+    for form in ("mar", "repa"):
+        export_cache(tmp_path / "cache", form, tmp_path / form)
+        export_cache(tmp_path / "cache", form, tmp_path / f"{form}-fresh")
+        assert contents(tmp_path / form) == contents(tmp_path / f"{form}-fresh")
+    assert len(list((tmp_path / "mar").rglob("*.npz"))) == 5
+
+
+def test_the_command_knows_every_format():
+    assert get_args(Name) == tuple(FORMATS)

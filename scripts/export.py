@@ -1,0 +1,170 @@
+"""Write a first stage anew: with the latents' statistics folded into its weights.
+
+python scripts/export.py --first_stage runs/demo/export --fold_statistics --output runs/demo/folded
+"""
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from first_stage.autoencoder import FirstStage, load_autoencoder, require_kl
+from first_stage.command_line import read_options
+from first_stage.data import View, fixed_images, images_from_pixels, open_source
+from first_stage.errors import ConfigError, run_command
+from first_stage.export import measure_latents
+from first_stage.files import write_folder
+from first_stage.folding import fold_statistics
+from first_stage.processes import Processes
+from latent_tools import LatentDataset
+
+_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Images to measure the latents on."""
+
+    path: str | None = None
+    """As in training; null: the statistics that the first stage's config has."""
+    resolution: int | None = None
+    """Side of the square centre crop, in pixels; null: the first stage's training resolution."""
+    resize: int | None = None
+    """Shorter side after resizing, in pixels; null: the resolution; 0: images keep their size."""
+    split: str = "train"
+    """Which split of a hub or saved data set."""
+    images: int = 1000
+    """How many images at most."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a first stage anew, so that no pipeline can scale or shift its latents wrongly."""
+
+    first_stage: str = ""
+    """A diffusers AutoencoderKL: the folder of an export, a pipeline's folder, or a hub id."""
+    output: str = ""
+    """The folder to write; it must not be there yet."""
+    fold_statistics: bool = False
+    """Fold the per-channel mean and standard deviation of the latents into the 1x1 convolutions:
+    the same reconstructions, latents with mean 0 and variance 1, scaling_factor 1, no shift."""
+    latents: str | None = None
+    """Take the statistics of this cache, which the first stage made."""
+    data: DataOptions = field(default_factory=DataOptions)
+    """Or measure them on these images."""
+
+
+def main() -> None:
+    """Fold, write, and say what came of it."""
+    options = parse_options()
+    if Path(options.output).exists():
+        raise ConfigError(f"output {options.output!r} is already there: give another folder")
+    vae = require_kl(load_autoencoder(options.first_stage), options.first_stage)
+    mean, std = statistics(options, vae)
+    folded = fold_statistics(vae, mean, std)
+    print("channel   mean      std       are now 0 and 1")
+    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
+        print(f"{channel:<9} {m:<9.4f} {s:<9.4f}")
+    if vae.quant_conv is None:
+        print("the first stage had no 1x1 convolutions around the latents; it has them now")
+
+    def write(folder: Path) -> None:
+        folded.save_pretrained(folder, safe_serialization=True)
+        (folder / "README.md").write_text(card(options, mean, std), encoding="utf-8")
+
+    write_folder(Path(options.output), write)
+    print(
+        f"export    {options.output} (scaling_factor 1, no shift)\n"
+        "Load it with diffusers:\n"
+        "  from diffusers import AutoencoderKL\n"
+        f'  vae = AutoencoderKL.from_pretrained("{options.output}")\n'
+        "Latents cached with the first stage as it was belong to that one; cache anew:\n"
+        f"  accelerate launch scripts/cache_latents.py --first_stage "
+        f"{shlex.quote(options.output)} --data.path DATA --output CACHE"
+    )
+
+
+def statistics(options: Options, vae: AutoencoderKL) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of the latents: of a cache, of data, of the config.
+
+    Raises:
+        ConfigError: When there are none.
+    """
+    if options.latents is not None:
+        cached = LatentDataset(options.latents, expect=vae).stats
+        return list(cached["mean"]), list(cached["std"])
+    if options.data.path is not None:
+        measured = measure_latents(vae, images(options, vae, options.data.path), Processes())
+        return measured.mean, measured.std
+    mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
+    if mean is None or std is None:
+        raise ConfigError(
+            f"the config of {options.first_stage!r} has no latents_mean and latents_std: measure "
+            "them with --data.path, or take a cache's with --latents"
+        )
+    return list(mean), list(std)
+
+
+def images(options: Options, vae: AutoencoderKL, path: str) -> Iterator[torch.Tensor]:
+    """Batches of images `(B, C, H, W)` in [-1, 1] to measure on."""
+    factor = FirstStage(vae).downsample_factor
+    resolution = options.data.resolution or int(vae.config.sample_size)
+    if resolution % factor:
+        raise ConfigError(
+            f"data.resolution is {resolution}; it must be a multiple of the downsample factor "
+            f"{factor}"
+        )
+    resize = options.data.resize
+    view = View(resolution, resolution if resize is None else (resize or None))
+    source = open_source(path, split="train", hub_split=options.data.split)
+    found = fixed_images(source, view, vae.config.in_channels, options.data.images, seed=0)
+    for pixels in found.pixels.split(_AT_ONCE):
+        yield images_from_pixels(pixels)
+
+
+def card(options: Options, mean: list[float], std: list[float]) -> str:
+    """The folder's README."""
+    rows = "\n".join(
+        f"| {channel} | {m:.6f} | {s:.6f} |"
+        for channel, (m, s) in enumerate(zip(mean, std, strict=True))
+    )
+    return f"""---
+library_name: diffusers
+tags: [autoencoder, latent-diffusion, first-stage]
+---
+
+# First stage with standard latents
+
+`{options.first_stage}` with the statistics of its latents folded into the 1x1 convolutions around
+them. Reconstructions are the same; every latent channel has mean 0 and variance 1 over the images
+measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the two are not
+interchangeable: z here is (z there - mean) / std.
+
+```python
+from diffusers import AutoencoderKL
+vae = AutoencoderKL.from_pretrained("this-folder")
+latents = vae.encode(images).latent_dist.sample()
+```
+
+| channel | mean | std |
+|---|---|---|
+{rows}
+"""
+
+
+def parse_options() -> Options:
+    """Read the command line."""
+    options = read_options(Options, switches=["--fold_statistics"])
+    for name in ("first_stage", "output"):
+        if not getattr(options, name):
+            raise ConfigError(f"--{name} is missing: see --help")
+    if not options.fold_statistics:
+        raise ConfigError("nothing to do: add --fold_statistics")
+    return options
+
+
+if __name__ == "__main__":
+    run_command(main)

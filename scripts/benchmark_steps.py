@@ -17,14 +17,14 @@ from first_stage.trainer import Trainer
 
 def one_pass_step(trainer: Trainer, batch: Batch) -> None:
     """One pass of the autoencoder; the critic sees its detached reconstruction."""
-    images = images_from_pixels(batch.pixels)
+    images = images_from_pixels(batch.pixels).contiguous()
     reconstruction = _first_stage_update(trainer, images, batch.noise)
     _critic_update(trainer, images, reconstruction)
 
 
 def two_pass_step(trainer: Trainer, batch: Batch) -> None:
     """A full pass for each player, as with one optimizer index after the other."""
-    images = images_from_pixels(batch.pixels)
+    images = images_from_pixels(batch.pixels).contiguous()
     _first_stage_update(trainer, images, batch.noise)
     reconstruction, _ = trainer.first_stage.module(images, batch.noise)
     _critic_update(trainer, images, reconstruction)

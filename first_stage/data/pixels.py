@@ -189,7 +189,7 @@ def images_from_pixels(pixels: Tensor) -> Tensor:
         pixels: `(B, H, W, C)`, uint8 or float32 in 0..255, on any device.
 
     Returns:
-        `(B, C, H, W)`, float32 in [-1, 1]; in memory the channels stay last, as convolutions like it.
+        `(B, C, H, W)`, float32 in [-1, 1]; in memory the channels stay last.
     """
     return pixels.permute(0, 3, 1, 2).to(torch.float32, copy=True).div_(127.5).sub_(1.0)
 

@@ -32,7 +32,8 @@ def images_of(folder, names, view=None):
     """The images as the trainer would see them."""
     view = view or View(16, 16)
     pictures = [view.apply(open_image(folder / name, 3))[0] for name in names]
-    return images_from_pixels(torch.from_numpy(np.stack([pixels_of(p, 3) for p in pictures])))
+    pixels = np.stack([pixels_of(p, 3) for p in pictures])
+    return images_from_pixels(torch.from_numpy(pixels)).contiguous()
 
 
 def moments(vae, images):

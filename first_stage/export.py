@@ -199,10 +199,12 @@ images = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_facto
 Images are in [-1, 1]. `scaling_factor` {scaling:.6f} is one over the standard deviation of the
 latents of {statistics.images:,} training images, `shift_factor` {shift:.6f} their mean.
 
-**Pipelines that ignore `shift_factor`**: `StableDiffusionPipeline` (1.x, 2.x),
-`StableDiffusionXLPipeline` and `DiTPipeline` use `scaling_factor` only, so their diffusion model
-works on latents with the mean {shift * scaling:.4f} instead of 0. `StableDiffusion3Pipeline` and
-`FluxPipeline` use both. Whatever you train, train and sample by the same rule.
+**Pipelines differ.** `StableDiffusionPipeline` (1.x, 2.x) and `DiTPipeline` use `scaling_factor`
+only: their diffusion model works on latents with the mean {shift * scaling:.4f} instead of 0.
+`StableDiffusionXLPipeline` ignores the shift too, and where there are four channels it decodes
+`z * latents_std / scaling_factor + latents_mean`. `StableDiffusion3Pipeline` and `FluxPipeline` use
+scale and shift. Train by the rule of the pipeline that will decode, or fold the statistics into the
+weights (`scripts/export.py --fold_statistics`), after which every pipeline is right.
 
 | channel | mean | std |
 |---|---|---|

@@ -78,6 +78,8 @@ def test_the_card_loads_warns_by_name_and_shows_the_recipe(tmp_path):
         "StableDiffusionXLPipeline",
         "DiTPipeline",
         "shift_factor",
+        "latents_std / scaling_factor",
+        "--fold_statistics",
         "seed: 0",
         "psnr",
     ):

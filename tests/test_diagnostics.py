@@ -1,9 +1,12 @@
 """What the log says of the game, in numbers and in words."""
 
+import json
+
 import pytest
 import torch
 
 from first_stage.diagnostics import Watch, critic_log, derived
+from first_stage.report.training import read_run, training_section
 
 
 def test_the_critics_accuracy_by_hand():
@@ -78,3 +81,12 @@ def test_a_good_run_is_not_warned_about():
     watch = Watch(patience=1)
     assert watch.read(0, GOOD) == []
     assert watch.read(0, {"loss/pixel": 1.0}) == []  # no critic yet
+
+
+def test_the_report_repeats_the_warnings(tmp_path):
+    lines = [{"step": step, "loss/pixel": 0.1, **GOOD} for step in (10, 20)]
+    lines += [{"step": step, **GOOD, "critic/ranking": 0.995} for step in (30, 40, 50, 60)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    body = training_section(read_run(tmp_path)).body
+    assert body.count("the critic has won") == 1
+    assert "warning at step 50" in body

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from first_stage.diagnostics import Watch
 from first_stage.errors import UserError
 from first_stage.report.charts import Series, colour_of, line_chart, share_chart
 from first_stage.report.page import Section, details, file_uri, table
@@ -31,7 +32,13 @@ _ABOUT = {
     "share": "Share of the gradient that reaches the decoder",
     "critic": "The critic's verdicts",
     "norm": "Norm of each term's weighted gradient at the reconstruction",
-    "balance": "Factor on the adversarial term",
+    "balance": "Factor on a term's weight that follows from the gradients' norms",
+    "cosine": "Between each term's gradient and the pixel term's: near 0 it adds something of its "
+    "own, below 0 the two pull in opposite directions",
+    "kl": "Latent channels that carry more than 0.05 nats per value",
+    "kl_channel": "KL of each latent channel in nats per latent value",
+    "penalty": "What keeps the critic in bounds, before its weight",
+    "noise": "Learned logarithm of the pixel term's noise level",
     "gradient_norm": "Before clipping",
     "learning_rate": "",
     "speed": "",
@@ -103,11 +110,23 @@ def training_section(run: RunFiles) -> Section:
     if not groups:
         parts = ["<p>The log has no values yet.</p>"]
     else:
-        parts = [_pictures(run.folder), *(_group(g, groups[g], run) for g in shown)]
+        parts = [_warnings(run), _pictures(run.folder), *(_group(g, groups[g], run) for g in shown)]
     more = "".join(_group(g, groups[g], run) for g in folded)
     if more:
         parts.append(details("More curves: " + ", ".join(map(_words, folded)), more))
     return Section("training", "Training", "".join(parts))
+
+
+def _warnings(run: RunFiles) -> str:
+    """What the diagnostics said during the run, in words."""
+    lines: dict[float, dict[str, float]] = {}
+    for key, points in run.log.items():
+        for step, value in points:
+            if value is not None:
+                lines.setdefault(step, {})[key] = value
+    watch = Watch()
+    said = [text for step in sorted(lines) for text in watch.read(int(step), lines[step])]
+    return "".join(f'<p class="about">{escape(text)}</p>' for text in said)
 
 
 def recipe_section(run: RunFiles) -> Section | None:

@@ -24,13 +24,9 @@ HEADING = "## From the latents to pictures"
 
 def snippets(language: str) -> list[str]:
     """The section's fenced blocks in a language."""
-    for name in ("README.md", "docs_diffusion_section.md"):
-        file = ROOT / name
-        text = file.read_text(encoding="utf-8") if file.exists() else ""
-        if HEADING in text:
-            section = text[text.index(HEADING) :].split("\n## ")[0]
-            return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
-    raise AssertionError(f"no file has the section {HEADING!r}")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index(HEADING) :].split("\n## ")[0]
+    return re.findall(rf"```{language}\n(.*?)```", section, re.DOTALL)
 
 
 def snippet(language: str, word: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from first_stage.files import write_folder
+from first_stage.files import write_folder, write_json
 from first_stage.processes import Processes
 
+STATISTICS_FILE = "latent_statistics.json"
+"""Beside an export's config: the fields of `LatentStatistics`."""
 _HALF_MAX = 65504.0
 _HALF_HEADROOM = 4.0
 
@@ -113,7 +115,7 @@ def write_export(
     """Write a folder that `AutoencoderKL.from_pretrained` loads, with the measured statistics.
 
     Args:
-        vae: The autoencoder to hand over. Its config takes up the statistics.
+        vae: The autoencoder to hand over. Its config takes up scaling and shift.
         statistics: From `measure_latents`.
         folder: The folder; one that is there is replaced.
         extras: More files by name: their text, or a file to copy.
@@ -121,13 +123,16 @@ def write_export(
     vae.register_to_config(
         scaling_factor=1.0 / statistics.overall_std,
         shift_factor=statistics.overall_mean,
-        latents_mean=statistics.mean,
-        latents_std=statistics.std,
+        # Only Stable Diffusion XL's pipeline reads these, multiplies by them on top of the scaling
+        # factor, and breaks where there are not four channels. They are in a file of their own.
+        latents_mean=None,
+        latents_std=None,
         force_upcast=statistics.needs_float32,
     )
 
     def write(temporary: Path) -> None:
         vae.save_pretrained(temporary, safe_serialization=True)
+        write_json(temporary / STATISTICS_FILE, asdict(statistics))
         for name, content in extras.items():
             if isinstance(content, Path):
                 (temporary / name).write_bytes(content.read_bytes())
@@ -199,12 +204,13 @@ images = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_facto
 Images are in [-1, 1]. `scaling_factor` {scaling:.6f} is one over the standard deviation of the
 latents of {statistics.images:,} training images, `shift_factor` {shift:.6f} their mean.
 
-**Pipelines differ.** `StableDiffusionPipeline` (1.x, 2.x) and `DiTPipeline` use `scaling_factor`
-only: their diffusion model works on latents with the mean {shift * scaling:.4f} instead of 0.
-`StableDiffusionXLPipeline` ignores the shift too, and where there are four channels it decodes
-`z * latents_std / scaling_factor + latents_mean`. `StableDiffusion3Pipeline` and `FluxPipeline` use
-scale and shift. Train by the rule of the pipeline that will decode, or fold the statistics into the
-weights (`scripts/export.py --fold_statistics`), after which every pipeline is right.
+**Pipelines that ignore `shift_factor`**: `StableDiffusionPipeline` (1.x, 2.x),
+`StableDiffusionXLPipeline` and `DiTPipeline` use `scaling_factor` only, so their diffusion model
+works on latents with the mean {shift * scaling:.4f} instead of 0. `StableDiffusion3Pipeline` and
+`FluxPipeline` use both. Train by the rule of the pipeline that will decode, or fold the statistics
+into the weights (`scripts/export.py --fold_statistics`), after which every pipeline is right.
+
+Per channel (also in `latent_statistics.json`):
 
 | channel | mean | std |
 |---|---|---|

@@ -69,8 +69,8 @@ def fold_statistics(
     folded.register_to_config(
         scaling_factor=1.0,
         shift_factor=0.0,
-        latents_mean=[0.0] * channels,
-        latents_std=[1.0] * channels,
+        latents_mean=None,  # by now 0 and 1, which a config need not say
+        latents_std=None,
     )
     return folded
 

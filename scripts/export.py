@@ -3,6 +3,7 @@
 python scripts/export.py --first_stage runs/demo/export --fold_statistics --output runs/demo/folded
 """
 
+import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from first_stage.autoencoder import FirstStage, load_autoencoder, require_kl
 from first_stage.command_line import read_options
 from first_stage.data import View, fixed_images, images_from_pixels, open_source
 from first_stage.errors import ConfigError, run_command
-from first_stage.export import measure_latents
+from first_stage.export import STATISTICS_FILE, measure_latents
 from first_stage.files import write_folder
 from first_stage.folding import fold_statistics
 from first_stage.processes import Processes
@@ -99,11 +100,15 @@ def statistics(options: Options, vae: AutoencoderKL) -> tuple[list[float], list[
     if options.data.path is not None:
         measured = measure_latents(vae, images(options, vae, options.data.path), Processes())
         return measured.mean, measured.std
+    ours = Path(options.first_stage) / STATISTICS_FILE
+    if ours.is_file():
+        found = json.loads(ours.read_text(encoding="utf-8"))
+        return list(found["mean"]), list(found["std"])
     mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
     if mean is None or std is None:
         raise ConfigError(
-            f"the config of {options.first_stage!r} has no latents_mean and latents_std: measure "
-            "them with --data.path, or take a cache's with --latents"
+            f"{options.first_stage!r} has no {STATISTICS_FILE}, and its config no latents_mean and "
+            "latents_std: measure them with --data.path, or take a cache's with --latents"
         )
     return list(mean), list(std)
 

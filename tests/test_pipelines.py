@@ -155,7 +155,9 @@ def test_scaling_and_shift(exported, build, uses_shift):
 
 
 def test_xl_takes_the_statistics_per_channel_where_the_config_has_them(exported):
-    """And scaling_factor on top of them: a surprise that folding spares its users."""
+    """And scaling_factor on top of them: our exports keep them out of the config."""
+    assert exported.config.latents_mean is None
+    exported.register_to_config(latents_mean=MEAN, latents_std=STD)
     latents, pictures = sample(stable_diffusion_xl, exported)
     mean, std = (torch.tensor(v)[:, None, None] for v in (MEAN, STD))
     per_channel = latents * std / exported.config.scaling_factor + mean

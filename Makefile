@@ -17,8 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)  ## Train on the built-in photos and hand the result to diffusers.
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-	  scripts/train.py --config configs/demo.yaml --output_dir $(RUNS)/demo --overwrite true
+	$(LAUNCH) scripts/train.py --config configs/demo.yaml --output_dir $(RUNS)/demo --overwrite true
 
 demo-diffusion: $(STAMP)  ## From digits to a first stage, a latent cache and a diffusion model's digits.
 	$(LAUNCH) scripts/train.py --config configs/digits.yaml --output_dir $(RUNS)/digits --overwrite true

@@ -5,12 +5,11 @@ the value, what would happen, and the remedy.
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
+from first_stage.command_line import read_options
 from first_stage.data.pixels import CHANNELS
 from first_stage.data.sources import is_builtin
 from first_stage.errors import ConfigError
@@ -39,7 +38,6 @@ __all__ = [
     "ValidationConfig",
     "check",
     "factor_problems",
-    "make_parser",
     "micro_batch_size",
     "parse_config",
     "to_dict",
@@ -235,36 +233,13 @@ def parse_config(arguments: Sequence[str] | None = None) -> Config:
     Raises:
         ConfigError: In one line for anything that cannot work.
     """
-    parser = make_parser()
-    fields = vars(parser.instantiate_classes(parser.parse_args(arguments)))
-    config = Config(**{name: value for name, value in fields.items() if name != "config"})
+    config = read_options(
+        Config,
+        arguments,
+        description="Train the first stage of a latent diffusion model on your own images.",
+    )
     check(config)
     return config
-
-
-def make_parser() -> Any:
-    """The `jsonargparse` parser of a training run; its `--help` lists every field."""
-    parser = plain_parser("Train the first stage of a latent diffusion model on your own images.")
-    parser.add_argument("--config", action="config", help="A YAML recipe; flags override it.")
-    parser.add_class_arguments(Config, nested_key=None, as_group=False)
-    return parser
-
-
-def plain_parser(description: str) -> Any:
-    """A `jsonargparse` parser without arguments, whose errors are one-line `ConfigError`s.
-
-    Args:
-        description: What the command does.
-    """
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(" ".join(str(message).split())) from ex
-
-    return Parser(prog=Path(sys.argv[0]).name, description=description)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -3,10 +3,11 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal
 
 from tqdm import tqdm
 
+from first_stage.command_line import parser_class, with_values
 from first_stage.errors import ConfigError, run_command
 from latent_tools import tools
 from latent_tools.files import CacheError
@@ -149,6 +150,10 @@ def export(
     print("\n".join(export_cache(cache, format, output, draw, seed, any_pixel_range)))
 
 
+_SWITCHES = dict.fromkeys(("--release", "--data", "--delete", "--any_pixel_range"), "true")
+"""What these flags mean without a value."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command.
 
@@ -157,22 +162,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     import jsonargparse
 
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(" ".join(str(message).split())) from ex
-
     given = list(sys.argv[1:] if arguments is None else arguments)
-    switches = {"--release", "--data", "--delete", "--any_pixel_range"}
-    with_values: list[str] = []
-    for place, argument in enumerate(given):
-        with_values.append(argument)
-        following: Any = given[place + 1 : place + 2]
-        if argument in switches and (not following or following[0] not in ("true", "false")):
-            with_values.append("true")
     jsonargparse.auto_cli(
         [info, verify, stats, preview, gc, export],
-        args=with_values,
-        parser_class=Parser,
+        args=with_values(given, _SWITCHES),
+        parser_class=parser_class(),
         prog="python -m latent_tools",
         as_positional=True,
     )

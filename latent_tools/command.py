@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from first_stage.autoencoder import load_autoencoder
+from first_stage.command_line import read_options
 from first_stage.data import Source, open_source
 from first_stage.errors import ConfigError
 from latent_tools.encode import Outcome, Process, precompute
@@ -88,6 +89,15 @@ class Options:
     """Seed of the draws when representation is sample."""
 
 
+_SWITCHES = {
+    "--flip": "true",
+    "--compile": "true",
+    "--data.streaming": "true",
+    "--buckets": "auto",
+}
+"""What these flags mean without a value."""
+
+
 def parse_options(arguments: Sequence[str] | None = None) -> Options:
     """Read the command line.
 
@@ -97,24 +107,13 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     Raises:
         ConfigError: In one line for anything that cannot work.
     """
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(" ".join(str(message).split())) from ex
-
-    parser = Parser(
-        prog=Path(sys.argv[0]).name,
-        description="Precompute the latents of a data set: exactly once each, resumable, tied to "
-        "the weights of the first stage.",
+    options = read_options(
+        Options,
+        arguments,
+        _SWITCHES,
+        "Precompute the latents of a data set: exactly once each, resumable, tied to the weights "
+        "of the first stage.",
     )
-    parser.add_argument("--config", action="config", help="A YAML file with options.")
-    parser.add_class_arguments(Options, nested_key=None, as_group=False)
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    values = vars(parser.instantiate_classes(parser.parse_args(_with_values(given))))
-    options = Options(**{name: value for name, value in values.items() if name != "config"})
     for name, value in (
         ("first_stage", options.first_stage),
         ("data.path", options.data.path),
@@ -123,18 +122,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
         if not value:
             raise ConfigError(f"--{name} is missing: see --help")
     return options
-
-
-def _with_values(arguments: list[str]) -> list[str]:
-    """A switch named without a value is switched on."""
-    meant = {"--flip": "true", "--compile": "true", "--data.streaming": "true", "--buckets": "auto"}
-    result: list[str] = []
-    for place, argument in enumerate(arguments):
-        result.append(argument)
-        following = arguments[place + 1 : place + 2]
-        if argument in meant and (not following or following[0].startswith("--")):
-            result.append(meant[argument])
-    return result
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -162,7 +162,7 @@ latents = vae.encode(images).latent_dist.sample()
 
 def parse_options() -> Options:
     """Read the command line."""
-    options = read_options(Options, switches=["--fold_statistics"])
+    options = read_options(Options, switches={"--fold_statistics": "true"})
     for name in ("first_stage", "output"):
         if not getattr(options, name):
             raise ConfigError(f"--{name} is missing: see --help")

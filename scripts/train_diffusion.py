@@ -326,7 +326,7 @@ def restore(
 
 def parse_options() -> Options:
     """Read the command line."""
-    options = read_options(Options, switches=["--resume"])
+    options = read_options(Options, switches={"--resume": "true"})
     if not options.latents:
         raise ConfigError("--latents is missing: the folder that scripts/cache_latents.py wrote")
     return options

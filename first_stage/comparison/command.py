@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from first_stage.command_line import plain_parser
 from first_stage.comparison.experiment import Experiment, Photos, Result
 from first_stage.comparison.measures import LocalFeatures
 from first_stage.comparison.photos import packaged_photos, shrunk, tiles
 from first_stage.comparison.results import figure, stripes_table, table, verdicts
 from first_stage.comparison.rows import BUDGETS, START, VGG, Budget, Size, row_names
 from first_stage.comparison.stripes import feature_ratio, pixel_ratio, stripes
-from first_stage.config import plain_parser
 from first_stage.data import Source, open_source
 from first_stage.errors import ConfigError
 from first_stage.files import write_json, write_text

@@ -1,16 +1,16 @@
 """The command `scripts/evaluate.py`: arguments, messages, files."""
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from accelerate import Accelerator
 
 from first_stage.autoencoder import load_autoencoder
+from first_stage.command_line import read_options
 from first_stage.data import View, open_source
 from first_stage.data.builtin import NAMES
 from first_stage.errors import ConfigError
@@ -129,22 +129,7 @@ def parse(arguments: Sequence[str] | None = None) -> Arguments:
     Raises:
         ConfigError: In one line for anything that cannot work.
     """
-    import jsonargparse
-
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-    class Parser(jsonargparse.ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            raise ConfigError(" ".join(str(message).split())) from ex
-
-    parser = Parser(prog=Path(sys.argv[0]).name, description=Arguments.__doc__)
-    parser.add_argument("--config", action="config", help="A YAML file; flags override it.")
-    several = {"first_stage", "features"}
-    for name in sorted(several, reverse=True):
-        parser.add_argument(f"--{name}", nargs="+", help=_SEVERAL[name])
-    parser.add_class_arguments(Arguments, nested_key=None, as_group=False, skip=several)
-    fields = vars(parser.instantiate_classes(parser.parse_args(arguments)))
-    result = Arguments(**{name: value for name, value in fields.items() if name != "config"})
+    result = read_options(Arguments, arguments, several=_SEVERAL)
     for problem in _problems(result):
         raise ConfigError(problem)
     return result

@@ -134,7 +134,7 @@ def test_the_death_of_one_process_ends_the_others_with_its_name(
     assert time.monotonic() - began < 30
     assert process.returncode != 0
     assert re.search(rf"error: process {killed} \(pid {ranks[killed]} on .*\) died", text), text
-    assert len(re.findall(r"^error: process", text, re.M)) == 1
+    assert len(re.findall(r"error: process", text)) == 1  # perhaps behind the progress bar
     for pid in ranks.values():
         assert not Path(f"/proc/{pid}").exists()
     for _, checkpoint in list_checkpoints(tmp_path / "run"):

@@ -176,6 +176,7 @@ def main() -> None:
             f'  pipeline = DiTPipeline.from_pretrained("{output}/pipeline")\n'
             f"  pipeline(class_labels=[{min(names)}], num_inference_steps=30).images[0]"
         )
+    accelerator.wait_for_everyone()  # one that leaves early would strand a peer that still saves
     accelerator.end_training()
 
 

@@ -45,15 +45,16 @@ class VGG16Features(nn.Module):
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
         self.requires_grad_(False)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, depth: int = len(_STAGES)) -> list[Tensor]:
         """Feature maps relu1_2, relu2_2, relu3_3, relu4_3, relu5_3, float32.
 
         Args:
             images: `(B, 3, H, W)` RGB in [-1, 1]; at least 16 pixels high and wide.
+            depth: How many of the maps are wanted.
         """
         hidden = ((images + 1.0) / 2.0 - self.mean) / self.std
         maps = []
-        for stage, numbers in enumerate(_STAGES):
+        for stage, numbers in enumerate(_STAGES[:depth]):
             if stage > 0:
                 hidden = F.max_pool2d(hidden, 2)
             for number in numbers:
@@ -104,6 +105,13 @@ class PretrainedDistances(nn.Module):
     ):
         super().__init__()
         self.config, self.network, self.heads = config, network, heads
+        # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def depth(self) -> int:
+        """How many of VGG16's feature maps are looked at: LPIPS needs all."""
+        return len(_STAGES) if self.heads is not None else max(self.config.layers) + 1
 
     @classmethod
     def load(cls, config: PretrainedConfig) -> "PretrainedDistances":
@@ -136,8 +144,8 @@ class PretrainedDistances(nn.Module):
         """
         config = self.config
         with torch.no_grad():
-            reals = self.network(self._three(images))
-        fakes = self.network(self._three(reconstruction))
+            reals = self.network(self._three(images), self.depth)
+        fakes = self.network(self._three(reconstruction), self.depth)
         some = [fakes[i] for i in config.layers], [reals[i] for i in config.layers]
         found = {}
         if config.vgg_weight > 0:

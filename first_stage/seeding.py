@@ -5,9 +5,13 @@ al. 2011) keyed by the seed, the purpose and the counters that name the draw. No
 saved to resume, and the draw does not depend on how many processes or workers there are.
 """
 
+import hashlib
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 class Purpose(IntEnum):
@@ -42,3 +46,48 @@ def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generato
     """
     entropy = np.random.SeedSequence((seed, int(purpose), *counters))
     return np.random.Generator(np.random.Philox(entropy))
+
+
+def hashed_bits(seed: int, purpose: Purpose, epoch: int, names: Iterable[str]) -> np.ndarray:
+    """128 random bits for each of many samples: a microsecond each, where a generator takes twenty.
+
+    They are a keyed hash (BLAKE2b) of the sample's name, so a sample's draws stay the same when the
+    data set grows or only a part of it is read.
+
+    Args:
+        seed: The run's seed, >= 0.
+        purpose: What the numbers are for.
+        epoch: The epoch, >= 0.
+        names: Of the samples.
+
+    Returns:
+        `(N, 2)` uint64; a row is a function of seed, purpose, epoch and its name alone.
+    """
+    keyed = hashlib.blake2b(digest_size=16, key=f"{seed}/{int(purpose)}/{epoch}".encode())
+    digests = []
+    for name in names:
+        own = keyed.copy()
+        own.update(name.encode())
+        digests.append(own.digest())
+    return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
+
+
+def standard_normals(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal values for each seed, by torch's generator.
+
+    Three times faster than numpy's. Torch takes the lower 32 bits of a seed, so two of many draws
+    can be the same; that does not matter for noise on different samples.
+
+    Args:
+        seeds: N numbers.
+        shape: Of the values of one seed.
+
+    Returns:
+        `(N, *shape)` float32; a row is a function of its seed alone.
+    """
+    seeds = list(seeds)
+    values = torch.empty(len(seeds), *shape)
+    draw = torch.Generator()
+    for row, seed in zip(values, seeds, strict=True):
+        row.normal_(generator=draw.manual_seed(int(seed) & 0xFFFFFFFF))
+    return values

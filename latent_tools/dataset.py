@@ -15,11 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from first_stage.seeding import Purpose, generator
+from first_stage.seeding import Purpose, hashed_bits, standard_normals
 from latent_tools.files import CacheError
 from latent_tools.finalize import INDEX
 from latent_tools.manifest import Manifest, check_weights
-from latent_tools.passes import sample_key
 from latent_tools.plan import Shape
 from latent_tools.shards import ShardReader
 
@@ -77,11 +76,13 @@ class LatentDataset(Dataset[dict[str, Any]]):
             autoencoder = self._first_stage(expect)
             check_weights(self.manifest, autoencoder, self.path)
         index = _read_index(self.path)
-        self._places = {name: index[name].to_numpy() for name in ("unit", "row", "height", "width")}
+        self._places = {name: index[name].to_numpy() for name in ("unit", "row")}
+        self._shapes = np.stack([index[name].to_numpy() for name in ("height", "width")], axis=1)
         self._ids = index["id"].combine_chunks()
         # Shard names repeat for a whole unit: keep each once.
-        self._shards = index["shard"].combine_chunks().dictionary_encode()
-        self._sizes = {name: index[name].to_numpy() for name in _SIZES}
+        shards = index["shard"].combine_chunks().dictionary_encode()
+        self._shards, self._shard_of = shards.dictionary.to_pylist(), shards.indices.to_numpy()
+        self._sizes = np.stack([index[name].to_numpy() for name in _SIZES], axis=1)
         self._columns = index.drop_columns(["id", *_PLACES, *_SIZES])
         self._keys: dict[str, int] | None = None
         self._reader = ShardReader(self.path)
@@ -155,7 +156,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
     @property
     def shapes(self) -> np.ndarray:
         """`(len, 2)`: height and width of each sample's pixels; its bucket."""
-        return np.stack([self._places["height"], self._places["width"]], axis=1)
+        return self._shapes
 
     @property
     def units(self) -> np.ndarray:
@@ -201,35 +202,65 @@ class LatentDataset(Dataset[dict[str, Any]]):
         Returns:
             `(2C, h, w)`, mean and then log-variance, or latents `(C, h, w)`.
         """
-        name = self.manifest.tensor_name + ("_flip" if flipped else "")
-        shard = self._shards[index].as_py()
-        return self._reader.row(shard, name, int(self._places["row"][index]))
+        return self._stored([index], [flipped])[0]
+
+    def _stored(self, indices: Sequence[int], flipped: Sequence[bool]) -> Tensor:
+        """What the cache stores of samples of one shape, `(N, K, h, w)` in float32."""
+        shards = [self._shards[number] for number in self._shard_of[indices].tolist()]
+        name = self.manifest.tensor_name
+        names = [f"{name}_flip" if one else name for one in flipped]
+        rows = self._places["row"][indices].tolist()
+        return self._reader.rows(list(zip(shards, names, rows, strict=True)))
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One item; see the class."""
-        index = range(len(self))[index]  # negative places count from the end
-        name = self._ids[index].as_py()
-        draw = generator(self.seed, Purpose.LATENT, self.epoch, sample_key(name))
-        flipped = bool(draw.random() < self.flip)
-        stored = self.stored(index, flipped)
-        sizes = [int(self._sizes[part][index]) for part in _SIZES]
-        return {
-            "latents": stored if self.sample == "raw" else self._draw(stored, draw),
-            "id": name,
-            "flipped": flipped,
-            "original_size": torch.tensor(sizes[:2]),
-            "crop": torch.tensor(sizes[2:]),
-            **{c: self._columns[c][index].as_py() for c in self._columns.column_names},
-        }
+        return self.__getitems__([range(len(self))[index]])[0]  # negative ones count from the end
 
-    def _draw(self, stored: Tensor, draw: np.random.Generator) -> Tensor:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Many items at once, for which a `DataLoader` asks: several times faster than one by one.
+
+        Args:
+            indices: Their places; those of one shape are read together.
+        """
+        there = self._shapes[list(indices)]
+        if len(there) == 0:
+            return []
+        if (there == there[0]).all():
+            return self._items(list(indices))
+        items: dict[int, dict[str, Any]] = {}
+        for shape in np.unique(there, axis=0):
+            chosen = np.flatnonzero((there == shape).all(1)).tolist()
+            items |= zip(chosen, self._items([indices[n] for n in chosen]), strict=True)
+        return [items[number] for number in range(len(indices))]
+
+    def _items(self, indices: list[int]) -> list[dict[str, Any]]:
+        """Items of one shape."""
+        names = self._ids.take(pa.array(indices)).to_pylist()
+        bits = hashed_bits(self.seed, Purpose.LATENT, self.epoch, names)
+        flipped = (bits[:, 0] * 2.0**-64 < self.flip).tolist()
+        stored = self._stored(indices, flipped)
+        sizes = torch.from_numpy(self._sizes[indices])
+        columns = self._columns.take(pa.array(indices)).to_pydict()
+        fields = {
+            "latents": stored if self.sample == "raw" else self._drawn(stored, bits[:, 1]),
+            "id": names,
+            "flipped": flipped,
+            "original_size": sizes[:, :2],
+            "crop": sizes[:, 2:],
+            **columns,
+        }
+        rows = [x.unbind() if isinstance(x, Tensor) else x for x in fields.values()]
+        return [dict(zip(fields, row, strict=True)) for row in zip(*rows, strict=True)]
+
+    def _drawn(self, stored: Tensor, seeds: np.ndarray) -> Tensor:
+        """Normalised latents `(N, C, h, w)` of what is stored; a draw each, if draws are wanted."""
         latents = stored
         if self.manifest.representation == "moments":
-            latents, logvar = stored.chunk(2)
+            latents, logvar = stored.chunk(2, dim=1)
             if self.sample == "posterior":
-                noise = draw.standard_normal(latents.shape, dtype=np.float32)
-                latents = latents + torch.exp(0.5 * logvar) * torch.from_numpy(noise)
-        return (latents - self._offset) * self._scale
+                deviation = logvar.mul_(0.5).exp_()
+                latents = standard_normals(seeds, latents.shape[1:]).mul_(deviation).add_(latents)
+        return latents.sub_(self._offset).mul_(self._scale)
 
     def denormalize(self, latents: Tensor) -> Tensor:
         """Items' latents as the first stage's decoder takes them.
@@ -306,7 +337,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
             }
             table = {name: values.astype(dtype) for name, values in table.items()}
             table["id"] = self._ids.take(pa.array(rows)).to_pylist()
-            sizes = np.stack([self._sizes[part][rows] for part in _SIZES], axis=1).tolist()
+            sizes = self._sizes[rows].tolist()
             table["original_size"] = [size[:2] for size in sizes]
             table["crop"] = [size[2:] for size in sizes]
             table |= self._columns.take(pa.array(rows)).to_pydict()

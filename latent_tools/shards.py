@@ -14,6 +14,7 @@ The ids stand in the shard's metadata, so a shard says by itself whose latents i
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,23 +229,31 @@ class ShardReader:
         self._open[shard] = handle  # last used, last in line
         return handle
 
-    def row(self, shard: str, name: str, row: int) -> Tensor:
-        """One sample's tensor as float32.
+    def rows(self, places: Sequence[tuple[str, str, int]]) -> Tensor:
+        """Samples' tensors as float32.
 
         Args:
-            shard: The shard's file name.
-            name: `moments`, `latents` or their `_flip`.
-            row: The sample's row in the shard.
+            places: For each sample its shard's file name, the tensor there (`moments`, `latents`
+                or their `_flip`) and its row in that; all of one shape.
 
         Returns:
-            `(K, h, w)`, float32.
+            `(N, K, h, w)`, float32.
         """
-        handle = self._handle(shard)
-        stored = handle.get_slice(name)[row]
+        stored = self._gather(places)
         if stored.dtype is not torch.uint8:
             return unpack(stored, None, None)
-        scale = handle.get_slice(f"{name}_scale")[row]
-        return unpack(stored, scale, handle.get_slice(f"{name}_offset")[row])
+        scale, offset = (
+            self._gather([(shard, f"{name}_{part}", row) for shard, name, row in places])
+            for part in ("scale", "offset")
+        )
+        return unpack(stored, scale, offset)
+
+    def _gather(self, places: Sequence[tuple[str, str, int]]) -> Tensor:
+        # Each tensor is a view of the mapped file: only the rows that are stacked are read.
+        tensors = {
+            part: self._handle(part[0]).get_tensor(part[1]) for part in {p[:2] for p in places}
+        }
+        return torch.stack([tensors[shard, name][row] for shard, name, row in places])
 
     def ids(self, shard: str) -> list[str]:
         """The ids that the shard itself names, in the order of its rows."""

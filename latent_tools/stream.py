@@ -10,6 +10,9 @@ from first_stage.seeding import Purpose, generator
 from latent_tools.dataset import LatentDataset
 from latent_tools.plan import Shape
 
+_TOGETHER = 64
+"""Samples that are read at once."""
+
 
 class LatentStream(IterableDataset[dict[str, Any]]):
     """A cache read a few shards at a time, with a state to resume from.
@@ -87,8 +90,11 @@ class LatentStream(IterableDataset[dict[str, Any]]):
         for rows in self._order():
             here = np.arange(position, position + len(rows))
             position += len(rows)
-            for row in rows[(here >= first) & (here % readers == reader)]:
-                self._taken += 1
-                yield self.dataset[int(row)]
+            own = rows[(here >= first) & (here % readers == reader)].tolist()
+            for start in range(0, len(own), _TOGETHER):
+                for item in self.dataset.__getitems__(own[start : start + _TOGETHER]):
+                    self._taken += 1
+                    # Not a view: whoever keeps an item, or sends it on, means this one alone.
+                    yield {**item, "latents": item["latents"].clone()}
         # `taken` stays: a state saved here goes on with the next epoch, not with this one again.
         self._is_over = True

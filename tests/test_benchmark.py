@@ -11,7 +11,7 @@ from first_stage.data import images_from_pixels
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import benchmark_steps
+from benchmarks import steps as benchmark_steps
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3])
@@ -50,7 +50,7 @@ def test_the_usual_steps_train_both_players(tiny, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["train", "cache", "read"])
+@pytest.mark.parametrize("what", ["train", "cache", "read", "scale"])
 def test_every_benchmark_runs(tmp_path, images, what):
     recipe = [] if what == "read" else arguments(tmp_path / "run", images)
     result = run_script(

@@ -52,7 +52,7 @@ class Budget:
 
 BUDGETS: dict[Size, Budget] = {
     "quick": Budget(200, 600, 200, 16, 32, (32, 64, 64), 32, 1e-3),
-    "small": Budget(500, 1500, 500, 16, 32, (32, 64, 64), 32, 1e-3),
+    "small": Budget(1500, 1500, 500, 32, 32, (32, 64, 64), 32, 1e-3),
     "full": Budget(),
 }
 

@@ -289,7 +289,7 @@ class Trainer:
     def snapshot(self, step: int) -> Snapshot:
         """What a checkpoint needs beside the averaged weights. Every process must call it.
 
-        The tensors are copies: the live weights are swapped for their average to save that one.
+        The tensors are the live ones: write or copy them before the next step.
         """
         tensors: dict[str, dict[str, Tensor]] = {
             "first_stage": dict(self.vae.state_dict()),
@@ -307,11 +307,7 @@ class Trainer:
             "ema_steps": self.ema.optimization_step,
             "scaler": None if scaler is None else scaler.state_dict(),
         }
-        copies = {
-            file: {name: tensor.detach().cpu().clone() for name, tensor in named.items()}
-            for file, named in tensors.items()
-        }
-        return Snapshot(step, copies, state)
+        return Snapshot(step, tensors, state)
 
     def restore(self, snapshot: Snapshot, ema: AutoencoderKL) -> None:
         """Take back what `snapshot` gave, and the averaged weights."""

@@ -78,7 +78,7 @@ def test_a_restored_trainer_goes_on_bit_for_bit(tiny, options):
     batches = [batch_of(straight, 4, seed=step) for step in range(4)]
     for step in range(2):
         straight.training_step(step, [batches[step]])
-    resumed.restore(straight.snapshot(2), _average(straight))
+    resumed.restore(copy.deepcopy(straight.snapshot(2)), _average(straight))
     for step in range(2, 4):
         straight.training_step(step, [batches[step]])
         resumed.training_step(step, [batches[step]])
@@ -196,10 +196,10 @@ def test_the_other_terms_reach_the_encoder_beside_a_cut_off(tiny):
     without = tiny(loss__adversarial__weight=0, train__clip_norm=None)
     trainers = make_trainer(config), make_trainer(without)
     trainers[0].training_step(0, [batch_of(trainers[0], 4, 0)])
-    start, average = trainers[0].snapshot(1), _average(trainers[0])
+    start, average = copy.deepcopy(trainers[0].snapshot(1)), _average(trainers[0])
     found = []
     for trainer in trainers:
-        trainer.restore(start, average)
+        trainer.restore(copy.deepcopy(start), average)
         gradients = gradients_of(trainer, 1, [batch_of(trainer, 4, 1)])["first_stage"]
         found.append(by_name(trainer, gradients)["vae.encoder.conv_in.weight"])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)

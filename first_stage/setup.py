@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
@@ -181,11 +182,23 @@ def introduction(trainer: Trainer, micro: int, samples: int, held_out: int) -> s
         sizes += f", critic of {_millions(trainer.critic.network)}"
     return (
         f"{'1 process' if world == 1 else f'{world} processes'} on "
-        f"{trainer.accelerator.device.type}, precision {config.train.precision}, batch of "
+        f"{_device(trainer)}, precision {config.train.precision}, batch of "
         f"{config.train.batch_size} in micro-batches of {micro}\n"
         f"{samples:,} images to train on, {held_out:,} held out, from {config.data.path}\n"
         f"{sizes}, f{stage.downsample_factor}, {stage.latent_channels} latent channels"
     )
+
+
+def _device(trainer: Trainer) -> str:
+    """The device, and on a CPU what of it is used: accelerate gives a process one thread."""
+    device, world = trainer.accelerator.device.type, trainer.processes.world
+    if device != "cpu":
+        return device
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    text = f"cpu with {threads} thread{'s' if threads > 1 else ''}{' each' if world > 1 else ''}"
+    if (more := cores // world) > threads:
+        text += f" (OMP_NUM_THREADS={more} would use all {cores} cores)"
+    return text
 
 
 def _millions(module: nn.Module) -> str:

@@ -111,7 +111,11 @@ def run_one(recipe: list[str], name: str, seconds: float) -> dict[str, float]:
     wanted = torch.tensor(seconds / variant.run(1), device=trainer.accelerator.device)
     steps = max(1, round(trainer.processes.average(wanted).item()))
     size = trainer.config.train.batch_size
-    return {"images_per_second": size / variant.run(steps), "peak_memory_bytes": peak_memory()}
+    return {
+        "images_per_second": size / variant.run(steps),
+        "peak_memory_bytes": peak_memory(),
+        "processes": trainer.processes.world,
+    }
 
 
 def run_apart(
@@ -135,10 +139,11 @@ def run_apart(
     """
     launch = ["-m", "accelerate.commands.launch", "--num_machines", "1", "--dynamo_backend", "no"]
     launch += ["--mixed_precision", "no", "--num_processes", str(processes)]
-    if processes > 1:
-        launch += ["--multi_gpu"] if torch.cuda.is_available() else ["--cpu"]
+    launch += ["--multi_gpu"] if processes > 1 else []
     line = [sys.executable, *launch, str(COMMAND), "train", "--only", name]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads or torch.get_num_threads())}
+    if not torch.cuda.is_available():
+        environment["ACCELERATE_USE_CPU"] = "true"
     result = subprocess.run(
         [*line, "--seconds", str(seconds), *recipe],
         capture_output=True,
@@ -150,6 +155,8 @@ def run_apart(
         raise RuntimeError(f"{name} failed in a process of its own:\n{result.stderr[-2000:]}")
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
     found: dict[str, float] = json.loads(lines[-1])
+    if found["processes"] != processes:
+        raise RuntimeError(f"{found['processes']} processes ran instead of {processes}")
     return found
 
 

@@ -163,6 +163,31 @@ class TestWhatItChecks:
 
 
 class TestItems:
+    @pytest.mark.parametrize("dtype", ["float32", "uint8"])
+    @pytest.mark.parametrize("sample", ["posterior", "mean", "raw"])
+    def test_many_at_once_are_those_one_by_one(self, tmp_path, dtype, sample):
+        write_photos(tmp_path / "data", 9)
+        cache(tmp_path / "data", tmp_path / "c", flip=True, unit_size=2, dtype=dtype)
+        dataset = LatentDataset(tmp_path / "c", sample=sample, normalize="channel", flip=0.5)
+        places = [8, 0, 3, 3, 5, 1]
+        together = dataset.__getitems__(places)
+        assert len({item["flipped"] for item in together}) == 2
+        for place, item in zip(places, together, strict=True):
+            alone = dataset[place]
+            assert item.keys() == alone.keys()
+            for name, value in alone.items():
+                same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+                assert same(value, item[name]), name
+        assert dataset.__getitems__([]) == []
+
+    def test_many_at_once_of_several_shapes_keep_their_order(self, buckets):
+        places = [20, 3, 11, 28, 4]
+        together = buckets.__getitems__(places)
+        assert [item["id"] for item in together] == [buckets.ids[place] for place in places]
+        assert len({item["latents"].shape for item in together}) == 3
+        for place, item in zip(places, together, strict=True):
+            assert torch.equal(item["latents"], buckets[place]["latents"])
+
     def test_an_item(self, made):
         dataset = LatentDataset(made / "c")
         item = dataset[-1]

@@ -1,10 +1,12 @@
 """The step against isolated references: what each player's gradient must be."""
 
+import copy
 from unittest import mock
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from first_stage.config import TrainConfig
@@ -149,6 +151,38 @@ def test_parameters_optimizers_and_ema_are_float32_and_move_under_bf16(tiny):
     assert all(moved)
     pairs = zip(trainer.ema.shadow_params, averaged, strict=True)
     assert all(not torch.equal(p, b) for p, b in pairs)
+
+
+def test_layout_mode_and_checkpointing_change_no_gradient(tiny):
+    plain, fast = make_trainer(tiny()), make_trainer(tiny(model__gradient_checkpointing=True))
+    for player in (plain.first_stage, plain.critic):
+        player.network.to(memory_format=torch.contiguous_format).train()
+    for step in range(2):
+        batch = batch_of(plain, 4, step)
+        expected = gradients_of(plain, step, [batch])
+        assert_close(gradients_of(fast, step, [batch]), expected)
+        fast.restore(copy.deepcopy(plain.snapshot(step)), plain.vae)
+
+
+def test_bf16_gradients_are_as_near_as_the_plain_form_comes(tiny):
+    exact = make_trainer(tiny())
+    exact.training_step(0, [batch_of(exact, 4, 0)])  # now every term has its weight
+    start = copy.deepcopy(exact.snapshot(1))
+    AcceleratorState._reset_state(reset_partial_state=True)  # it allows one precision a process
+    rounded = make_trainer(tiny(train__precision="bf16"))
+    rounded.restore(start, exact.vae)
+    batch = batch_of(exact, 4, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = reference(rounded, batch)
+    truth = reference(exact, batch)
+    found = gradients_of(rounded, 1, [batch])
+    for player in truth:
+        goal, ours, theirs = (
+            torch.cat([g.flatten().float() for g in x[player]]) for x in (truth, found, plain)
+        )
+        errors = [(x - goal).norm() / goal.norm() for x in (ours, theirs)]
+        assert 0 < errors[0] < 0.2, player
+        assert errors[0] < 1.5 * errors[1], player
 
 
 def test_the_critic_is_not_run_before_its_start(tiny):

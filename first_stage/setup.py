@@ -61,6 +61,8 @@ def make_accelerator(config: Config) -> Accelerator:
         ) from error
     if remark and accelerator.is_main_process:
         print(remark, flush=True)
+    # Crops of one size, step after step: trying the algorithms once pays.
+    torch.backends.cudnn.benchmark = True
     return accelerator
 
 

@@ -55,9 +55,9 @@ class Options:
     """Photos to train on: a folder or a data set id; null: photos that come with packages."""
     held_out: str | None = None
     """Photos to measure on, with --data."""
-    side: int = 192
+    side: int = 144
     """Shorter side that all photos are shrunk to, in pixels."""
-    tile: int = 96
+    tile: int = 72
     """Side of the held-out tiles, in pixels; a multiple of 8."""
     vgg: str | None = None
     """Weights of VGG16 for the pretrained perceptual distance (.safetensors, .pth or a hub id)."""

@@ -52,7 +52,7 @@ class Budget:
 
 BUDGETS: dict[Size, Budget] = {
     "quick": Budget(200, 600, 200, 16, 32, (32, 64, 64), 32, 1e-3),
-    "small": Budget(1500, 1500, 500, 32, 32, (32, 64, 64), 32, 1e-3),
+    "small": Budget(1500, 1500, 500, 32, 32, (32, 64, 64), 64, 1e-3),
     "full": Budget(),
 }
 
@@ -69,7 +69,7 @@ def row_names(pretrained: bool) -> list[str]:
 def warmup_config(budget: Budget, seed: int) -> Config:
     """The run that all objectives start from."""
     loss = LossConfig(pixel="l2", learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL)
-    return _config(budget, seed, loss, _Parts(budget, None).critic, budget.warmup_steps)
+    return _config(budget, seed, loss, _NO_CRITIC, budget.warmup_steps)
 
 
 def row_config(row: str, budget: Budget, seed: int, vgg: str | None = None) -> Config:
@@ -92,6 +92,7 @@ def row_config(row: str, budget: Budget, seed: int, vgg: str | None = None) -> C
 
 _NO_LEARNED = LearnedConfig(weight=0.0)
 _NO_ADVERSARIAL = AdversarialConfig(weight=0.0)
+_NO_CRITIC = CriticConfig()
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,9 @@ _Row = Callable[[_Parts], tuple[LossConfig, CriticConfig]]
 _ROWS: dict[str, _Row] = {
     "mse": lambda p: (
         LossConfig(pixel="l2", learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL),
-        p.critic,
+        _NO_CRITIC,
     ),
-    "l1": lambda p: (LossConfig(learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL), p.critic),
+    "l1": lambda p: (LossConfig(learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL), _NO_CRITIC),
     "l1+hinge": lambda p: (LossConfig(learned=_NO_LEARNED, adversarial=p.hinge), p.critic),
     "learned": lambda p: (
         LossConfig(learned=p.learned, adversarial=replace(p.hinge, weight=0.0)),
@@ -154,7 +155,7 @@ _ROWS: dict[str, _Row] = {
             adversarial=_NO_ADVERSARIAL,
             pretrained=PretrainedConfig(weights=p.vgg, vgg_weight=0.1),
         ),
-        p.critic,
+        _NO_CRITIC,
     ),
 }
 

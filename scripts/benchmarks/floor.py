@@ -4,13 +4,13 @@ import time
 from unittest import mock
 
 import torch
-from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import device, synchronise
 from first_stage.config import Config
 from first_stage.data import Batch
 from first_stage.processes import Processes
+from first_stage.setup import make_accelerator
 from first_stage.trainer import Trainer
 
 
@@ -37,7 +37,7 @@ def random_batch(trainer: Trainer) -> Batch:
 
 def step_flops(config: Config) -> float:
     """Floating-point operations of one step, counted on the meta device: nothing is computed."""
-    trainer = Trainer(config, Accelerator(mixed_precision=config.train.precision), Processes())
+    trainer = Trainer(config, make_accelerator(config), Processes())
     meta = torch.device("meta")
     trainer.first_stage.network.to(meta)
     if trainer.critic is not None:

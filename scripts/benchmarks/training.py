@@ -15,7 +15,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from benchmarks.floor import matrix_rate, random_batch, step_flops
@@ -25,7 +24,7 @@ from first_stage.config import Config, parse_config
 from first_stage.data import Batch, StepSampler, training_loader
 from first_stage.pretrained import VGG16Features
 from first_stage.processes import Processes
-from first_stage.setup import open_data, open_stream
+from first_stage.setup import make_accelerator, open_data, open_stream
 from first_stage.trainer import Trainer
 
 COMMAND = Path(__file__).parents[1] / "benchmark.py"
@@ -191,7 +190,7 @@ class Variant:
 
     def __init__(self, name: str, config: Config):
         self.name = name
-        accelerator = Accelerator(mixed_precision=config.train.precision)
+        accelerator = make_accelerator(config)
         self.trainer = Trainer(config, accelerator, Processes())
         self.batch = random_batch(self.trainer).to(accelerator.device)
         self.done = 0
@@ -251,7 +250,7 @@ def data_rate(config: Config, seconds: float) -> float:
     """Images per second of the recipe's own loader, with nothing beside it."""
     processes = Processes()
     source, _ = open_data(config, processes)
-    trainer = Trainer(config, Accelerator(), processes)
+    trainer = Trainer(config, make_accelerator(config), processes)
     stream = open_stream(config, source, trainer.first_stage.network)
     size = config.train.batch_size
     sampler = StepSampler(size, size, 0, config.train.max_steps, 0, 1)

@@ -30,6 +30,7 @@ from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.files import writing
 from first_stage.folder import SHARDS
 from first_stage.logbook import tracker_of
+from first_stage.memory import keep_freed_memory
 from first_stage.processes import Processes
 from first_stage.trainer import Trainer
 
@@ -61,6 +62,8 @@ def make_accelerator(config: Config) -> Accelerator:
         ) from error
     if remark and accelerator.is_main_process:
         print(remark, flush=True)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     # Crops of one size, step after step: trying the algorithms once pays.
     torch.backends.cudnn.benchmark = True
     return accelerator

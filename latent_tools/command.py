@@ -12,6 +12,7 @@ from first_stage.autoencoder import load_autoencoder
 from first_stage.command_line import read_options
 from first_stage.data import Source, open_source
 from first_stage.errors import ConfigError
+from first_stage.memory import keep_freed_memory
 from latent_tools.encode import Outcome, Process, precompute
 from latent_tools.manifest import Manifest
 from latent_tools.options import CacheOptions, Dtype, Precision, Representation
@@ -175,6 +176,8 @@ def _this_process() -> Process:
             f"the launcher started {started} processes, but each runs on its own: set the "
             "environment variable ACCELERATE_USE_CPU=true to use several processes on CPUs"
         )
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return Process(
         accelerator.process_index,
         accelerator.num_processes,

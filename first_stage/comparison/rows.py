@@ -110,12 +110,12 @@ class _Parts:
     def learned(self) -> LearnedConfig:
         # The critic trains alone for a moment: untrained features are no yardstick.
         start = self.budget.warmup_steps + self.ramp // 2
-        return LearnedConfig(start_step=start, ramp_steps=self.ramp)
+        return LearnedConfig(weight=0.5, start_step=start, ramp_steps=self.ramp)
 
     @property
     def hinge(self) -> AdversarialConfig:
         start = self.budget.warmup_steps + self.ramp
-        return AdversarialConfig(weight=0.1, start_step=start, ramp_steps=self.ramp)
+        return AdversarialConfig(weight=0.2, start_step=start, ramp_steps=self.ramp)
 
     @property
     def wasserstein(self) -> AdversarialConfig:

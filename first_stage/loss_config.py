@@ -44,7 +44,7 @@ class CriticConfig:
 class LearnedConfig:
     """The perceptual distance learned by the critic (Larsen et al. 2016)."""
 
-    weight: float = 1.0
+    weight: float = 0.5
     """Weight of the distance; 0 switches it off."""
     distance: Literal["l1", "l2", "cosine"] = "l1"
     """Between feature maps: mean absolute difference, mean squared difference, or 1 - cosine of the
@@ -74,7 +74,7 @@ class AdversarialConfig:
     """The pair of losses of critic and autoencoder: hinge (Geometric GAN), wasserstein (with
     gradient_penalty 10, or with clip_weights 0.01), logistic (non-saturating), least_squares,
     relativistic (R3GAN: with r1 and r2)."""
-    weight: float = 0.1
+    weight: float = 0.2
     """Weight of the autoencoder's loss: under adaptive balance the norm of its gradient relative to
     that of all other terms together. 0 trains the critic for the learned distance only."""
     start_step: int = 0

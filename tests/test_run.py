@@ -119,7 +119,8 @@ def test_every_shipped_recipe_runs_two_steps(recipe, tmp_path, images):
 
 def test_the_golden_loss_curve(tiny, tmp_path):
     """A change that only moves code leaves these numbers; one that changes them says so."""
-    train(tiny(train__max_steps=5, train__learning_rate=3e-3, critic__layers=2))
+    recipe = {"loss__learned__weight": 1.0, "loss__adversarial__weight": 0.1, "critic__layers": 2}
+    train(tiny(train__max_steps=5, train__learning_rate=3e-3, **recipe))
     found = json.loads((ROOT / "tests/golden.json").read_text())
     log = [line for line in read_log(tmp_path / "run/log.jsonl") if "loss/pixel" in line]
     for name, values in found.items():

@@ -21,11 +21,13 @@ class Rates:
 
     Attributes:
         encode_only: Of the encoder, on pixels that are in memory.
+        decode_only: Of reading, decoding and cropping the files, by one process.
         end_to_end: Of a launch, from files to a finished cache, without loading the first stage.
         waits: Seconds that the launch waited for data, encoder and disk.
     """
 
     encode_only: float
+    decode_only: float
     end_to_end: float
     waits: dict[str, float]
 
@@ -42,12 +44,12 @@ def cache_rates(
     device: torch.device | None = None,
     folder: Path | None = None,
 ) -> Rates:
-    """Measure both rates on all images of a source, in this process.
+    """Measure the rates on all images of a source, in this process.
 
     Args:
         autoencoder: The first stage.
         source: The images; they are all held in memory for the encode-only rate.
-        options: How, for both; no buckets.
+        options: How; no buckets.
         device: Where.
         folder: Where the cache is made; a temporary folder when `None`.
 
@@ -61,10 +63,12 @@ def cache_rates(
         source,
         Preprocessing(encoder.in_channels, options.resolution, options.resize, False, ()),
     )
+    start = time.perf_counter()
     pixels = [
         torch.from_numpy(reader.read(source.id(place), place, shape)[1])
         for place in range(len(source))
     ]
+    decode_only = len(pixels) / (time.perf_counter() - start)
     batches = [
         torch.stack(pixels[start : start + options.batch_size])
         for start in range(0, len(pixels), options.batch_size)
@@ -87,4 +91,4 @@ def cache_rates(
             autoencoder, "benchmark", source, output, options, Process(device=device)
         )
         end_to_end = len(source) / (time.perf_counter() - start)
-    return Rates(encode_only, end_to_end, outcome.waits)
+    return Rates(encode_only, decode_only, end_to_end, outcome.waits)

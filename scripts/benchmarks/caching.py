@@ -1,5 +1,6 @@
 """A cache launch, from image files to a finished cache, against the plain loops."""
 
+import contextlib
 import copy
 import tempfile
 import time
@@ -16,7 +17,7 @@ from first_stage.data import Source, open_source
 from first_stage.trainer import make_first_stage
 from latent_tools.benchmark import cache_rates
 from latent_tools.encode import Process, precompute
-from latent_tools.options import CacheOptions
+from latent_tools.options import CacheOptions, Precision
 
 OURS = "ours, files to cache"
 
@@ -33,18 +34,25 @@ def benchmark_cache(recipe: list[str], images: int, side: int, repeats: int) -> 
     Returns:
         Images per second of everything, ready for JSON.
     """
-    vae, batch_size = _first_stage(recipe, side)
+    vae, batch_size, precision = _first_stage(recipe, side)
     plain = copy.deepcopy(vae)  # the cache's encoder turns its own to another memory layout
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = open_source(str(write_images(folder / "images", images, side)))
-        options = CacheOptions(resolution=side, resize=side, batch_size=batch_size)
+        options = CacheOptions(
+            resolution=side, resize=side, batch_size=batch_size, precision=precision
+        )
         for turn in range(repeats):
             rates = cache_rates(vae, source, options, device())
-            now = {"encode only": rates.encode_only, OURS: rates.end_to_end}
-            for size in (1, batch_size):
-                now[f"plain loop, batch {size}"] = plain_loop(plain, source, folder, side, size)
+            now = {
+                "encode only": rates.encode_only,
+                "decode only, one process": rates.decode_only,
+                OURS: rates.end_to_end,
+            }
+            with autocast(precision):
+                for size in (1, batch_size):
+                    now[f"plain loop, batch {size}"] = plain_loop(plain, source, folder, side, size)
             for kind, value in now.items():
                 found.setdefault(kind, []).append(value)
             show_turn(turn, repeats, found)
@@ -53,8 +61,8 @@ def benchmark_cache(recipe: list[str], images: int, side: int, repeats: int) -> 
 
 def run_one(recipe: list[str], images: int, side: int) -> dict[str, float]:
     """Seconds and peak memory of one launch in this process."""
-    vae, batch_size = _first_stage(recipe, side)
-    options = CacheOptions(resolution=side, resize=side, batch_size=batch_size)
+    vae, batch_size, precision = _first_stage(recipe, side)
+    options = CacheOptions(resolution=side, resize=side, batch_size=batch_size, precision=precision)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         source = open_source(str(write_images(folder / "images", images, side)))
@@ -65,11 +73,20 @@ def run_one(recipe: list[str], images: int, side: int) -> dict[str, float]:
     return {"seconds": seconds, "peak_memory_bytes": peak_memory()}
 
 
-def _first_stage(recipe: list[str], side: int) -> tuple[Any, int]:
+def autocast(precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """The context of a precision on the device that is measured."""
+    if precision == "no":
+        return contextlib.nullcontext()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+    return torch.autocast(device().type, dtype)
+
+
+def _first_stage(recipe: list[str], side: int) -> tuple[Any, int, Precision]:
+    """A first stage with random weights, and the recipe's batch size and precision."""
     config = parse_config(recipe)
     torch.manual_seed(0)
     vae = make_first_stage(config.model, side).vae.to(device())
-    return vae, config.train.batch_size
+    return vae, config.train.batch_size, config.train.precision
 
 
 @torch.no_grad()
@@ -90,7 +107,7 @@ def plain_loop(vae: Any, source: Source, folder: Path, side: int, batch_size: in
         pixels = torch.from_numpy(np.stack(arrays)).to(where)
         images = pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
         latents = vae.encode(images).latent_dist.sample()
-        for index, latent in zip(indices, latents.cpu().numpy(), strict=True):
+        for index, latent in zip(indices, latents.float().cpu().numpy(), strict=True):
             np.save(target / f"{index:06d}.npy", latent)
     return len(source) / (time.perf_counter() - began)
 

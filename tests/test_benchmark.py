@@ -52,7 +52,7 @@ def test_the_usual_steps_train_both_players(tiny, step):
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["train", "cache", "read", "scale"])
 def test_every_benchmark_runs(tmp_path, images, what):
-    recipe = [] if what == "read" else arguments(tmp_path / "run", images)
+    recipe = [] if what == "read" else arguments(tmp_path / "run", images, data__workers=None)
     result = run_script(
         *("scripts/benchmark.py", what, "--repeats", 1, "--seconds", 0.1, "--images", 20),
         *("--side", 16, "--latents", 100, "--json", tmp_path / "out.json", *recipe),

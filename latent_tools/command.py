@@ -208,7 +208,7 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
         precision=options.precision,
         batch_size=options.batch_size,
         unit_size=options.unit_size,
-        workers=_workers(options.data.workers, process.world),
+        workers=_workers(options.data.workers, process),
         max_broken=options.data.max_broken,
         compile=options.compile,
         seed=options.seed,
@@ -222,13 +222,17 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
     )
 
 
-def _workers(wanted: int | None, world: int) -> int:
+def _workers(wanted: int | None, process: Process) -> int:
     import os
+
+    import torch
 
     if wanted is not None:
         return wanted
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-    return max(0, min(8, cores // world - 1))
+    # On a CPU the encoder's threads are busy all the time: a worker beside them slows both.
+    busy = torch.get_num_threads() if process.device.type == "cpu" else 1
+    return max(0, min(8, cores // process.world - busy))
 
 
 def _report(options: Options, outcome: Outcome, process: Process) -> None:

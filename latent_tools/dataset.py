@@ -144,6 +144,11 @@ class LatentDataset(Dataset[dict[str, Any]]):
         )
 
     @property
+    def _draws(self) -> bool:
+        """Whether an item's latents are drawn from its posterior."""
+        return self.sample == "posterior" and self.manifest.representation == "moments"
+
+    @property
     def stats(self) -> dict[str, Any]:
         """The cache's statistics: see `latent_tools.stats.summary`."""
         return self.manifest.statistics
@@ -204,13 +209,20 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """
         return self._stored([index], [flipped])[0]
 
-    def _stored(self, indices: Sequence[int], flipped: Sequence[bool]) -> Tensor:
-        """What the cache stores of samples of one shape, `(N, K, h, w)` in float32."""
+    def _stored(
+        self, indices: Sequence[int], flipped: Sequence[bool], channels: int | None = None
+    ) -> Tensor:
+        """The first channels, or all, of what the cache stores of samples of one shape.
+
+        Returns:
+            `(N, channels, h, w)` in float32.
+        """
         shards = [self._shards[number] for number in self._shard_of[indices].tolist()]
         name = self.manifest.tensor_name
         names = [f"{name}_flip" if one else name for one in flipped]
         rows = self._places["row"][indices].tolist()
-        return self._reader.rows(list(zip(shards, names, rows, strict=True)))
+        places = list(zip(shards, names, rows, strict=True))
+        return self._reader.rows(places, channels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One item; see the class."""
@@ -236,11 +248,16 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def _items(self, indices: list[int]) -> list[dict[str, Any]]:
         """Items of one shape."""
         names = self._ids.take(pa.array(indices)).to_pylist()
-        bits = hashed_bits(self.seed, Purpose.LATENT, self.epoch, names)
+        bits = np.zeros((len(names), 2), np.uint64)
+        if self.flip > 0 or self._draws:
+            bits = hashed_bits(self.seed, Purpose.LATENT, self.epoch, names)
         flipped = (bits[:, 0] * 2.0**-64 < self.flip).tolist()
-        stored = self._stored(indices, flipped)
+        wanted = self.manifest.first_stage["latent_channels"] if self.sample == "mean" else None
+        stored = self._stored(indices, flipped, wanted)
         sizes = torch.from_numpy(self._sizes[indices])
-        columns = self._columns.take(pa.array(indices)).to_pydict()
+        columns: dict[str, list[Any]] = {}
+        if self.column_names:
+            columns = self._columns.take(pa.array(indices)).to_pydict()
         fields = {
             "latents": stored if self.sample == "raw" else self._drawn(stored, bits[:, 1]),
             "id": names,
@@ -255,11 +272,12 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def _drawn(self, stored: Tensor, seeds: np.ndarray) -> Tensor:
         """Normalised latents `(N, C, h, w)` of what is stored; a draw each, if draws are wanted."""
         latents = stored
-        if self.manifest.representation == "moments":
-            latents, logvar = stored.chunk(2, dim=1)
-            if self.sample == "posterior":
-                deviation = logvar.mul_(0.5).exp_()
-                latents = standard_normals(seeds, latents.shape[1:]).mul_(deviation).add_(latents)
+        if self._draws:
+            mean, logvar = stored.chunk(2, dim=1)
+            deviation = logvar.mul_(0.5).exp_()
+            latents = standard_normals(seeds, mean.shape[1:]).mul_(deviation).add_(mean)
+        if self.normalize == "none":
+            return latents
         return latents.sub_(self._offset).mul_(self._scale)
 
     def denormalize(self, latents: Tensor) -> Tensor:

@@ -81,9 +81,12 @@ class UnitEncoder:
         failures = list(portion.failures)
         if started.images is not None:
             latents = [self._stored(output, portion, n) for n, output in enumerate(started.outputs)]
+            fine = self._can_be_stored(latents).tolist()
             keep: list[int] = []
             for row, record in enumerate(portion.records):
-                reason = self._mend(unit, started.images, latents, row, record.id)
+                reason = None
+                if not fine[row]:
+                    reason = self._mend(unit, started.images, latents, row, record.id)
                 if reason is None:
                     keep.append(row)
                     unit.records.append(record)
@@ -125,13 +128,18 @@ class UnitEncoder:
             noise[row] = torch.from_numpy(draw.standard_normal(mean.shape[1:], dtype="float32"))
         return mean + torch.exp(0.5 * logvar) * noise
 
+    def _can_be_stored(self, latents: list[Tensor]) -> Tensor:
+        """Which samples are finite, and are so in the type they are stored in: `(B,)`."""
+        stored = torch.float32 if self.dtype == "uint8" else DTYPES[self.dtype]
+        finite = [part.to(stored).isfinite().flatten(1).all(1) for part in latents]
+        return torch.stack(finite).all(0)
+
     def _mend(
         self, unit: EncodedUnit, images: Tensor, latents: list[Tensor], row: int, name: str
     ) -> str | None:
-        """Encode a sample that is not finite again in float32; the reason if that fails too."""
-        if all(part[row].isfinite().all() for part in latents):
-            return self._out_of_range(latents, row)
-        if self.encoder.precision != "no":
+        """Encode a sample that is not finite again in float32; why it cannot be stored, if so."""
+        is_finite = all(part[row].isfinite().all() for part in latents)
+        if not is_finite and self.encoder.precision != "no":
             unit.retried.append(name)
             for flipped, part in enumerate(latents):
                 image = images[row : row + 1]
@@ -142,10 +150,7 @@ class UnitEncoder:
         return self._out_of_range(latents, row)
 
     def _out_of_range(self, latents: list[Tensor], row: int) -> str | None:
-        if self.dtype == "uint8":
-            return None
-        stored = DTYPES[self.dtype]
-        if all(part[row].to(stored).isfinite().all() for part in latents):
+        if self._can_be_stored([part[row : row + 1] for part in latents]).all():
             return None
         largest = max(float(part[row].abs().max()) for part in latents)
         return f"the latents (up to {largest:.3g}) are outside the range of {self.dtype}"

@@ -229,29 +229,31 @@ class ShardReader:
         self._open[shard] = handle  # last used, last in line
         return handle
 
-    def rows(self, places: Sequence[tuple[str, str, int]]) -> Tensor:
+    def rows(self, places: Sequence[tuple[str, str, int]], channels: int | None = None) -> Tensor:
         """Samples' tensors as float32.
 
         Args:
             places: For each sample its shard's file name, the tensor there (`moments`, `latents`
                 or their `_flip`) and its row in that; all of one shape.
+            channels: How many of the channels, from the first on; `None` takes all.
 
         Returns:
             `(N, K, h, w)`, float32.
         """
-        stored = self._gather(places)
+        stored = self._gather(places, channels)
         if stored.dtype is not torch.uint8:
             return unpack(stored, None, None)
         scale, offset = (
-            self._gather([(shard, f"{name}_{part}", row) for shard, name, row in places])
+            self._gather([(shard, f"{name}_{part}", row) for shard, name, row in places], channels)
             for part in ("scale", "offset")
         )
         return unpack(stored, scale, offset)
 
-    def _gather(self, places: Sequence[tuple[str, str, int]]) -> Tensor:
+    def _gather(self, places: Sequence[tuple[str, str, int]], channels: int | None) -> Tensor:
         # Each tensor is a view of the mapped file: only the rows that are stacked are read.
         tensors = {
-            part: self._handle(part[0]).get_tensor(part[1]) for part in {p[:2] for p in places}
+            part: self._handle(part[0]).get_tensor(part[1])[:, :channels]
+            for part in {place[:2] for place in places}
         }
         return torch.stack([tensors[shard, name][row] for shard, name, row in places])
 

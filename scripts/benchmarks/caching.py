@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from benchmarks.timing import device, peak_memory, show_turn, synchronise, table_of
 from first_stage.config import parse_config
 from first_stage.data import Source, open_source
+from first_stage.memory import keep_freed_memory
 from first_stage.trainer import make_first_stage
 from latent_tools.benchmark import cache_rates
 from latent_tools.encode import Process, precompute
@@ -44,6 +46,7 @@ def benchmark_cache(recipe: list[str], images: int, side: int, repeats: int) -> 
             resolution=side, resize=side, batch_size=batch_size, precision=precision
         )
         for turn in range(repeats):
+            os.sync()  # what an earlier turn left to write must not slow this one's commits
             rates = cache_rates(vae, source, options, device())
             now = {
                 "encode only": rates.encode_only,
@@ -83,6 +86,8 @@ def autocast(precision: Precision) -> contextlib.AbstractContextManager[Any]:
 
 def _first_stage(recipe: list[str], side: int) -> tuple[Any, int, Precision]:
     """A first stage with random weights, and the recipe's batch size and precision."""
+    if device().type == "cpu":
+        keep_freed_memory()  # as the command does; here the plain loops have it too
     config = parse_config(recipe)
     torch.manual_seed(0)
     vae = make_first_stage(config.model, side).vae.to(device())

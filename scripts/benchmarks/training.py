@@ -109,12 +109,12 @@ def run_one(recipe: list[str], name: str, seconds: float) -> dict[str, float]:
     # All processes of a launch must make the same number of steps.
     wanted = torch.tensor(seconds / variant.run(1), device=trainer.accelerator.device)
     steps = max(1, round(trainer.processes.average(wanted).item()))
-    size = trainer.config.train.batch_size
-    return {
-        "images_per_second": size / variant.run(steps),
-        "peak_memory_bytes": peak_memory(),
-        "processes": trainer.processes.world,
-    }
+    speed = trainer.config.train.batch_size / variant.run(steps)
+    # All leave together: a process that is still talking to one that left would abort.
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    world = trainer.processes.world
+    return {"images_per_second": speed, "peak_memory_bytes": peak_memory(), "processes": world}
 
 
 def run_apart(
@@ -152,8 +152,10 @@ def run_apart(
     )
     if result.returncode != 0:
         raise RuntimeError(f"{name} failed in a process of its own:\n{result.stderr[-2000:]}")
-    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
-    found: dict[str, float] = json.loads(lines[-1])
+    # Every process prints its own; the first one to come is as good as any.
+    found: dict[str, float] = json.JSONDecoder().raw_decode(
+        result.stdout, result.stdout.index("{")
+    )[0]
     if found["processes"] != processes:
         raise RuntimeError(f"{found['processes']} processes ran instead of {processes}")
     return found

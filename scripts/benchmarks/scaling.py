@@ -99,6 +99,7 @@ def draw(found: dict[str, list[dict[str, float]]], picture: Path) -> None:
         xs = [point[name] for point in found[name]]
         axis.plot(xs, [point[value] for point in found[name]], "o-", color="#2a6f97", label=label)
         axis.set(xlabel=name, ylabel=label, ylim=(0, None), xticks=xs)
+        axis.tick_params(axis="x", labelrotation=45)
         memory = axis.twinx()
         mib = [point["peak_memory_bytes"] / 2**20 for point in found[name]]
         memory.plot(xs, mib, "s--", color="#c2703d", markersize=4)

@@ -196,6 +196,21 @@ def read_commit(folder: Path, unit: int) -> dict[str, Any]:
     return commit
 
 
+class _OpenShard:
+    """A mapped shard and views of its tensors, which take a while to make."""
+
+    def __init__(self, path: Path):
+        self.file = safetensors.safe_open(path, framework="pt")
+        self._views: dict[tuple[str, int | None], Tensor] = {}
+
+    def view(self, name: str, channels: int | None) -> Tensor:
+        """A tensor's first channels, or all: nothing is read before its rows are."""
+        key = (name, channels)
+        if key not in self._views:
+            self._views[key] = self.file.get_tensor(name)[:, :channels]
+        return self._views[key]
+
+
 class ShardReader:
     """Rows of shards through memory maps.
 
@@ -208,17 +223,17 @@ class ShardReader:
 
     def __init__(self, folder: Path, keep: int = 256):
         self.folder, self.keep = folder, keep
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, _OpenShard] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder, "keep": self.keep, "_open": {}}
 
-    def _handle(self, shard: str) -> Any:
-        handle = self._open.pop(shard, None)
-        if handle is None:
-            path = self.folder / SHARDS / shard
+    def _shard(self, name: str) -> _OpenShard:
+        shard = self._open.pop(name, None)
+        if shard is None:
+            path = self.folder / SHARDS / name
             try:
-                handle = safetensors.safe_open(path, framework="pt")
+                shard = _OpenShard(path)
             except (OSError, safetensors.SafetensorError) as error:
                 raise CacheError(
                     f"the shard {str(path)!r} cannot be read ({error}): "
@@ -226,8 +241,8 @@ class ShardReader:
                 ) from error
             while len(self._open) >= self.keep:
                 self._open.pop(next(iter(self._open)))
-        self._open[shard] = handle  # last used, last in line
-        return handle
+        self._open[name] = shard  # last used, last in line
+        return shard
 
     def rows(self, places: Sequence[tuple[str, str, int]], channels: int | None = None) -> Tensor:
         """Samples' tensors as float32.
@@ -250,16 +265,15 @@ class ShardReader:
         return unpack(stored, scale, offset)
 
     def _gather(self, places: Sequence[tuple[str, str, int]], channels: int | None) -> Tensor:
-        # Each tensor is a view of the mapped file: only the rows that are stacked are read.
-        tensors = {
-            part: self._handle(part[0]).get_tensor(part[1])[:, :channels]
+        views = {
+            part: self._shard(part[0]).view(part[1], channels)
             for part in {place[:2] for place in places}
         }
-        return torch.stack([tensors[shard, name][row] for shard, name, row in places])
+        return torch.stack([views[shard, name][row] for shard, name, row in places])
 
     def ids(self, shard: str) -> list[str]:
         """The ids that the shard itself names, in the order of its rows."""
-        return list(json.loads(self._handle(shard).metadata()["latent_cache"])["ids"])
+        return list(json.loads(self._shard(shard).file.metadata()["latent_cache"])["ids"])
 
 
 def _columns(records: list[SampleRecord]) -> dict[str, list[Any]]:

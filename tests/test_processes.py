@@ -40,7 +40,7 @@ def test_a_signal_becomes_a_request_and_the_old_handler_comes_back(number):
     assert signal.getsignal(number) == before
 
 
-def test_a_second_signal_later_acts_at_once():
+def test_a_second_signal_later_acts_at_once(interruptible):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         with mock.patch.object(processes, "_SAME_SIGNAL", 0.01):
@@ -48,6 +48,14 @@ def test_a_second_signal_later_acts_at_once():
             with pytest.raises(KeyboardInterrupt):
                 signal.raise_signal(signal.SIGINT)
     assert stop.signal == signal.SIGINT
+
+
+@pytest.fixture
+def interruptible():
+    """Python's own handler of Ctrl-C, which a shell's background jobs do not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Job:

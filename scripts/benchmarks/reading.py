@@ -43,16 +43,20 @@ def benchmark_read(latents: int, shape: tuple[int, int, int], repeats: int) -> d
         make_latents(folder, latents, shape)
         for sampling in samplings:
             found: dict[str, list[float]] = {}
-            files: dict[str, int] = {}
+            held: dict[str, dict[str, int]] = {}
             for turn in range(repeats):
                 for kind, make in _readers(folder, latents, sampling).items():
-                    rate, files[kind] = _pass(make())
+                    rate, held[kind] = _pass(make())
                     found.setdefault(kind, []).append(rate)
                 show_turn(turn, repeats, found)
             print(f"\nsample: {sampling}", end="")
             result[sampling] = table_of(found, OURS)
-            for kind, count in files.items():
-                result[sampling][kind]["open_files"] = count
+            for kind, holds in held.items():
+                result[sampling][kind] |= holds
+                print(
+                    f"{kind:34} {holds['open_files']} open files, "
+                    f"{holds['resident_bytes'] / 2**20:.0f} MiB resident"
+                )
     return result
 
 
@@ -107,12 +111,17 @@ def make_latents(folder: Path, count: int, shape: tuple[int, int, int]) -> None:
         np.savez(folder / "npz" / f"{index:06d}.npz", moments=moments)
 
 
-def _pass(dataset: Any) -> tuple[float, int]:
-    """Items per second of a shuffled pass, and the files that were open at its end."""
+def _pass(dataset: Any) -> tuple[float, dict[str, int]]:
+    """Items per second of a shuffled pass, and what the process holds at its end.
+
+    Resident memory counts mapped files that lie in the page cache.
+    """
     loader = DataLoader(dataset, batch_size=64, shuffle=True, num_workers=0)
     began = time.perf_counter()
     for batch in loader:
         last = batch
     rate = len(dataset) / (time.perf_counter() - began)
     del last
-    return rate, len(os.listdir("/proc/self/fd"))
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    resident = pages * os.sysconf("SC_PAGE_SIZE")
+    return rate, {"open_files": len(os.listdir("/proc/self/fd")), "resident_bytes": resident}

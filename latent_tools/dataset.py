@@ -210,7 +210,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return self._stored([index], [flipped])[0]
 
     def _stored(
-        self, indices: Sequence[int], flipped: Sequence[bool], channels: int | None = None
+        self,
+        indices: Sequence[int] | np.ndarray,
+        flipped: Sequence[bool],
+        channels: int | None = None,
     ) -> Tensor:
         """The first channels, or all, of what the cache stores of samples of one shape.
 
@@ -350,7 +353,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         for start in range(0, len(chosen), _ROWS_AT_ONCE):
             rows = chosen[start : start + _ROWS_AT_ONCE]
             table: dict[str, Any] = {
-                name: np.stack([self.stored(i, name.endswith("_flip")).numpy() for i in rows])
+                name: self._stored(rows, [name.endswith("_flip")] * len(rows)).numpy()
                 for name in names
             }
             table = {name: values.astype(dtype) for name, values in table.items()}

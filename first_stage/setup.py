@@ -21,6 +21,7 @@ from first_stage.data import (
     fingerprint,
     is_builtin,
     open_source,
+    spare_workers,
     split_source,
     training_loader,
 )
@@ -163,8 +164,7 @@ def open_loader(
     """
     workers = config.data.workers
     if workers is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = min(8, max((os.cpu_count() or 1) // local - 1, 0))
+        workers = spare_workers()
     if isinstance(stream, ShardStream):
         per_step = getattr(positions, "micro_batches", 1)
         return ShardLoader(stream, positions, per_step, workers, pin_memory)

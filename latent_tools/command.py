@@ -1,5 +1,6 @@
 """The command `cache_latents`: reads its options, precomputes, and says what to do next."""
 
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -8,9 +9,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from first_stage.autoencoder import load_autoencoder
 from first_stage.command_line import read_options
-from first_stage.data import Source, open_source
+from first_stage.data import Source, open_source, spare_workers
 from first_stage.errors import ConfigError
 from first_stage.memory import keep_freed_memory
 from latent_tools.encode import Outcome, Process, precompute
@@ -160,8 +163,6 @@ def _open(data: DataOptions) -> Source:
 
 
 def _this_process() -> Process:
-    import os
-
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
@@ -223,16 +224,10 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
 
 
 def _workers(wanted: int | None, process: Process) -> int:
-    import os
-
-    import torch
-
     if wanted is not None:
         return wanted
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     # On a CPU the encoder's threads are busy all the time: a worker beside them slows both.
-    busy = torch.get_num_threads() if process.device.type == "cpu" else 1
-    return max(0, min(8, cores // process.world - busy))
+    return spare_workers(torch.get_num_threads() if process.device.type == "cpu" else 1)
 
 
 def _report(options: Options, outcome: Outcome, process: Process) -> None:

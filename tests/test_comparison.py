@@ -58,8 +58,17 @@ def test_tiles_by_hand():
 
 
 def test_photos_are_shrunk_to_their_shorter_side():
-    small = shrunk(ListSource("one", [Sample("a", picture(0, 48, 30))]), 15, 3)
+    small = shrunk([ListSource("one", [Sample("a", picture(0, 48, 30))])], 15, 3)
     assert small.read(0).image.size == (24, 15)
+
+
+def test_photos_of_several_sources_are_put_together_and_none_is_enlarged():
+    first = ListSource("one", [Sample("a", picture(0, 48, 30))])
+    second = ListSource("two", [Sample("b", picture(1, 12, 20)), Sample("c", picture(2))])
+    together = shrunk([first, second], 16, 3)
+    assert together.name == "one, two"
+    assert [together.id(i) for i in range(3)] == ["a", "b", "c"]
+    assert together.read(1).image.size == (12, 20)
 
 
 # -- measures ---------------------------------------------------------------------------------
@@ -168,16 +177,19 @@ def made(frechet: float, kept: float, feature: float) -> Result:
     return Result(Scores(20.0, frechet, kept, feature), {}, 1.0)
 
 
-def test_verdicts_hold_each_seed_against_itself_and_the_worst_counts():
+def test_verdicts_hold_the_worst_seed_against_the_best():
     mse = [made(100.0, 0.10, 3.0), made(120.0, 0.20, 3.4)]
-    good = {"mse": mse, "learned+hinge": [made(40.0, 0.5, 2.9), made(60.0, 0.61, 3.3)]}
+    good = {"mse": mse, "learned+hinge": [made(40.0, 0.65, 2.9), made(48.0, 0.61, 2.95)]}
     said = results.verdicts(good)
     assert len(said) == 3
-    assert all(line.startswith("met") for line in said)
-    assert "0.400 to 0.500 of" in said[0]
-    assert "3.05 to 5.00 times" in said[1]
-    # The means would do; one seed does not.
-    bad = {"mse": mse, "learned+hinge": [made(51.0, 0.5, 3.01), made(40.0, 0.59, 3.0)]}
+    assert all(line.startswith("met: ") for line in said)
+    assert "0.400 of mse's local Frechet distance in the same seed, at most 0.480" in said[0]
+    assert "3.050 to 6.500 times mse's high frequencies in the same seed, at least 3.05" in said[1]
+    assert "0.868 to 0.967 of mse's feature distance in the same seed, at most 0.983" in said[2]
+    too_much = {"mse": [made(100.0, 0.3, 3.0)], "learned+hinge": [made(40.0, 1.01, 2.9)]}
+    assert [line[:3] for line in results.verdicts(too_much)] == ["met", "NOT", "met"]
+    # Seed by seed it would do; between seeds it does not.
+    bad = {"mse": mse, "learned+hinge": [made(40.0, 0.59, 2.9), made(60.0, 0.61, 3.3)]}
     assert all(line.startswith("NOT MET") for line in results.verdicts(bad))
     assert results.verdicts({"mse": mse}) == []
 

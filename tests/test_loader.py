@@ -10,7 +10,9 @@ from first_stage.data import (
     View,
     fingerprint,
     fixed_images,
+    loader,
     open_source,
+    spare_workers,
     training_loader,
 )
 from first_stage.errors import DataError
@@ -135,3 +137,14 @@ def test_a_changed_folder_has_another_fingerprint(images):
     assert before == fingerprint(open_source(str(images)))
     picture(99).save(images / "new.png")
     assert before != fingerprint(open_source(str(images)))
+
+
+def test_spare_cores_decode(monkeypatch):
+    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda _: range(12))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert spare_workers() == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert spare_workers() == 3
+    assert spare_workers(busy=4) == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "24")
+    assert spare_workers() == 0

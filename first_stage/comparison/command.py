@@ -55,10 +55,14 @@ class Options:
     """Photos to train on: a folder or a data set id; null: photos that come with packages."""
     held_out: str | None = None
     """Photos to measure on, with --data."""
+    more: str | None = None
+    """Further photos to train on: a folder or a data set id."""
     side: int = 144
     """Shorter side that all photos are shrunk to, in pixels."""
-    tile: int = 72
-    """Side of the held-out tiles, in pixels; a multiple of 8."""
+    tile: int | None = None
+    """Side of the held-out tiles, in pixels; a multiple of 8; null: that of the training crops.
+    Group norms take their statistics over the whole image, so a first stage is another network at
+    another size, and loses by it."""
     vgg: str | None = None
     """Weights of VGG16 for the pretrained perceptual distance (.safetensors, .pth or a hub id)."""
     threads: int | None = None
@@ -81,7 +85,7 @@ def main() -> None:
     photos = open_photos(options)
     print(
         f"1 process on {torch.get_num_threads()} threads, {len(photos.training)} photos to train "
-        f"on, {len(photos.held_out)} held-out tiles of {options.tile} pixels from "
+        f"on, {len(photos.held_out)} held-out tiles of {tile_side(options)} pixels from "
         f"{len(set(photos.names))} photos\n{budget}",
         flush=True,
     )
@@ -130,8 +134,8 @@ def _problems(o: Options) -> list[str]:
         found.append(f"--seeds is {list(o.seeds)}: seeds are different and at least 0")
     if (o.data is None) != (o.held_out is None):
         found.append("--data and --held_out go together: photos to train on and photos to measure")
-    if o.tile % 8 or o.tile > o.side or o.tile <= 0:
-        found.append(f"--tile ({o.tile}) must be a multiple of 8 and at most --side ({o.side})")
+    if (tile := tile_side(o)) % 8 or tile > o.side or tile <= 0:
+        found.append(f"--tile ({tile}) must be a multiple of 8 and at most --side ({o.side})")
     known = row_names(pretrained=True)
     for row in o.rows or ():
         if row not in known:
@@ -155,6 +159,11 @@ def make_budget(options: Options) -> Budget:
     return dataclasses.replace(budget, **given)
 
 
+def tile_side(options: Options) -> int:
+    """Side of the held-out tiles."""
+    return make_budget(options).crop if options.tile is None else options.tile
+
+
 def chosen_rows(options: Options) -> list[str]:
     """The rows of the table, in its order; the warm-up's is always there."""
     rows = row_names(options.vgg is not None)
@@ -169,8 +178,12 @@ def open_photos(options: Options) -> Photos:
         held_out: Source = open_source(options.held_out, None, "validation", "validation")
     else:
         training, held_out = packaged_photos()
-    shown, names = tiles(shrunk(held_out, options.side, _CHANNELS), options.tile, _CHANNELS)
-    return Photos(shrunk(training, options.side, _CHANNELS), shown, names)
+    small = shrunk([held_out], options.side, _CHANNELS)
+    shown, names = tiles(small, tile_side(options), _CHANNELS)
+    sources = [training]
+    if options.more is not None:
+        sources.append(open_source(options.more, None, "train", "train"))
+    return Photos(shrunk(sources, options.side, _CHANNELS), shown, names)
 
 
 def _write(output: Path, results: dict[str, list[Result]], experiment: Experiment) -> None:

@@ -98,23 +98,24 @@ def _source(name: str, files: dict[str, Sequence[str]]) -> ListSource:
     return ListSource(name, samples)
 
 
-def shrunk(source: Source, side: int, channels: int) -> ListSource:
+def shrunk(sources: Sequence[Source], side: int, channels: int) -> ListSource:
     """A source whose photos are decoded and shrunk once, and then kept in memory.
 
     Args:
-        source: The photos.
-        side: Their shorter side in pixels afterwards; smaller photos are enlarged to it.
+        sources: The photos.
+        side: Their shorter side in pixels afterwards; smaller photos stay as they are.
         channels: Channels that files are read into.
     """
     samples = [
         Sample(source.id(i), _shrink(open_image(source.read(i).image, channels), side))
+        for source in sources
         for i in range(len(source))
     ]
-    return ListSource(source.name, samples)
+    return ListSource(", ".join(source.name for source in sources), samples)
 
 
 def _shrink(image: Image.Image, side: int) -> Image.Image:
-    scale = side / min(image.size)
+    scale = min(side / min(image.size), 1.0)
     size = (round(image.width * scale), round(image.height * scale))
     return image.resize(size, Image.Resampling.BICUBIC)
 

@@ -51,8 +51,8 @@ class Budget:
 
 
 BUDGETS: dict[Size, Budget] = {
-    "quick": Budget(200, 600, 200, 16, 32, (32, 64, 64), 32, 1e-3),
-    "small": Budget(1500, 1500, 500, 32, 32, (32, 64, 64), 64, 1e-3),
+    "quick": Budget(400, 1200, 400, 8, 32, (32, 64, 64), 32, 1e-3),
+    "small": Budget(6000, 6000, 2000, 8, 32, (32, 64, 64), 64, 1e-3),
     "full": Budget(),
 }
 
@@ -181,7 +181,7 @@ def _config(
             learning_rate=budget.learning_rate,
             warmup_steps=20,
             decay_steps=decay,
-            ema_decay=0.99,
+            ema_decay=0.995,
             log_every=100,
         ),
     )

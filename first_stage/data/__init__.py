@@ -13,6 +13,7 @@ from first_stage.data.loader import (
     fingerprint,
     fixed_images,
     loader_fault,
+    spare_workers,
     start_loader,
     training_loader,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "open_source",
     "pixels_from_images",
     "pixels_of",
+    "spare_workers",
     "split_source",
     "start_loader",
     "training_loader",

@@ -204,6 +204,17 @@ class StepSampler:
                 yield list(range(start, start + self.micro_batch_size))
 
 
+def spare_workers(busy: int = 1) -> int:
+    """How many decoding processes each process of a run gets when nobody says: at most 8.
+
+    Args:
+        busy: Cores that each of this machine's processes keeps busy itself.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - busy))
+
+
 def training_loader(
     stream: TrainingStream, sampler: Iterable[list[int]], workers: int, pin_memory: bool
 ) -> DataLoader[Any]:

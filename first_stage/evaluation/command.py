@@ -1,6 +1,5 @@
 """The command `scripts/evaluate.py`: arguments, messages, files."""
 
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from accelerate import Accelerator
 
 from first_stage.autoencoder import load_autoencoder
 from first_stage.command_line import read_options
-from first_stage.data import View, open_source
+from first_stage.data import View, open_source, spare_workers
 from first_stage.data.builtin import NAMES
 from first_stage.errors import ConfigError
 from first_stage.evaluation import Evaluation, Options, evaluate, save
@@ -101,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say(f"{processes.world} process(es) on {accelerator.device.type}, float32", flush=True)
     options = Options(
         batch_size=a.batch_size,
-        workers=_workers(a.data.workers),
+        workers=spare_workers() if a.data.workers is None else a.data.workers,
         networks=_networks(a.features, accelerator.device, say),
         lpips=load_lpips(accelerator.device) if a.lpips else None,
         probed=a.probed_images,
@@ -217,13 +216,6 @@ def _networks(keys: list[str] | None, device: Any, say: Any) -> tuple[FeatureNet
     if not networks:
         say("no feature distances: pip install 'first-stage[evaluation]' for FD-EfficientNet-Lite0")
     return networks
-
-
-def _workers(wanted: int | None) -> int:
-    if wanted is not None:
-        return wanted
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(8, max((os.cpu_count() or 1) // local - 1, 0))
 
 
 def _writable(output: Path) -> None:

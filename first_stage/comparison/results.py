@@ -25,6 +25,10 @@ _COLUMNS: list[tuple[str, str, Callable[[Scores], float]]] = [
 ]
 
 
+_SHOWN_SIDE = 128
+"""About how large a tile is shown, in pixels."""
+
+
 def table(results: Results) -> str:
     """A Markdown table: mean over the seeds, and from the least to the greatest."""
     seeds = max(len(found) for found in results.values())
@@ -141,7 +145,7 @@ def figure(folders: Mapping[str, Path], photos: Photos, columns: int = 8) -> Ima
         columns: How many.
 
     Returns:
-        The picture; pixels are doubled, not smoothed.
+        The picture; small tiles are enlarged by repeating their pixels, not smoothed.
     """
     shown = photos.held_out[_middle_tiles(photos.names, columns)]
     rows: dict[str, Tensor] = {"original": shown}
@@ -149,7 +153,8 @@ def figure(folders: Mapping[str, Path], photos: Photos, columns: int = 8) -> Ima
         vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True).eval()
         rows[row] = reconstruct(vae, shown)
     sheet = grid(list(rows.values()))
-    sheet = sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.NEAREST)
+    factor = max(_SHOWN_SIDE // shown.shape[-1], 1)
+    sheet = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)
     return _labelled(sheet, list(rows))
 
 

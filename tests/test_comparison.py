@@ -231,7 +231,7 @@ def test_the_figure_has_a_row_for_each(photos, tmp_path):
     experiment.result(START, 0)
     folder = experiment.first_stage_folder(START, 0)
     sheet = results.figure({"a": folder, "b": folder}, photos, columns=3)
-    assert sheet.height == 8 * (3 * (16 + 4) + 4)
+    assert sheet.height == 9 * (3 * (16 + 4) + 4)
 
 
 @pytest.mark.parametrize(

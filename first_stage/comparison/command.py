@@ -59,10 +59,8 @@ class Options:
     """Further photos to train on: a folder or a data set id."""
     side: int = 144
     """Shorter side that all photos are shrunk to, in pixels."""
-    tile: int | None = None
-    """Side of the held-out tiles, in pixels; a multiple of 8; null: that of the training crops.
-    Group norms take their statistics over the whole image, so a first stage is another network at
-    another size, and loses by it."""
+    tile: int = 72
+    """Side of the held-out tiles, in pixels; a multiple of 8."""
     vgg: str | None = None
     """Weights of VGG16 for the pretrained perceptual distance (.safetensors, .pth or a hub id)."""
     threads: int | None = None
@@ -85,7 +83,7 @@ def main() -> None:
     photos = open_photos(options)
     print(
         f"1 process on {torch.get_num_threads()} threads, {len(photos.training)} photos to train "
-        f"on, {len(photos.held_out)} held-out tiles of {tile_side(options)} pixels from "
+        f"on, {len(photos.held_out)} held-out tiles of {options.tile} pixels from "
         f"{len(set(photos.names))} photos\n{budget}",
         flush=True,
     )
@@ -134,8 +132,8 @@ def _problems(o: Options) -> list[str]:
         found.append(f"--seeds is {list(o.seeds)}: seeds are different and at least 0")
     if (o.data is None) != (o.held_out is None):
         found.append("--data and --held_out go together: photos to train on and photos to measure")
-    if (tile := tile_side(o)) % 8 or tile > o.side or tile <= 0:
-        found.append(f"--tile ({tile}) must be a multiple of 8 and at most --side ({o.side})")
+    if o.tile % 8 or o.tile > o.side or o.tile <= 0:
+        found.append(f"--tile ({o.tile}) must be a multiple of 8 and at most --side ({o.side})")
     known = row_names(pretrained=True)
     for row in o.rows or ():
         if row not in known:
@@ -159,11 +157,6 @@ def make_budget(options: Options) -> Budget:
     return dataclasses.replace(budget, **given)
 
 
-def tile_side(options: Options) -> int:
-    """Side of the held-out tiles."""
-    return make_budget(options).crop if options.tile is None else options.tile
-
-
 def chosen_rows(options: Options) -> list[str]:
     """The rows of the table, in its order; the warm-up's is always there."""
     rows = row_names(options.vgg is not None)
@@ -178,8 +171,7 @@ def open_photos(options: Options) -> Photos:
         held_out: Source = open_source(options.held_out, None, "validation", "validation")
     else:
         training, held_out = packaged_photos()
-    small = shrunk([held_out], options.side, _CHANNELS)
-    shown, names = tiles(small, tile_side(options), _CHANNELS)
+    shown, names = tiles(shrunk([held_out], options.side, _CHANNELS), options.tile, _CHANNELS)
     sources = [training]
     if options.more is not None:
         sources.append(open_source(options.more, None, "train", "train"))

@@ -25,7 +25,7 @@ _COLUMNS: list[tuple[str, str, Callable[[Scores], float]]] = [
 ]
 
 
-_SHOWN_SIDE = 128
+_SHOWN_SIDE = 144
 """About how large a tile is shown, in pixels."""
 
 

@@ -1,6 +1,6 @@
 """Unpack free photos that come with Debian packages, to train on.
 
-python scripts/debian_photos.py --output photos
+python scripts/debian_photos.py --output runs/debian-photos
 """
 
 from first_stage.comparison.debian import main

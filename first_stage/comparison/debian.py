@@ -9,6 +9,7 @@ from pathlib import Path
 from first_stage.command_line import plain_parser
 from first_stage.comparison.qt_resources import read_resources
 from first_stage.errors import DataError, UserError
+from first_stage.files import write_folder
 
 _ACTIVITIES = "gcompris/src/activities"
 PHOTOS: dict[str, Sequence[str]] = {
@@ -43,7 +44,9 @@ _NOT = (
 def main() -> None:
     """Unpack the photos into a folder."""
     parser = plain_parser("Unpack free photos that come with Debian packages.")
-    parser.add_argument("--output", type=str, default="photos", help="Folder for the photos.")
+    parser.add_argument(
+        "--output", type=str, default="runs/debian-photos", help="Folder for the photos."
+    )
     output = Path(parser.parse_args().output)
     photos = unpack_photos(output)
     print(
@@ -71,22 +74,27 @@ def unpack_photos(output: Path) -> list[Path]:
     """
     if output.exists():
         raise UserError(f"--output {str(output)!r} is there already: choose another or delete it")
-    found: list[Path] = []
-    with tempfile.TemporaryDirectory() as folder:
-        downloaded = Path(folder)
-        _run(["apt-get", "download", *PHOTOS], downloaded)
-        (output / "copyright").mkdir(parents=True)
+    names: list[str] = []
+
+    def write(target: Path) -> None:
+        """Fill the folder, package by package."""
+        (target / "copyright").mkdir()
         for package, patterns in PHOTOS.items():
             (archive,) = downloaded.glob(f"{package}_*.deb")
             _run(["dpkg-deb", "--extract", str(archive), package], downloaded)
             for path, content in photos_below(downloaded / package, patterns):
                 # One plain name: what a package calls its files does not decide where they go.
-                name = path.removeprefix(f"{_ACTIVITIES}/").replace("/", "-")
-                found.append(output / f"{package}-{name}")
-                found[-1].write_bytes(content)
+                plain = path.removeprefix(f"{_ACTIVITIES}/").replace("/", "-")
+                names.append(f"{package}-{plain}")
+                (target / names[-1]).write_bytes(content)
             notice = downloaded / package / "usr/share/doc" / package / "copyright"
-            (output / "copyright" / f"{package}.txt").write_bytes(notice.read_bytes())
-    return found
+            (target / "copyright" / f"{package}.txt").write_bytes(notice.read_bytes())
+
+    with tempfile.TemporaryDirectory() as folder:
+        downloaded = Path(folder)
+        _run(["apt-get", "download", *PHOTOS], downloaded)
+        write_folder(output, write)
+    return [output / name for name in names]
 
 
 def photos_below(folder: Path, patterns: Sequence[str]) -> Iterator[tuple[str, bytes]]:
@@ -101,6 +109,7 @@ def photos_below(folder: Path, patterns: Sequence[str]) -> Iterator[tuple[str, b
     """
 
     def wanted(path: str) -> bool:
+        """Whether a path is that of a photo to take."""
         return any(fnmatchcase(path, p) for p in patterns) and not any(
             fnmatchcase(f"/{path}", p) for p in _NOT
         )

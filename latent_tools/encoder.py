@@ -14,6 +14,13 @@ _PROBE_SIDE = 128  # a multiple of every published image autoencoder's downsampl
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
+    """The context that computes in a precision on a device."""
+    if precision == "no":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=_AUTOCAST[precision])
+
+
 class Encoder:
     """The encoder side of a first stage.
 
@@ -80,11 +87,6 @@ class Encoder:
             return torch.cat([output.mean, output.logvar], dim=1)
         return output
 
-    def _autocast(self, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-        if precision == "no":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=_AUTOCAST[precision])
-
     def __call__(self, images: Tensor) -> Tensor:
         """Encode.
 
@@ -103,7 +105,7 @@ class Encoder:
 
     @torch.inference_mode()
     def _run(self, images: Tensor, precision: Precision) -> Tensor:
-        with self._autocast(precision):
+        with autocast(self.device, precision):
             return self._encode(images.contiguous(memory_format=torch.channels_last)).float()
 
 

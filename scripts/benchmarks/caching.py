@@ -1,6 +1,5 @@
 """A cache launch, from image files to a finished cache, against the plain loops."""
 
-import contextlib
 import copy
 import os
 import tempfile
@@ -19,6 +18,7 @@ from first_stage.memory import keep_freed_memory
 from first_stage.trainer import make_first_stage
 from latent_tools.benchmark import cache_rates
 from latent_tools.encode import Process, precompute
+from latent_tools.encoder import autocast
 from latent_tools.options import CacheOptions, Precision
 
 OURS = "ours, files to cache"
@@ -53,7 +53,7 @@ def benchmark_cache(recipe: list[str], images: int, side: int, repeats: int) -> 
                 "decode only, one process": rates.decode_only,
                 OURS: rates.end_to_end,
             }
-            with autocast(precision):
+            with autocast(device(), precision):
                 for size in (1, batch_size):
                     now[f"plain loop, batch {size}"] = plain_loop(plain, source, folder, side, size)
             for kind, value in now.items():
@@ -74,14 +74,6 @@ def run_one(recipe: list[str], images: int, side: int) -> dict[str, float]:
         precompute(vae, "benchmark", source, folder / "cache", options, process)
         seconds = time.perf_counter() - began
     return {"seconds": seconds, "peak_memory_bytes": peak_memory()}
-
-
-def autocast(precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """The context of a precision on the device that is measured."""
-    if precision == "no":
-        return contextlib.nullcontext()
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float16
-    return torch.autocast(device().type, dtype)
 
 
 def _first_stage(recipe: list[str], side: int) -> tuple[Any, int, Precision]:

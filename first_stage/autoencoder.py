@@ -38,6 +38,21 @@ class Posterior(NamedTuple):
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
 
 
+class Reconstruction(NamedTuple):
+    """What a first stage makes of images.
+
+    Attributes:
+        images: `(B, C_in, H, W)`, not clamped; further latents' images follow.
+        posterior: Of the images.
+        latents: `(B, C, h, w)`, what `images` was decoded from; a leaf where the decoder was cut
+            off from the encoder.
+    """
+
+    images: Tensor
+    posterior: Posterior
+    latents: Tensor
+
+
 class FirstStage(nn.Module):
     """Encoder, posterior draw and decoder in ONE forward, so that a DDP wrapper sees all of it.
 
@@ -92,28 +107,25 @@ class FirstStage(nn.Module):
         noise: Tensor | None = None,
         prior: Tensor | None = None,
         cut_off: bool = False,
-    ) -> tuple[Tensor, Posterior]:
+    ) -> Reconstruction:
         """Reconstruct images through their posterior.
 
         Args:
             images: `(B, C_in, H, W)` in [-1, 1].
             noise: `(B, C, h, w)` standard normal, or `None` to decode the posterior's mode.
             prior: `(P, C, h, w)`, further latents to decode in the same pass.
-            cut_off: Decode the posterior's latents a second time, cut off from the encoder.
+            cut_off: End the decoder's graph at the latents, before the encoder.
 
         Returns:
-            The reconstruction `(B, C_in, H, W)`, not clamped, followed along the first axis by the
-            B cut-off ones and the P decoded `prior`; and the posterior. Both are float32 whatever
-            autocast computes in.
+            Float32 whatever autocast computes in.
         """
         posterior = self.encode(images)
         posterior = Posterior(posterior.mean.float(), posterior.logvar.float())
         latents = posterior.mean if noise is None else posterior.sample(noise)
         if cut_off:
-            latents = torch.cat([latents, latents.detach()])
-        if prior is not None:
-            latents = torch.cat([latents, prior])
-        return self.decode(latents).float(), posterior
+            latents = latents.detach().requires_grad_()
+        decoded = latents if prior is None else torch.cat([latents, prior])
+        return Reconstruction(self.decode(decoded).float(), posterior, latents)
 
 
 def build_autoencoder(

@@ -85,8 +85,8 @@ class AdversarialConfig:
     """The critic also sees decoded samples of the prior N(0, I) as fakes (Larsen et al. 2016);
     meant for a KL weight that keeps the posterior near it."""
     reaches_encoder: bool = True
-    """Whether the adversarial gradient goes on into the encoder; false as in Larsen et al., at the
-    price of decoding twice."""
+    """Whether the adversarial gradient goes on into the encoder; false as in Larsen et al., for a
+    second pass back through the decoder."""
     gradient_penalty: float = 0.0
     """Weight of the gradient penalty on lines between reals and fakes (WGAN-GP; 10 there)."""
     clip_weights: float = 0.0

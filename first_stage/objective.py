@@ -189,10 +189,7 @@ class Objective:
 
     def _logits(self, judged: Judged, count: int) -> tuple[Tensor, Tensor]:
         """Logits of reals and of what counts as fake, equally many."""
-        fakes = judged.fakes.logits
-        if not self.config.adversarial.reaches_encoder and len(fakes) > count:
-            fakes = fakes[count:]
-        reals = judged.reals.logits
+        fakes, reals = judged.fakes.logits, judged.reals.logits
         return reals.repeat(len(fakes) // count, 1, 1, 1) if len(fakes) > count else reals, fakes
 
     # -- the autoencoder's side --------------------------------------------------------------
@@ -205,21 +202,21 @@ class Objective:
         leaf: Tensor,
         judged: Judged | None,
         last_layer: Tensor,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    ) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """The gradient of the weighted terms with respect to what was decoded.
 
         Args:
             step: The step, for the schedules.
             images: `(B, C, H, W)` in [-1, 1].
             decoded: `(n, C, H, W)`, with the autoencoder's graph: the reconstructions, then, where
-                the configuration asks for them, the same from latents that are cut off from the
-                encoder, and decoded prior samples.
+                the configuration asks for them, decoded prior samples.
             leaf: The same values, cut off: `decoded.detach().requires_grad_()`.
             judged: The critic's verdicts on `images` and `leaf`, or `None` while it is not run.
             last_layer: Weight of the decoder's last convolution.
 
         Returns:
-            `(n, C, H, W)`, detached: d(terms)/d(decoded), a mean over the batch; and scalars for
+            `(n, C, H, W)`, detached: d(terms)/d(decoded), a mean over the batch; the same without
+            the adversarial term where that is kept from the encoder, else `None`; and scalars for
             the log. `square_norm/*` are the mean squared norms over samples of each term's weighted
             gradient, `inner/*` their inner products with the pixel term's.
         """
@@ -240,10 +237,17 @@ class Objective:
             log[f"square_norm/{name}"] = mean_square_norm(gradient)
             if "pixel" in gradients and name != "pixel":
                 log[f"inner/{name}"] = mean_inner_product(gradient, gradients["pixel"])
-        total = torch.zeros_like(leaf)
+        adversarial = gradients.pop("adversarial", torch.zeros_like(leaf))
+        others = torch.zeros_like(leaf)
         for gradient in gradients.values():
-            total = total + gradient
-        return total, log
+            others = others + gradient
+        return others + adversarial, others if self.cuts_off(step) else None, log
+
+    def cuts_off(self, step: int) -> bool:
+        """Whether the adversarial term is at work in a step and kept from the encoder."""
+        adversarial = self.config.adversarial
+        at_work = adversarial.weight * _ramp(adversarial, step) > 0
+        return at_work and not adversarial.reaches_encoder
 
     def direct_loss(
         self, step: int, images: Tensor, leaf: Tensor, posterior: Posterior

@@ -165,15 +165,22 @@ class Trainer:
                 # The autoencoder: every loss is differentiated down to the leaf, that is, to the
                 # pixels of the reconstruction; one backward pass takes their sum further.
                 images = images_from_pixels(batch.pixels)
-                extra = self._extra_latents(step, number, batch)
-                decoded, posterior = self.first_stage.module(images, batch.noise, **extra)
+                decoded, posterior, latents = self.first_stage.module(
+                    images,
+                    batch.noise,
+                    prior=self._prior_samples(step, number, batch),
+                    cut_off=self.objective.cuts_off(step),
+                )
                 leaf = decoded.detach().requires_grad_()
                 judged = self._judge(critic, images, leaf) if critic is not None else None
-                gradient, log = self.objective.gradient(
+                gradient, for_encoder, log = self.objective.gradient(
                     step, images, decoded, leaf, judged, self.first_stage.network.last_layer
                 )
                 direct, direct_log = self.objective.direct_loss(step, images, leaf, posterior)
                 surrogate = (decoded * gradient).sum() + direct
+                if for_encoder is not None:  # which the graph of `decoded` does not reach
+                    at_latents = self._at_latents(decoded, latents, for_encoder)
+                    surrogate = surrogate + (posterior.sample(batch.noise) * at_latents).sum()
                 self.accelerator.backward(surrogate / len(batches))
 
                 # The critic: the verdicts are already there; their graph ends at the leaf.
@@ -235,21 +242,26 @@ class Trainer:
                 yardsticks = (reals, self.critic_ema(leaf[: len(images)]).features)
         return Judged(critic.module(images), critic.module(leaf), yardsticks)
 
-    def _extra_latents(self, step: int, number: int, batch: Batch) -> dict[str, Any]:
-        """What is decoded beside the batch, for the critic alone."""
+    def _at_latents(self, decoded: Tensor, latents: Tensor, gradient: Tensor) -> Tensor:
+        """Take a gradient at the pixels back through the decoder to the latents it decoded."""
+        scaler = self.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()  # float16 would lose small gradients
+        (found,) = torch.autograd.grad(decoded, latents, scale * gradient, retain_graph=True)
+        return found / scale
+
+    def _prior_samples(self, step: int, number: int, batch: Batch) -> Tensor | None:
+        """Latents that are decoded beside the batch, for the critic alone."""
         adversarial = self.config.loss.adversarial
-        if adversarial.weight == 0 or step < self.config.critic.start_step:
-            return {}
-        extra: dict[str, Any] = {"cut_off": not adversarial.reaches_encoder}
-        if adversarial.prior_samples:
-            draws = [
-                generator(self.config.seed, Purpose.PRIOR, position).standard_normal(
-                    batch.noise.shape[1:], dtype=np.float32
-                )
-                for position in self._positions(step, number, batch)
-            ]
-            extra["prior"] = torch.from_numpy(np.stack(draws)).to(batch.noise.device)
-        return extra
+        wanted = adversarial.prior_samples and adversarial.weight > 0
+        if not wanted or step < self.config.critic.start_step:
+            return None
+        draws = [
+            generator(self.config.seed, Purpose.PRIOR, position).standard_normal(
+                batch.noise.shape[1:], dtype=np.float32
+            )
+            for position in self._positions(step, number, batch)
+        ]
+        return torch.from_numpy(np.stack(draws)).to(batch.noise.device)
 
     def _mix(self, step: int, number: int, batch: Batch) -> Tensor:
         """Where between each real and its fake the critic's slope is measured, `(B,)`."""

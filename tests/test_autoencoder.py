@@ -33,12 +33,13 @@ def test_one_forward_gives_reconstruction_and_posterior():
     vae = tiny_vae()
     stage = FirstStage(vae)
     images, noise = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 8, 8)
-    reconstruction, posterior = stage(images, noise)
+    reconstruction, posterior, drawn = stage(images, noise)
     distribution = vae.encode(images).latent_dist
     assert torch.equal(posterior.mean, distribution.mean)
     latents = distribution.mean + distribution.std * noise
+    torch.testing.assert_close(drawn, latents)
     torch.testing.assert_close(reconstruction, vae.decode(latents).sample)
-    mode, _ = stage(images)
+    mode = stage(images).images
     torch.testing.assert_close(mode, vae.decode(distribution.mode()).sample)
     assert not torch.allclose(mode, reconstruction)  # noise is really used
     assert stage.downsample_factor == 2
@@ -47,7 +48,7 @@ def test_one_forward_gives_reconstruction_and_posterior():
 
 def test_autocast_outputs_are_float32():
     with torch.autocast("cpu", torch.bfloat16):
-        reconstruction, posterior = FirstStage(tiny_vae())(torch.randn(1, 3, 16, 16))
+        reconstruction, posterior, _ = FirstStage(tiny_vae())(torch.randn(1, 3, 16, 16))
     assert reconstruction.dtype == posterior.mean.dtype == posterior.logvar.dtype == torch.float32
 
 

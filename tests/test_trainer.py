@@ -47,7 +47,7 @@ def reference(trainer: Trainer, batch: Batch) -> dict[str, list]:
     config = trainer.config.loss
     stage, critic = trainer.first_stage.network, trainer.critic.network
     images = images_from_pixels(batch.pixels)
-    reconstruction, posterior = stage(images, batch.noise)
+    reconstruction, posterior, _ = stage(images, batch.noise)
     pixel = (reconstruction - images).abs().mean()
     with torch.no_grad():
         reals = critic(images)

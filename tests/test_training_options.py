@@ -98,7 +98,7 @@ def _average(trainer):
 def forwards(trainer, batch: Batch):
     stage, critic = trainer.first_stage.network, trainer.critic.network
     images = images_from_pixels(batch.pixels)
-    reconstruction, posterior = stage(images, batch.noise)
+    reconstruction, posterior, _ = stage(images, batch.noise)
     return images, reconstruction, posterior, critic
 
 
@@ -220,7 +220,7 @@ def test_the_learned_distance_gives_the_critic_nothing_and_both_halves_something
     leaf = reconstruction.detach().requires_grad_()
     judged = trainer._judge(trainer.critic, images, leaf)
     last = trainer.first_stage.network.last_layer
-    gradient, _ = trainer.objective.gradient(1, images, reconstruction, leaf, judged, last)
+    gradient, _, _ = trainer.objective.gradient(1, images, reconstruction, leaf, judged, last)
     (reconstruction * gradient).sum().backward()
     assert all(p.grad is None for p in trainer.critic.network.parameters())
     if trainer.critic_ema is not None:
@@ -302,8 +302,10 @@ def test_nothing_is_decoded_beside_the_batch_before_the_critic_starts(tiny):
     starts = {"critic__start_step": 2, "loss__learned__start_step": 2}
     trainer = make_trainer(tiny(loss__adversarial__start_step=2, **starts, **options))
     batch = batch_of(trainer, 4, 0)
-    assert trainer._extra_latents(1, 0, batch) == {}
-    assert set(trainer._extra_latents(2, 0, batch)) == {"prior", "cut_off"}
+    assert trainer._prior_samples(1, 0, batch) is None
+    assert trainer._prior_samples(2, 0, batch).shape == batch.noise.shape
+    assert not trainer.objective.cuts_off(1)
+    assert trainer.objective.cuts_off(2)
 
 
 def test_a_run_says_in_words_that_its_kl_collapsed(tiny, capfd):

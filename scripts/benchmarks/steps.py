@@ -26,7 +26,7 @@ def two_pass_step(trainer: Trainer, batch: Batch) -> None:
     """A full pass for each player, as with one optimizer index after the other."""
     images = images_from_pixels(batch.pixels).contiguous()
     _first_stage_update(trainer, images, batch.noise)
-    reconstruction, _ = trainer.first_stage.module(images, batch.noise)
+    reconstruction, _, _ = trainer.first_stage.module(images, batch.noise)
     _critic_update(trainer, images, reconstruction)
 
 
@@ -38,7 +38,7 @@ def first_stage_loss(trainer: Trainer, images: Tensor, noise: Tensor) -> tuple[T
     """
     config = trainer.config.loss
     stage, critic = trainer.first_stage, trainer.critic
-    reconstruction, posterior = stage.module(images, noise)
+    reconstruction, posterior, _ = stage.module(images, noise)
     others = config.pixel_weight * pixel_error(reconstruction, images, config.pixel)
     if trainer.objective.pretrained is not None:
         with trainer.accelerator.autocast():

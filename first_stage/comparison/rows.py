@@ -40,9 +40,9 @@ class Budget:
         learning_rate: Of both players.
     """
 
-    warmup_steps: int = 4_000
-    steps: int = 26_000
-    decay_steps: int = 8_000
+    warmup_steps: int = 10_000
+    steps: int = 20_000
+    decay_steps: int = 5_000
     batch_size: int = 32
     crop: int = 64
     widths: tuple[int, ...] = (64, 128, 128)
@@ -52,7 +52,7 @@ class Budget:
 
 BUDGETS: dict[Size, Budget] = {
     "quick": Budget(400, 1200, 400, 8, 32, (32, 64, 64), 32, 1e-3),
-    "small": Budget(400, 2600, 800, 8, 32, (32, 64, 64), 64, 1e-3),
+    "small": Budget(6000, 6000, 2000, 8, 32, (32, 64, 64), 64, 1e-3),
     "full": Budget(),
 }
 
@@ -68,7 +68,8 @@ def row_names(pretrained: bool) -> list[str]:
 
 def warmup_config(budget: Budget, seed: int) -> Config:
     """The run that all objectives start from."""
-    return _config(budget, seed, _MSE, _NO_CRITIC, budget.warmup_steps)
+    loss = LossConfig(pixel="l2", learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL)
+    return _config(budget, seed, loss, _NO_CRITIC, budget.warmup_steps)
 
 
 def row_config(row: str, budget: Budget, seed: int, vgg: str | None = None) -> Config:
@@ -92,9 +93,6 @@ def row_config(row: str, budget: Budget, seed: int, vgg: str | None = None) -> C
 _NO_LEARNED = LearnedConfig(weight=0.0)
 _NO_ADVERSARIAL = AdversarialConfig(weight=0.0)
 _NO_CRITIC = CriticConfig()
-# This heavy it keeps the colours and coarse shapes that the learned distance would trade away.
-_MSE = LossConfig(pixel="l2", pixel_weight=10.0, learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL)
-_L1 = replace(_MSE, pixel="l1", pixel_weight=1.0)
 
 
 @dataclass(frozen=True)
@@ -123,9 +121,6 @@ class _Parts:
     def wasserstein(self) -> AdversarialConfig:
         return replace(self.hinge, kind="wasserstein", gradient_penalty=10.0)
 
-    def with_learned(self, adversarial: AdversarialConfig) -> LossConfig:
-        return replace(_MSE, learned=self.learned, adversarial=adversarial)
-
     @property
     def critic(self) -> CriticConfig:
         budget = self.budget
@@ -135,18 +130,31 @@ class _Parts:
 _Row = Callable[[_Parts], tuple[LossConfig, CriticConfig]]
 
 _ROWS: dict[str, _Row] = {
-    "mse": lambda p: (_MSE, _NO_CRITIC),
-    "l1": lambda p: (_L1, _NO_CRITIC),
-    "l1+hinge": lambda p: (replace(_L1, adversarial=p.hinge), p.critic),
-    "learned": lambda p: (p.with_learned(replace(p.hinge, weight=0.0)), p.critic),
-    "learned+hinge": lambda p: (p.with_learned(p.hinge), p.critic),
+    "mse": lambda p: (
+        LossConfig(pixel="l2", learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL),
+        _NO_CRITIC,
+    ),
+    "l1": lambda p: (LossConfig(learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL), _NO_CRITIC),
+    "l1+hinge": lambda p: (LossConfig(learned=_NO_LEARNED, adversarial=p.hinge), p.critic),
+    "learned": lambda p: (
+        LossConfig(learned=p.learned, adversarial=replace(p.hinge, weight=0.0)),
+        p.critic,
+    ),
+    "learned+hinge": lambda p: (LossConfig(learned=p.learned, adversarial=p.hinge), p.critic),
     "learned+hinge+antialias": lambda p: (
-        p.with_learned(p.hinge),
+        LossConfig(learned=p.learned, adversarial=p.hinge),
         replace(p.critic, antialias=True),
     ),
-    "learned+wasserstein": lambda p: (p.with_learned(p.wasserstein), p.critic),
+    "learned+wasserstein": lambda p: (
+        LossConfig(learned=p.learned, adversarial=p.wasserstein),
+        p.critic,
+    ),
     VGG: lambda p: (
-        replace(_L1, pretrained=PretrainedConfig(weights=p.vgg, vgg_weight=0.1)),
+        LossConfig(
+            learned=_NO_LEARNED,
+            adversarial=_NO_ADVERSARIAL,
+            pretrained=PretrainedConfig(weights=p.vgg, vgg_weight=0.1),
+        ),
         _NO_CRITIC,
     ),
 }

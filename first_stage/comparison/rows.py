@@ -141,6 +141,11 @@ _ROWS: dict[str, _Row] = {
         p.critic,
     ),
     "learned+hinge": lambda p: (LossConfig(learned=p.learned, adversarial=p.hinge), p.critic),
+    # The squared error keeps colours and coarse shapes that the other would trade for texture.
+    "learned+hinge+l2": lambda p: (
+        LossConfig(pixel="l2", pixel_weight=10.0, learned=p.learned, adversarial=p.hinge),
+        p.critic,
+    ),
     "learned+hinge+antialias": lambda p: (
         LossConfig(learned=p.learned, adversarial=p.hinge),
         replace(p.critic, antialias=True),

@@ -117,7 +117,7 @@ class FirstStage(nn.Module):
             cut_off: End the decoder's graph at the latents, before the encoder.
 
         Returns:
-            Float32 whatever autocast computes in.
+            All of it float32, whatever autocast computes in.
         """
         posterior = self.encode(images)
         posterior = Posterior(posterior.mean.float(), posterior.logvar.float())

@@ -104,25 +104,30 @@ class _Parts:
 
     @property
     def ramp(self) -> int:
+        """Steps over which a term's weight grows."""
         return max(self.budget.steps // 15, 1)
 
     @property
     def learned(self) -> LearnedConfig:
+        """The learned distance."""
         # The critic trains alone for a moment: untrained features are no yardstick.
         start = self.budget.warmup_steps + self.ramp // 2
         return LearnedConfig(weight=0.5, start_step=start, ramp_steps=self.ramp)
 
     @property
     def hinge(self) -> AdversarialConfig:
+        """The hinge pair, after the learned distance."""
         start = self.budget.warmup_steps + self.ramp
         return AdversarialConfig(weight=0.2, start_step=start, ramp_steps=self.ramp)
 
     @property
     def wasserstein(self) -> AdversarialConfig:
+        """The Wasserstein pair with gradient penalty, at the hinge's weight and steps."""
         return replace(self.hinge, kind="wasserstein", gradient_penalty=10.0)
 
     @property
     def critic(self) -> CriticConfig:
+        """A critic that starts where the objectives part."""
         budget = self.budget
         return CriticConfig(width=budget.critic_width, layers=2, start_step=budget.warmup_steps)
 

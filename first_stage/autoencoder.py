@@ -87,6 +87,18 @@ class FirstStage(nn.Module):
         """Weight of the decoder's last convolution, where VQGAN balances its losses."""
         return self.vae.decoder.conv_out.weight
 
+    @property
+    def encoder_learns(self) -> bool:
+        """Whether the encoder's weights ask for a gradient."""
+        return any(p.requires_grad for p in self.vae.encoder.parameters())
+
+    def freeze_encoder(self) -> None:
+        """Let the decoder learn alone: what latents mean stays as it is."""
+        for part in (self.vae.encoder, self.vae.quant_conv):
+            if part is not None:
+                part.requires_grad_(False)
+                part.zero_grad(set_to_none=True)
+
     def latent_shape(self, resolution: int) -> tuple[int, int, int]:
         """`(C, h, w)` for square images of this side."""
         side = resolution // self.downsample_factor

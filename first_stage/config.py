@@ -114,6 +114,11 @@ class TrainConfig:
 
     max_steps: int = 100_000
     """Updates of the autoencoder."""
+    encoder_steps: int | None = None
+    """Steps in which the encoder learns; from then on it stays as its moving average, and the
+    decoder learns alone, at less cost: what latents mean no longer changes, while textures still
+    improve (as the last phase of DC-AE, Chen et al. 2024). 0 trains the decoder only, null both to
+    the end."""
     batch_size: int = 32
     """Images per update over all processes and micro-batches."""
     micro_batch_size: int | None = None
@@ -300,6 +305,7 @@ def _range_problems(c: Config) -> Iterator[str]:
         "train.warmup_steps": c.train.warmup_steps,
         "train.decay_steps": c.train.decay_steps,
         "train.final_rate": c.train.final_rate,
+        "train.encoder_steps": c.train.encoder_steps or 0,
     }
     for name, value in weights.items():
         if not value >= 0:

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+FINEST = 0.71
+"""Cycles per pixel of a checkerboard, the finest pattern: half a cycle along both axes."""
+
 
 @dataclass(frozen=True)
 class CriticConfig:
@@ -165,6 +168,11 @@ class LossConfig:
     latent diffusion."""
     pixel_weight: float = 1.0
     """Weight of the pixel term."""
+    pixel_cutoff: float | None = None
+    """Only what varies more slowly than this counts in the pixel term, in cycles per pixel (0.5 is
+    the finest that a row of pixels holds), once another term that sees images is at work; null:
+    everything. Finer detail is then left to the learned distance and the critic, which do not blur
+    it (frequency separation, Fritsche et al. 2019)."""
     kl_weight: float = 1e-6
     """Weight of the KL divergence against the error summed over an image, as in latent diffusion
     (whose value is 1e-6); the KL is in nats per image, and both are divided by the number of values
@@ -198,6 +206,7 @@ def loss_problems(
 ) -> Iterator[str]:
     """What cannot work in these fields: field, value, consequence, remedy."""
     yield from _range_problems(loss, critic)
+    yield from _cutoff_problems(loss)
     yield from _critic_problems(loss, critic, resolution)
     yield from _balance_problems(loss)
     yield from _pretrained_problems(loss.pretrained, channels)
@@ -243,6 +252,22 @@ def _range_problems(loss: LossConfig, critic: CriticConfig) -> Iterator[str]:
     for name, share in shares.items():
         if not 0 <= share < 1:
             yield f"{name} is {share}; it must be at least 0 and below 1"
+
+
+def _cutoff_problems(loss: LossConfig) -> Iterator[str]:
+    cutoff = loss.pixel_cutoff
+    if cutoff is None:
+        return
+    if not 0 < cutoff <= FINEST:
+        yield (
+            f"loss.pixel_cutoff is {cutoff}; it is in cycles per pixel, above 0 and at most "
+            f"{FINEST}, where the finest pattern lies (null: no cutoff)"
+        )
+    if term_names(loss) == ["pixel"]:
+        yield (
+            f"loss.pixel_cutoff is {cutoff}, but the pixel term is the only one, so nothing would "
+            "teach finer detail: set it to null, or give another term a weight"
+        )
 
 
 def _critic_problems(loss: LossConfig, critic: CriticConfig, resolution: int) -> Iterator[str]:

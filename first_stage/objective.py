@@ -22,6 +22,7 @@ from first_stage.critic import Verdict
 from first_stage.loss_config import AdversarialConfig, LearnedConfig, LossConfig
 from first_stage.perceptual import feature_distances, feature_magnitudes
 from first_stage.pretrained import PretrainedDistances
+from first_stage.spectrum import low_pass
 from first_stage.statistics import Average, LaggedMeans
 
 _TINY = 1e-12
@@ -60,7 +61,13 @@ class Term:
     ramp: float = 1.0
 
 
-def pixel_error(reconstruction: Tensor, images: Tensor, kind: str, delta: float = 0.1) -> Tensor:
+def pixel_error(
+    reconstruction: Tensor,
+    images: Tensor,
+    kind: str,
+    delta: float = 0.1,
+    cutoff: float | None = None,
+) -> Tensor:
     """Error over batch, channels and pixels: a mean.
 
     Args:
@@ -69,11 +76,14 @@ def pixel_error(reconstruction: Tensor, images: Tensor, kind: str, delta: float 
         kind: `l1` (absolute), `l2` (squared), or `huber`: e^2 / (2 delta) up to delta and |e| -
             delta / 2 beyond, so that its slope is that of `l1` there.
         delta: Of `huber`.
+        cutoff: Only the part of the difference below this many cycles per pixel counts.
     """
-    difference = reconstruction - images
+    error = reconstruction - images
+    if cutoff is not None:
+        error = low_pass(error, cutoff)
     if kind == "huber":
-        return F.huber_loss(reconstruction, images, delta=delta) / delta
-    return difference.abs().mean() if kind == "l1" else difference.square().mean()
+        return F.huber_loss(error, torch.zeros_like(error), delta=delta) / delta
+    return error.abs().mean() if kind == "l1" else error.square().mean()
 
 
 def schedule(step: int, start: int, ramp: int) -> float:
@@ -275,9 +285,7 @@ class Objective:
         loss = share * kl
         logvar = self.parameters.get("logvar")
         if logvar is not None:
-            error = pixel_error(
-                leaf.detach()[: len(images)], images, config.pixel, config.huber_delta
-            )
+            error = self._pixel_error(step, leaf.detach()[: len(images)], images)
             loss = loss + config.pixel_weight * (error * (-logvar).exp() + logvar)
             log["noise/logvar"] = logvar.detach().clone()
         return loss, log
@@ -302,13 +310,21 @@ class Objective:
             parameter.data.copy_(rest.pop(f"parameter.{name}"))
         self.means.load_state_dict(rest)
 
+    def _pixel_error(self, step: int, rebuilt: Tensor, images: Tensor) -> Tensor:
+        """The pixel term; it leaves fine detail to others only once one of them is at work."""
+        config = self.config
+        others = (config.learned, config.adversarial)
+        relieved = config.pretrained.in_use or any(o.weight * _ramp(o, step) > 0 for o in others)
+        cutoff = config.pixel_cutoff if relieved else None
+        return pixel_error(rebuilt, images, config.pixel, config.huber_delta, cutoff)
+
     def _terms(
         self, step: int, images: Tensor, leaf: Tensor, judged: Judged | None
     ) -> dict[str, Term]:
         """Every term that can be measured in this step."""
         config, count = self.config, len(images)
         rebuilt = leaf[:count]
-        pixel = pixel_error(rebuilt, images, config.pixel, config.huber_delta)
+        pixel = self._pixel_error(step, rebuilt, images)
         if (logvar := self.parameters.get("logvar")) is not None:
             pixel = pixel * (-logvar.detach()).exp()
         terms = {"pixel": Term(pixel, config.pixel_weight)}

@@ -7,6 +7,7 @@ Frequencies are in cycles per pixel; 0.5 is the finest a row of pixels can hold,
 reaches 0.71. The mean (frequency 0) is left out everywhere.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -49,6 +50,37 @@ def radial_frequency(height: int, width: int, device: torch.device | str = "cpu"
     u = torch.arange(height, dtype=torch.float64, device=device) / (2 * height)
     v = torch.arange(width, dtype=torch.float64, device=device) / (2 * width)
     return torch.sqrt(u[:, None] ** 2 + v[None, :] ** 2)
+
+
+def low_pass(images: Tensor, cutoff: float) -> Tensor:
+    """The part of images below a frequency; differentiable.
+
+    An orthogonal projection: done twice it changes nothing more, and it leaves no gradient in what
+    it takes away.
+
+    Args:
+        images: `(..., H, W)` float.
+        cutoff: In cycles per pixel; what lies at it or above, in any direction, is taken away.
+
+    Returns:
+        The same shape, type and device.
+    """
+    height, width = images.shape[-2:]
+    rows, columns = (_cosines(n, images.dtype, images.device) for n in (height, width))
+    kept = _below(height, width, cutoff, images.device)
+    return rows @ ((rows.mT @ images @ columns) * kept) @ columns.mT
+
+
+@functools.lru_cache(maxsize=16)
+def _cosines(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The DCT-II as a matrix `(n, n)`: its columns are the orthonormal cosines."""
+    return _cosine_transform_last(torch.eye(n, dtype=torch.float64)).to(device, dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def _below(height: int, width: int, cutoff: float, device: torch.device) -> Tensor:
+    """Which coefficients lie below a frequency, `(H, W)` bool."""
+    return (radial_frequency(height, width) < cutoff).to(device)
 
 
 def ring_energy(energy: Tensor, bins: int = BINS) -> tuple[Tensor, Tensor]:

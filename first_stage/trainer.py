@@ -156,7 +156,11 @@ class Trainer:
             step: Steps done before this one.
             batches: This process's micro-batches of the step.
         """
+        encoder_steps = self.config.train.encoder_steps
+        if encoder_steps is not None and step >= encoder_steps:
+            self._decoder_alone(step)
         critic = self.critic if step >= self.config.critic.start_step else None
+        encoder_learns = self.first_stage.network.encoder_learns
         players: dict[str, Player[Any]] = {"first_stage": self.first_stage}
         if critic is not None:
             players["critic"] = critic
@@ -169,7 +173,7 @@ class Trainer:
                     images,
                     batch.noise,
                     prior=self._prior_samples(step, number, batch),
-                    cut_off=self.objective.cuts_off(step),
+                    cut_off=self.objective.cuts_off(step) and encoder_learns,
                 )
                 leaf = decoded.detach().requires_grad_()
                 judged = self._judge(critic, images, leaf) if critic is not None else None
@@ -178,7 +182,7 @@ class Trainer:
                 )
                 direct, direct_log = self.objective.direct_loss(step, images, leaf, posterior)
                 surrogate = (decoded * gradient).sum() + direct
-                if for_encoder is not None:  # which the graph of `decoded` does not reach
+                if for_encoder is not None and encoder_learns:  # the graph does not reach it
                     at_latents = self._at_latents(decoded, latents, for_encoder)
                     surrogate = surrogate + (posterior.sample(batch.noise) * at_latents).sum()
                 self.accelerator.backward(surrogate / len(batches))
@@ -195,6 +199,20 @@ class Trainer:
                     self.accelerator.backward(loss / len(batches), inputs=parameters)
             self.meter.add(step, log | direct_log | critic_log, share=1 / len(batches))
         self._update(step, players)
+
+    def _decoder_alone(self, step: int) -> None:
+        """From its first step on, train the decoder against an encoder that stays as it is."""
+        player = self.first_stage
+        if step == self.config.train.encoder_steps:
+            # The averaged encoder is the one that will be exported, so it is the one to decode for.
+            self.ema.copy_to(self.vae.parameters())
+        if not player.network.encoder_learns:
+            return
+        player.network.freeze_encoder()
+        # A wrapper waits for the gradient of every parameter that asked for one when it was made.
+        self.accelerator.unwrap_model(player.module, keep_fp32_wrapper=False)
+        self.accelerator.free_memory()
+        player.module = self.accelerator.prepare_model(player.network)
 
     def _update(self, step: int, players: dict[str, Player[Any]]) -> None:
         """Clip and apply the players' gradients; then whatever counts steps counts one."""

@@ -18,6 +18,13 @@ REFUSED = {
     },
     "loss.learned.ema_decay is 1.0": {"loss__learned__ema_decay": 1},
     "loss.adversarial.r1 is -1.0": {"loss__adversarial__r1": -1},
+    "loss.pixel_cutoff is 0.0": {"loss__pixel_cutoff": 0},
+    "loss.pixel_cutoff is 0.8": {"loss__pixel_cutoff": 0.8},
+    "nothing would teach finer detail": {
+        "loss__pixel_cutoff": 0.2,
+        "loss__learned__weight": 0,
+        "loss__adversarial__weight": 0,
+    },
     "loss.huber_delta is 0.0": {"loss__huber_delta": 0},
     "set it to shares": {"loss__balance__shares": "{pixel: 1}"},
     "names pixel, but the terms in use are pixel, learned, adversarial": {

@@ -1,6 +1,7 @@
 """The objective's terms: by hand, by finite differences, and by whom their gradients reach."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -41,12 +42,41 @@ def test_pixel_errors_by_hand(kind, expected):
     assert pixel_error(other, images, kind, 0.1).item() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("cutoff", [None, 0.3])
 @pytest.mark.parametrize("kind", ["l1", "l2", "huber"])
-def test_pixel_gradients_by_finite_differences(kind):
+def test_pixel_gradients_by_finite_differences(kind, cutoff):
     torch.manual_seed(0)
-    x = torch.randn(2, 1, 2, 2, dtype=torch.float64)
-    y = torch.randn(2, 1, 2, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda r: pixel_error(r, x, kind, 0.1), (y,))
+    x = torch.randn(2, 1, 2, 4, dtype=torch.float64)
+    y = torch.randn(2, 1, 2, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda r: pixel_error(r, x, kind, 0.1, cutoff), (y,))
+
+
+def test_below_the_cutoff_a_pixel_error_by_hand():
+    # Of 3 and 1 the mean, 2, lies at 0 cycles per pixel and the rest, 1 and -1, at 0.25.
+    images = torch.zeros(1, 1, 1, 2, dtype=torch.float64)
+    other = torch.tensor([3.0, 1.0], dtype=torch.float64).view(1, 1, 1, 2)
+    for cutoff, expected in ((0.2, 2.0**2), (0.25, 2.0**2), (0.3, (3.0**2 + 1) / 2)):
+        assert pixel_error(other, images, "l2", cutoff=cutoff).item() == pytest.approx(expected)
+    assert pixel_error(other, images, "l1", cutoff=0.2).item() == pytest.approx(2.0)
+
+
+def test_the_pixel_term_hears_everything_until_another_term_is_at_work():
+    torch.manual_seed(0)
+    images, leaf = torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)
+    errors = {c: pixel_error(leaf, images, "l2", cutoff=c).item() for c in (None, 0.2)}
+    assert errors[0.2] < 0.5 * errors[None]
+    later = LossConfig(
+        pixel="l2", pixel_cutoff=0.2,
+        learned=LearnedConfig(start_step=5), adversarial=AdversarialConfig(start_step=7),
+    )  # fmt: skip
+    off = replace(
+        later, learned=LearnedConfig(weight=0.0), adversarial=AdversarialConfig(start_step=7)
+    )
+    for config, start in ((later, 5), (off, 7)):
+        objective = Objective(config)
+        for step, cutoff in ((start - 1, None), (start, 0.2)):
+            terms = objective._terms(step, images, leaf, None)
+            assert terms["pixel"].value.item() == pytest.approx(errors[cutoff])
 
 
 def test_the_learned_noise_level_moves_to_where_it_belongs():

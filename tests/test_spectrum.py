@@ -92,3 +92,26 @@ def test_tiny_images_leave_rings_empty() -> None:
 
 def test_mean_energy_of_an_empty_ring_is_none() -> None:
     assert spectrum.mean_energy(np.array([2.0, 0.0]), np.array([4, 0])) == [0.5, None]
+
+
+def test_a_low_pass_keeps_waves_below_the_cutoff_and_no_others() -> None:
+    low, high = wave(5, 4), wave(9, 12)  # 0.1 and 0.23 cycles per pixel
+    for cutoff, expected in ((0.05, 0 * low), (0.15, low), (0.25, low + high)):
+        found = spectrum.low_pass(low + high, cutoff)
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+def test_a_low_pass_is_a_projection_at_any_shape_and_keeps_constants() -> None:
+    draw = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 3, 12, 20, generator=draw, dtype=torch.float64, requires_grad=True)
+    once = spectrum.low_pass(x, 0.2)
+    torch.testing.assert_close(spectrum.low_pass(once, 0.2), once)
+    torch.testing.assert_close(spectrum.low_pass(x + 3.0, 0.2), once + 3.0)
+    assert spectrum.low_pass(x.float(), 0.2).dtype == torch.float32
+    # The gradient has nothing of what was taken away either, by the transform of another module.
+    (gradient,) = torch.autograd.grad(once.square().sum(), x)
+    coefficients = dctn(gradient.numpy(), axes=(-2, -1), norm="ortho")
+    beyond = (spectrum.radial_frequency(12, 20) >= 0.2).numpy()
+    assert abs(coefficients[..., beyond]).max() < 1e-12
+    expected = 2 * dctn(x.detach().numpy(), axes=(-2, -1), norm="ortho")
+    np.testing.assert_allclose(coefficients[..., ~beyond], expected[..., ~beyond], atol=1e-12)

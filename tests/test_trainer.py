@@ -34,7 +34,9 @@ def gradients_of(trainer: Trainer, step: int, batches: list[Batch]) -> dict[str,
 
     def look(step, players):
         for name, player in players.items():
-            seen[name] = [p.grad.clone() for p in player.parameters]
+            seen[name] = [
+                torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in player.parameters
+            ]
         update(step, players)
 
     with mock.patch.object(trainer, "_update", look):
@@ -183,6 +185,45 @@ def test_bf16_gradients_are_as_near_as_the_plain_form_comes(tiny):
         errors = [(x - goal).norm() / goal.norm() for x in (ours, theirs)]
         assert 0 < errors[0] < 0.2, player
         assert errors[0] < 1.5 * errors[1], player
+
+
+def test_after_its_steps_the_encoder_stays_as_its_average(tiny):
+    trainer = make_trainer(tiny(train__max_steps=5, train__encoder_steps=2, train__ema_decay=0.9))
+    encoder, decoder = trainer.vae.encoder, trainer.vae.decoder
+    for step in range(2):
+        trainer.training_step(step, [batch_of(trainer, 4, seed=step)])
+    with trainer.ema_weights() as averaged:
+        resting = copy.deepcopy(averaged.state_dict())
+    assert not all(torch.equal(resting[n], p) for n, p in trainer.vae.named_parameters())
+    for step in range(2, 5):
+        batch = batch_of(trainer, 4, seed=step)
+        found = gradients_of(trainer, step, [batch])["first_stage"]
+        names = [name for name, _ in trainer.vae.named_parameters()]
+        for name, gradient in zip(names, found, strict=True):
+            learns = name.startswith(("decoder.", "post_quant_conv."))
+            assert gradient.any() == learns, name
+    for live in (trainer.vae, _averaged(trainer)):
+        state = live.state_dict()
+        assert all(torch.equal(state[f"encoder.{n}"], p) for n, p in encoder.named_parameters())
+        same = {name for name, value in state.items() if torch.equal(value, resting[name])}
+        assert {n for n in state if n.startswith(("encoder.", "quant_conv."))} <= same
+        assert not any(f"decoder.{name}" in same for name, p in decoder.named_parameters())
+
+
+def _averaged(trainer):
+    with trainer.ema_weights() as averaged:
+        return copy.deepcopy(averaged)
+
+
+def test_the_decoders_gradient_is_the_same_whether_the_encoder_learns_or_not(tiny):
+    learning, resting = (
+        make_trainer(tiny(train__encoder_steps=steps, train__clip_norm=None)) for steps in (None, 0)
+    )
+    batch = batch_of(learning, 4, seed=0)
+    found = [gradients_of(t, 0, [batch])["first_stage"] for t in (learning, resting)]
+    names = [name for name, _ in learning.vae.named_parameters()]
+    for name, a, b in zip(names, *found, strict=True):
+        assert torch.equal(b, a if name.startswith(("decoder", "post")) else torch.zeros_like(a))
 
 
 def test_the_critic_is_not_run_before_its_start(tiny):

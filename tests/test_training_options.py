@@ -38,6 +38,11 @@ OPTIONS = {
         "loss__adversarial__reaches_encoder": False,
         "loss__adversarial__kind": "relativistic",
     },
+    "encoder cut off, then at rest": {
+        "loss__adversarial__reaches_encoder": False,
+        "train__encoder_steps": 2,
+    },
+    "decoder only": {"train__encoder_steps": 0, "model__quant_conv": False},
     "spectral norm": {"critic__norm": "spectral"},
     "antialiased, two scales": {"critic__antialias": True, "critic__scales": 2},
     "average of the critic": {"loss__learned__ema_decay": 0.8},

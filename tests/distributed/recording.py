@@ -55,7 +55,8 @@ class Recorder:
         for name, player in {"first_stage": trainer.first_stage, "critic": trainer.critic}.items():
 
             def note(optimizer, *_, name=name):
-                found = [p.grad.flatten() for g in optimizer.param_groups for p in g["params"]]
+                parameters = [p for g in optimizer.param_groups for p in g["params"]]
+                found = [p.grad.flatten() for p in parameters if p.grad is not None]
                 self.gradients[f"{self.kind}.{name}"] = torch.cat(found).clone()
 
             player.optimizer.register_step_pre_hook(note)

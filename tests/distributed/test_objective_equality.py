@@ -33,6 +33,7 @@ MIXES = {
         "critic.antialias": "true",
         "critic.layers": 1,
         "critic.scales": 2,
+        "train.encoder_steps": 3,
     },
 }
 

@@ -33,7 +33,12 @@ MIXES = {
         "critic.antialias": "true",
         "critic.layers": 1,
         "critic.scales": 2,
+    },
+    "decoder alone after three steps": {
         "train.encoder_steps": 3,
+        "loss.pixel": "l2",
+        "loss.pixel_cutoff": 0.2,
+        "loss.adversarial.reaches_encoder": "false",
     },
 }
 

@@ -110,7 +110,11 @@ def _largest_output(model: nn.Module, peak: Tensor) -> Iterator[None]:
 
 
 def write_export(
-    vae: AutoencoderKL, statistics: LatentStatistics, folder: Path, extras: dict[str, str | Path]
+    vae: AutoencoderKL,
+    statistics: LatentStatistics,
+    folder: Path,
+    extras: dict[str, str | Path],
+    keeps_latents: bool = False,
 ) -> None:
     """Write a folder that `AutoencoderKL.from_pretrained` loads, with the measured statistics.
 
@@ -119,16 +123,22 @@ def write_export(
         statistics: From `measure_latents`.
         folder: The folder; one that is there is replaced.
         extras: More files by name: their text, or a file to copy.
+        keeps_latents: Whether its latents are those of the first stage it was made from, so that
+            scaling and shift stay as they are: a diffusion model counts on them.
     """
-    vae.register_to_config(
-        scaling_factor=1.0 / statistics.overall_std,
-        shift_factor=statistics.overall_mean,
-        # Only Stable Diffusion XL's pipeline reads these, multiplies by them on top of the scaling
-        # factor, and breaks where there are not four channels. They are in a file of their own.
-        latents_mean=None,
-        latents_std=None,
-        force_upcast=statistics.needs_float32,
-    )
+    vae.register_to_config(force_upcast=statistics.needs_float32)
+    if not keeps_latents:
+        vae.register_to_config(
+            scaling_factor=1.0 / statistics.overall_std,
+            shift_factor=statistics.overall_mean,
+            # Only Stable Diffusion XL's pipeline reads these, multiplies by them on top of the
+            # scaling factor, and breaks where there are not four channels. They are in a file of
+            # their own.
+            latents_mean=None,
+            latents_std=None,
+        )
+    elif vae.config.shift_factor is None:  # the same, as a number
+        vae.register_to_config(shift_factor=0.0)
 
     def write(temporary: Path) -> None:
         vae.save_pretrained(temporary, safe_serialization=True)
@@ -161,6 +171,7 @@ def model_card(
     images_seen: int,
     downsample_factor: int,
     picture: str | None,
+    kept: tuple[float, float] | None = None,
 ) -> str:
     """The export's README: what it is, how to load it, how good it is, what made it.
 
@@ -173,16 +184,27 @@ def model_card(
         images_seen: Images it was trained on, repeats counted.
         downsample_factor: Pixels per latent along a side.
         picture: File name of the grid beside the README.
+        kept: Scaling and shift of the first stage whose encoder it kept; `None`: as measured.
 
     Returns:
         Markdown.
     """
-    scaling, shift = 1.0 / statistics.overall_std, statistics.overall_mean
+    scaling, shift = kept or (1.0 / statistics.overall_std, statistics.overall_mean)
     ranges = "\n".join(
         f"| {channel} | {mean:.4f} | {std:.4f} |"
         for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True))
     )
     table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
+    if kept is None:
+        origin = (
+            f"`scaling_factor` {scaling:.6f} is one over the standard deviation of the\nlatents of "
+            f"{statistics.images:,} training images, `shift_factor` {shift:.6f} their mean."
+        )
+    else:
+        origin = (
+            "Only the decoder was trained: latents are those of the first\nstage it was made from, "
+            f"and so are `scaling_factor` {scaling:.6f} and `shift_factor` {shift:.6f}."
+        )
     shown = f"\n![Originals above, reconstructions below]({picture})\n" if picture else ""
     return f"""---
 library_name: diffusers
@@ -201,12 +223,11 @@ counted) with a patch critic and the perceptual distance that the critic learned
 images = vae.decode(latents / vae.config.scaling_factor + vae.config.shift_factor).sample
 ```
 
-Images are in [-1, 1]. `scaling_factor` {scaling:.6f} is one over the standard deviation of the
-latents of {statistics.images:,} training images, `shift_factor` {shift:.6f} their mean.
+Images are in [-1, 1]. {origin}
 
 **Pipelines that ignore `shift_factor`**: `StableDiffusionPipeline` (1.x, 2.x),
 `StableDiffusionXLPipeline` and `DiTPipeline` use `scaling_factor` only, so their diffusion model
-works on latents with the mean {shift * scaling:.4f} instead of 0. `StableDiffusion3Pipeline` and
+works on latents that lie {shift * scaling:.4f} higher. `StableDiffusion3Pipeline` and
 `FluxPipeline` use both. Train by the rule of the pipeline that will decode, or fold the statistics
 into the weights (`scripts/export.py --fold_statistics`), after which every pipeline is right.
 

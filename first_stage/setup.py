@@ -191,7 +191,15 @@ def introduction(trainer: Trainer, micro: int, samples: int, held_out: int) -> s
         f"{config.train.batch_size} in micro-batches of {micro}\n"
         f"{samples:,} images to train on, {held_out:,} held out, from {config.data.path}\n"
         f"{sizes}, f{stage.downsample_factor}, {stage.latent_channels} latent channels"
+        f"{_phases(config)}"
     )
+
+
+def _phases(config: Config) -> str:
+    steps = config.train.encoder_steps
+    if steps is None or steps >= config.train.max_steps:
+        return ""
+    return f"; the decoder learns alone {f'from step {steps:,} on' if steps else 'from the start'}"
 
 
 def _device(trainer: Trainer) -> str:

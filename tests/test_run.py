@@ -105,6 +105,8 @@ def test_every_shipped_recipe_runs_two_steps(recipe, tmp_path, images):
         "validation.images": 2,
         "export.images": 2,
     }
+    if config.train.encoder_steps is not None:
+        shrunk["train.encoder_steps"] = 1
     line = ["--config", str(recipe)]
     for name, value in shrunk.items():
         line += [f"--{name}", str(value)]
@@ -143,6 +145,23 @@ def test_fine_tuning_a_pretrained_first_stage(tiny, tmp_path):
     )
     with pytest.raises(ConfigError, match=r"model.in_channels is 1, but model.pretrained"):
         train(tiny(model__pretrained=tmp_path / "pretrained", model__in_channels=1, overwrite=True))
+
+
+def test_fine_tuning_the_decoder_alone_keeps_what_latents_mean(tiny, tmp_path, capsys):
+    torch.manual_seed(3)
+    vae = build_autoencoder(3, 2, (4, 8), 1, 4, True, False, 16)
+    vae.register_to_config(scaling_factor=0.18215, shift_factor=None)
+    vae.save_pretrained(tmp_path / "pretrained")
+    train(tiny(model__pretrained=tmp_path / "pretrained", train__encoder_steps=0))
+    assert "the decoder learns alone from the start" in capsys.readouterr().out
+    exported = AutoencoderKL.from_pretrained(tmp_path / "run/export")
+    for name, value in vae.state_dict().items():
+        same = torch.equal(exported.state_dict()[name], value)
+        assert same == name.startswith(("encoder.", "quant_conv.")), name
+    assert (exported.config.scaling_factor, exported.config.shift_factor) == (0.18215, 0.0)
+    card = (tmp_path / "run/export/README.md").read_text()
+    assert "Only the decoder was trained" in card
+    assert "`scaling_factor` 0.182150" in card
 
 
 def test_a_resolution_that_a_pretrained_factor_does_not_divide(tiny, tmp_path):

@@ -69,7 +69,7 @@ def row_names(pretrained: bool) -> list[str]:
 def warmup_config(budget: Budget, seed: int) -> Config:
     """The run that all objectives start from."""
     loss = LossConfig(pixel="l2", learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL)
-    return _config(budget, seed, loss, _NO_CRITIC, budget.warmup_steps)
+    return _config(budget, seed, _Setting(loss), budget.warmup_steps)
 
 
 def row_config(row: str, budget: Budget, seed: int, vgg: str | None = None) -> Config:
@@ -83,9 +83,8 @@ def row_config(row: str, budget: Budget, seed: int, vgg: str | None = None) -> C
     """
     if row == START:
         return warmup_config(budget, seed)
-    loss, critic = _ROWS[row](_Parts(budget, vgg))
-    last = budget.warmup_steps + budget.steps
-    config = _config(budget, seed, loss, critic, last, budget.decay_steps)
+    setting = _ROWS[row](_Parts(budget, vgg))
+    config = _config(budget, seed, setting, budget.warmup_steps + budget.steps, budget.decay_steps)
     check(config)
     return config
 
@@ -132,47 +131,62 @@ class _Parts:
         return CriticConfig(width=budget.critic_width, layers=2, start_step=budget.warmup_steps)
 
 
-_Row = Callable[[_Parts], tuple[LossConfig, CriticConfig]]
+@dataclass(frozen=True)
+class _Setting:
+    """What is a row's own; the rest is shared by all."""
+
+    loss: LossConfig
+    critic: CriticConfig = _NO_CRITIC
+    encoder_steps: int | None = None
+
+
+def _separated(p: _Parts, adversarial: AdversarialConfig) -> _Setting:
+    """The learned distance and an adversarial term as in the recipes.
+
+    The encoder stays as the warm-up left it, and squared error holds the decoder to colours and
+    shapes alone; what is finer is the critic's.
+    """
+    loss = LossConfig(
+        pixel="l2",
+        pixel_weight=20.0,
+        pixel_cutoff=0.2,
+        learned=p.learned,
+        adversarial=adversarial,
+    )
+    return _Setting(loss, p.critic, p.budget.warmup_steps)
+
+
+_Row = Callable[[_Parts], _Setting]
 
 _ROWS: dict[str, _Row] = {
-    "mse": lambda p: (
-        LossConfig(pixel="l2", learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL),
-        _NO_CRITIC,
+    "mse": lambda p: _Setting(
+        LossConfig(pixel="l2", learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL)
     ),
-    "l1": lambda p: (LossConfig(learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL), _NO_CRITIC),
-    "l1+hinge": lambda p: (LossConfig(learned=_NO_LEARNED, adversarial=p.hinge), p.critic),
-    "learned": lambda p: (
-        LossConfig(learned=p.learned, adversarial=replace(p.hinge, weight=0.0)),
-        p.critic,
+    "l1": lambda p: _Setting(LossConfig(learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL)),
+    "l1+hinge": lambda p: _Setting(
+        LossConfig(learned=_NO_LEARNED, adversarial=replace(p.hinge, weight=0.2)), p.critic
     ),
-    "learned+hinge": lambda p: (LossConfig(learned=p.learned, adversarial=p.hinge), p.critic),
-    # The squared error keeps colours and coarse shapes that the other would trade for texture.
-    "learned+hinge+l2": lambda p: (
-        LossConfig(pixel="l2", pixel_weight=10.0, learned=p.learned, adversarial=p.hinge),
-        p.critic,
+    # As it is usually done: absolute error at all frequencies, and an encoder that learns.
+    "l1+learned+hinge": lambda p: _Setting(
+        LossConfig(learned=p.learned, adversarial=replace(p.hinge, weight=0.2)), p.critic
     ),
-    "learned+hinge+antialias": lambda p: (
-        LossConfig(learned=p.learned, adversarial=p.hinge),
-        replace(p.critic, antialias=True),
+    "learned": lambda p: _separated(p, replace(p.hinge, weight=0.0)),
+    "learned+hinge": lambda p: _separated(p, p.hinge),
+    "learned+hinge+antialias": lambda p: replace(
+        _separated(p, p.hinge), critic=replace(p.critic, antialias=True)
     ),
-    "learned+wasserstein": lambda p: (
-        LossConfig(learned=p.learned, adversarial=p.wasserstein),
-        p.critic,
-    ),
-    VGG: lambda p: (
+    "learned+wasserstein": lambda p: _separated(p, p.wasserstein),
+    VGG: lambda p: _Setting(
         LossConfig(
             learned=_NO_LEARNED,
             adversarial=_NO_ADVERSARIAL,
             pretrained=PretrainedConfig(weights=p.vgg, vgg_weight=0.1),
-        ),
-        _NO_CRITIC,
+        )
     ),
 }
 
 
-def _config(
-    budget: Budget, seed: int, loss: LossConfig, critic: CriticConfig, steps: int, decay: int = 0
-) -> Config:
+def _config(budget: Budget, seed: int, setting: _Setting, steps: int, decay: int = 0) -> Config:
     return Config(
         seed=seed,
         data=DataConfig(path="compared", resolution=budget.crop, resize=0),
@@ -183,10 +197,11 @@ def _config(
             norm_num_groups=16,
             mid_block_attention=False,
         ),
-        critic=critic,
-        loss=loss,
+        critic=setting.critic,
+        loss=setting.loss,
         train=TrainConfig(
             max_steps=steps,
+            encoder_steps=setting.encoder_steps,
             batch_size=budget.batch_size,
             learning_rate=budget.learning_rate,
             warmup_steps=20,

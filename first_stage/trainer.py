@@ -209,10 +209,12 @@ class Trainer:
         if not player.network.encoder_learns:
             return
         player.network.freeze_encoder()
-        # A wrapper waits for the gradient of every parameter that asked for one when it was made.
-        self.accelerator.unwrap_model(player.module, keep_fp32_wrapper=False)
-        self.accelerator.free_memory()
-        player.module = self.accelerator.prepare_model(player.network)
+        if player.module is not player.network:
+            # The wrapper waits for a gradient of every parameter that asked for one when it was
+            # made: a new one. Autocast, which went with the old one, comes back with it.
+            self.accelerator.unwrap_model(player.module, keep_fp32_wrapper=False)
+            self.accelerator.free_memory()
+            player.module = self.accelerator.prepare_model(player.network)
 
     def _update(self, step: int, players: dict[str, Player[Any]]) -> None:
         """Clip and apply the players' gradients; then whatever counts steps counts one."""

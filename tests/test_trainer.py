@@ -210,6 +210,15 @@ def test_after_its_steps_the_encoder_stays_as_its_average(tiny):
         assert not any(f"decoder.{name}" in same for name, p in decoder.named_parameters())
 
 
+def test_the_decoder_alone_computes_in_the_same_precision(tiny):
+    trainer = make_trainer(tiny(train__encoder_steps=1, train__precision="bf16"))
+    seen = []
+    trainer.vae.decoder.conv_in.register_forward_hook(lambda *a: seen.append(a[-1].dtype))
+    for step in range(3):
+        trainer.training_step(step, [batch_of(trainer, 4, seed=step)])
+    assert seen == [torch.bfloat16] * 3
+
+
 def _averaged(trainer):
     with trainer.ema_weights() as averaged:
         return copy.deepcopy(averaged)

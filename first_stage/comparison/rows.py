@@ -143,8 +143,8 @@ class _Setting:
 def _separated(p: _Parts, adversarial: AdversarialConfig) -> _Setting:
     """The learned distance and an adversarial term as in the recipes.
 
-    The encoder stays as the warm-up left it, and squared error holds the decoder to colours and
-    shapes alone; what is finer is the critic's.
+    Squared error holds to colours and shapes alone; what is finer is the critic's. In the second
+    half the decoder learns by itself.
     """
     loss = LossConfig(
         pixel="l2",
@@ -153,7 +153,7 @@ def _separated(p: _Parts, adversarial: AdversarialConfig) -> _Setting:
         learned=p.learned,
         adversarial=adversarial,
     )
-    return _Setting(loss, p.critic, p.budget.warmup_steps)
+    return _Setting(loss, p.critic, p.budget.warmup_steps + p.budget.steps // 2)
 
 
 _Row = Callable[[_Parts], _Setting]

@@ -163,12 +163,10 @@ _ROWS: dict[str, _Row] = {
         LossConfig(pixel="l2", learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL)
     ),
     "l1": lambda p: _Setting(LossConfig(learned=_NO_LEARNED, adversarial=_NO_ADVERSARIAL)),
-    "l1+hinge": lambda p: _Setting(
-        LossConfig(learned=_NO_LEARNED, adversarial=replace(p.hinge, weight=0.2)), p.critic
-    ),
+    "l1+hinge": lambda p: _Setting(LossConfig(learned=_NO_LEARNED, adversarial=p.hinge), p.critic),
     # As it is usually done: absolute error at all frequencies, and an encoder that learns.
     "l1+learned+hinge": lambda p: _Setting(
-        LossConfig(learned=p.learned, adversarial=replace(p.hinge, weight=0.2)), p.critic
+        LossConfig(learned=p.learned, adversarial=p.hinge), p.critic
     ),
     "learned": lambda p: _separated(p, replace(p.hinge, weight=0.0)),
     "learned+hinge": lambda p: _separated(p, p.hinge),

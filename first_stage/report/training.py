@@ -18,10 +18,10 @@ _FIRST = ("validation", "loss", "share")
 """Groups that are shown at once; the others are folded."""
 _WANTED = (
     *("data.path", "data.resolution", "model.pretrained", "model.block_out_channels"),
-    *("model.latent_channels", "loss.pixel", "loss.pixel_weight", "loss.kl_weight"),
-    *("loss.learned.weight", "loss.adversarial.kind", "loss.adversarial.weight"),
-    *("critic.start_step", "train.max_steps", "train.batch_size", "train.learning_rate"),
-    *("train.precision", "train.ema_decay", "seed"),
+    *("model.latent_channels", "loss.pixel", "loss.pixel_weight", "loss.pixel_cutoff"),
+    *("loss.kl_weight", "loss.learned.weight", "loss.adversarial.kind", "loss.adversarial.weight"),
+    *("critic.start_step", "train.max_steps", "train.encoder_steps", "train.batch_size"),
+    *("train.learning_rate", "train.precision", "train.ema_decay", "seed"),
 )
 """Fields of the recipe that are shown first."""
 _TERMS = ("validation/psnr", "validation/ssim", "loss/pixel", "loss/kl", "loss/learned")

@@ -14,13 +14,15 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from benchmarks import steps as benchmark_steps
 
 
+@pytest.mark.parametrize("pixels", [{}, {"loss__pixel": "l2", "loss__pixel_cutoff": 0.2}])
 @pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_the_usual_step_has_our_gradient_where_it_should(tiny, weight):
+def test_the_usual_step_has_our_gradient_where_it_should(tiny, weight, pixels):
     """With a fixed balance both forms minimise the same: only the way there differs."""
     config = tiny(
         loss__balance__kind="fixed",
         loss__adversarial__weight=weight,
         loss__kl_weight=1e-2,
+        **pixels,
     )
     trainer = make_trainer(config)
     trainer.training_step(0, [batch_of(trainer, 4, 0)])  # now the layers' sizes are known

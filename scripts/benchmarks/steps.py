@@ -39,7 +39,10 @@ def first_stage_loss(trainer: Trainer, images: Tensor, noise: Tensor) -> tuple[T
     config = trainer.config.loss
     stage, critic = trainer.first_stage, trainer.critic
     reconstruction, posterior, _ = stage.module(images, noise)
-    others = config.pixel_weight * pixel_error(reconstruction, images, config.pixel)
+    pixel = pixel_error(
+        reconstruction, images, config.pixel, config.huber_delta, config.pixel_cutoff
+    )
+    others = config.pixel_weight * pixel
     if trainer.objective.pretrained is not None:
         with trainer.accelerator.autocast():
             values = trainer.objective.pretrained(reconstruction, images)

@@ -196,6 +196,7 @@ def introduction(trainer: Trainer, micro: int, samples: int, held_out: int) -> s
 
 
 def _phases(config: Config) -> str:
+    """From where on only the decoder learns; nothing where the encoder does to the end."""
     steps = config.train.encoder_steps
     if steps is None or steps >= config.train.max_steps:
         return ""

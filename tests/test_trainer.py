@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import AutoencoderKL
 from torch import nn
 
 from first_stage.config import TrainConfig
@@ -25,6 +26,12 @@ def batch_of(trainer: Trainer, count: int, seed: int) -> Batch:
 
 def make_trainer(config) -> Trainer:
     return Trainer(config, Accelerator(mixed_precision=config.train.precision), Processes())
+
+
+def averaged(trainer: Trainer) -> AutoencoderKL:
+    """A copy of the autoencoder with its averaged weights."""
+    with trainer.ema_weights() as vae:
+        return copy.deepcopy(vae)
 
 
 def gradients_of(trainer: Trainer, step: int, batches: list[Batch]) -> dict[str, list]:
@@ -192,8 +199,7 @@ def test_after_its_steps_the_encoder_stays_as_its_average(tiny):
     encoder, decoder = trainer.vae.encoder, trainer.vae.decoder
     for step in range(2):
         trainer.training_step(step, [batch_of(trainer, 4, seed=step)])
-    with trainer.ema_weights() as averaged:
-        resting = copy.deepcopy(averaged.state_dict())
+    resting = averaged(trainer).state_dict()
     assert not all(torch.equal(resting[n], p) for n, p in trainer.vae.named_parameters())
     for step in range(2, 5):
         batch = batch_of(trainer, 4, seed=step)
@@ -202,7 +208,7 @@ def test_after_its_steps_the_encoder_stays_as_its_average(tiny):
         for name, gradient in zip(names, found, strict=True):
             learns = name.startswith(("decoder.", "post_quant_conv."))
             assert gradient.any() == learns, name
-    for live in (trainer.vae, _averaged(trainer)):
+    for live in (trainer.vae, averaged(trainer)):
         state = live.state_dict()
         assert all(torch.equal(state[f"encoder.{n}"], p) for n, p in encoder.named_parameters())
         same = {name for name, value in state.items() if torch.equal(value, resting[name])}
@@ -217,11 +223,6 @@ def test_the_decoder_alone_computes_in_the_same_precision(tiny):
     for step in range(3):
         trainer.training_step(step, [batch_of(trainer, 4, seed=step)])
     assert seen == [torch.bfloat16] * 3
-
-
-def _averaged(trainer):
-    with trainer.ema_weights() as averaged:
-        return copy.deepcopy(averaged)
 
 
 def test_the_decoders_gradient_is_the_same_whether_the_encoder_learns_or_not(tiny):

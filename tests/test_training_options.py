@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from test_trainer import assert_close, batch_of, gradients_of, make_trainer
+from test_trainer import assert_close, averaged, batch_of, gradients_of, make_trainer
 
 from first_stage.adversarial import PAIRS
 from first_stage.data import Batch, images_from_pixels
@@ -73,7 +73,7 @@ def test_a_split_batch_trains_what_a_whole_one_trains(tiny, options):
         assert all(g.isfinite().all() for part in expected.values() for g in part)
         assert_close(gradients_of(split, step, parts(batch, 2)), expected, rtol=2e-4)
         # The two are set alike again, so that rounding is not amplified by Adam.
-        split.restore(copy.deepcopy(whole.snapshot(step)), _average(whole))
+        split.restore(copy.deepcopy(whole.snapshot(step)), averaged(whole))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -83,7 +83,7 @@ def test_a_restored_trainer_goes_on_bit_for_bit(tiny, options):
     batches = [batch_of(straight, 4, seed=step) for step in range(4)]
     for step in range(2):
         straight.training_step(step, [batches[step]])
-    resumed.restore(copy.deepcopy(straight.snapshot(2)), _average(straight))
+    resumed.restore(copy.deepcopy(straight.snapshot(2)), averaged(straight))
     for step in range(2, 4):
         straight.training_step(step, [batches[step]])
         resumed.training_step(step, [batches[step]])
@@ -93,11 +93,6 @@ def test_a_restored_trainer_goes_on_bit_for_bit(tiny, options):
         for name, tensor in left[file].items():
             if not name.startswith("meter."):
                 assert torch.equal(tensor, right[file][name]), (file, name)
-
-
-def _average(trainer):
-    with trainer.ema_weights() as vae:
-        return copy.deepcopy(vae)
 
 
 def forwards(trainer, batch: Batch):
@@ -201,7 +196,7 @@ def test_the_other_terms_reach_the_encoder_beside_a_cut_off(tiny):
     without = tiny(loss__adversarial__weight=0, train__clip_norm=None)
     trainers = make_trainer(config), make_trainer(without)
     trainers[0].training_step(0, [batch_of(trainers[0], 4, 0)])
-    start, average = copy.deepcopy(trainers[0].snapshot(1)), _average(trainers[0])
+    start, average = copy.deepcopy(trainers[0].snapshot(1)), averaged(trainers[0])
     found = []
     for trainer in trainers:
         trainer.restore(copy.deepcopy(start), average)

@@ -112,6 +112,7 @@ class _Ratios:
     def of(
         cls, ours: Sequence[Scores], theirs: Sequence[Scores], value: Callable[[Scores], float]
     ) -> "_Ratios":
+        """Of one score, by seed in the same order."""
         own = [value(a) / value(b) for a, b in zip(ours, theirs, strict=True)]
         return cls(own, [value(a) / value(b) for a in ours for b in theirs])
 
@@ -121,9 +122,11 @@ class _Ratios:
         return statistics.stdev(self.own) if len(self.own) > 1 else 0.0
 
     def are_below(self, bar: float) -> bool:
+        """Whether the mean is, by more than the spread."""
         return statistics.fmean(self.own) + self.spread <= bar
 
     def are_above(self, bar: float) -> bool:
+        """Whether the mean is, by more than the spread."""
         return statistics.fmean(self.own) - self.spread >= bar
 
     def __str__(self) -> str:

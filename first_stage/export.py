@@ -40,6 +40,11 @@ class LatentStatistics:
     largest_activation: float
 
     @property
+    def scaling_and_shift(self) -> tuple[float, float]:
+        """`scaling_factor` and `shift_factor`."""
+        return 1.0 / self.overall_std, self.overall_mean
+
+    @property
     def needs_float32(self) -> bool:
         """Whether float16 comes within a factor 4 of its largest number: `force_upcast`."""
         return self.largest_activation * _HALF_HEADROOM > _HALF_MAX
@@ -114,7 +119,7 @@ def write_export(
     statistics: LatentStatistics,
     folder: Path,
     extras: dict[str, str | Path],
-    keeps_latents: bool = False,
+    kept: tuple[float, float] | None = None,
 ) -> None:
     """Write a folder that `AutoencoderKL.from_pretrained` loads, with the measured statistics.
 
@@ -123,22 +128,17 @@ def write_export(
         statistics: From `measure_latents`.
         folder: The folder; one that is there is replaced.
         extras: More files by name: their text, or a file to copy.
-        keeps_latents: Whether its latents are those of the first stage it was made from, so that
-            scaling and shift stay as they are: a diffusion model counts on them.
+        kept: Scaling and shift of the first stage whose encoder it kept, on which a diffusion model
+            counts; `None`: as measured.
     """
-    vae.register_to_config(force_upcast=statistics.needs_float32)
-    if not keeps_latents:
-        vae.register_to_config(
-            scaling_factor=1.0 / statistics.overall_std,
-            shift_factor=statistics.overall_mean,
-            # Only Stable Diffusion XL's pipeline reads these, multiplies by them on top of the
-            # scaling factor, and breaks where there are not four channels. They are in a file of
-            # their own.
-            latents_mean=None,
-            latents_std=None,
-        )
-    elif vae.config.shift_factor is None:  # the same, as a number
-        vae.register_to_config(shift_factor=0.0)
+    scaling, shift = kept or statistics.scaling_and_shift
+    vae.register_to_config(
+        scaling_factor=scaling, shift_factor=shift, force_upcast=statistics.needs_float32
+    )
+    if kept is None:
+        # Only Stable Diffusion XL's pipeline reads these, multiplies by them on top of the scaling
+        # factor, and breaks where there are not four channels. They are in a file of their own.
+        vae.register_to_config(latents_mean=None, latents_std=None)
 
     def write(temporary: Path) -> None:
         vae.save_pretrained(temporary, safe_serialization=True)
@@ -189,7 +189,7 @@ def model_card(
     Returns:
         Markdown.
     """
-    scaling, shift = kept or (1.0 / statistics.overall_std, statistics.overall_mean)
+    scaling, shift = kept or statistics.scaling_and_shift
     ranges = "\n".join(
         f"| {channel} | {mean:.4f} | {std:.4f} |"
         for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True))

@@ -30,8 +30,9 @@ def hand_over(
     """
     folder = Path(config.output_dir)
     picture = files.list_frames(folder)[-1][1]
-    keeps_latents = config.model.pretrained is not None and config.train.encoder_steps == 0
-    kept = (vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+    kept = None
+    if config.model.pretrained is not None and config.train.encoder_steps == 0:
+        kept = (vae.config.scaling_factor, vae.config.shift_factor or 0.0)
     card = model_card(
         statistics,
         data=config.data.path,
@@ -41,9 +42,9 @@ def hand_over(
         images_seen=config.train.max_steps * config.train.batch_size,
         downsample_factor=2 ** (len(vae.config.block_out_channels) - 1),
         picture="reconstructions.png",
-        kept=kept if keeps_latents else None,
+        kept=kept,
     )
     extras: dict[str, str | Path] = {"README.md": card, "reconstructions.png": picture}
-    write_export(vae, statistics, folder / files.EXPORT, extras, keeps_latents)
+    write_export(vae, statistics, folder / files.EXPORT, extras, kept)
     save(found, folder / files.EVALUATION)
     write_report(folder)

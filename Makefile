@@ -24,9 +24,9 @@ demo-diffusion: $(STAMP)  ## From digits to a first stage, a latent cache and a 
 	rm -rf $(RUNS)/digits/latents $(RUNS)/digits/diffusion  # of the first stage that was replaced
 	$(LAUNCH) scripts/cache_latents.py --first_stage $(RUNS)/digits/export --data.path digits \
 	  --output $(RUNS)/digits/latents
-	$(LAUNCH) scripts/train_diffusion.py --latents $(RUNS)/digits/latents \
+	$(LAUNCH) examples/digits/train_diffusion.py --latents $(RUNS)/digits/latents \
 	  --output_dir $(RUNS)/digits/diffusion --steps 1200
-	$(BIN)/python scripts/score_digits.py --pipeline $(RUNS)/digits/diffusion/pipeline
+	$(BIN)/python examples/digits/score_digits.py --pipeline $(RUNS)/digits/diffusion/pipeline
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -7,12 +7,12 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from first_stage.command_line import parser_class, with_values
+from first_stage.config.parsing import parser_class, with_values
 from first_stage.errors import ConfigError, run_command
-from latent_tools import tools
-from latent_tools.files import CacheError
-from latent_tools.manifest import Manifest
-from latent_tools.plan import committed_units
+from latent_tools import maintenance as tools
+from latent_tools.format.files import CacheError
+from latent_tools.format.manifest import Manifest
+from latent_tools.format.plan import committed_units
 
 
 def info(cache: str) -> None:
@@ -140,8 +140,8 @@ def export(
         seed: Seed of the draws.
         any_pixel_range: Export although the trainers decode to another pixel range.
     """
-    from latent_tools.exports import export_cache
-    from latent_tools.exports.formats import FORMATS
+    from latent_tools.export import export_cache
+    from latent_tools.export.formats import FORMATS
 
     if format is None or output is None:
         raise ConfigError(

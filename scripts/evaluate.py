@@ -5,8 +5,8 @@
 Also under `accelerate launch`, on several processes, with the same result.
 """
 
+from first_stage.commands.evaluate import main
 from first_stage.errors import run_command
-from first_stage.evaluation.command import main
 
 if __name__ == "__main__":
     run_command(main)

@@ -12,14 +12,14 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from first_stage.autoencoder import FirstStage, load_autoencoder, require_kl
-from first_stage.command_line import read_options
+from first_stage.config.parsing import read_options
 from first_stage.data import View, fixed_images, images_from_pixels, open_source
+from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError, run_command
-from first_stage.export import STATISTICS_FILE, measure_latents
 from first_stage.files import write_folder
-from first_stage.folding import fold_statistics
-from first_stage.processes import Processes
+from first_stage.handover.export import STATISTICS_FILE, measure_latents
+from first_stage.handover.folding import fold_statistics
+from first_stage.models.first_stage import FirstStage, load_autoencoder, require_kl
 from latent_tools import LatentDataset
 
 _AT_ONCE = 16

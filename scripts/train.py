@@ -4,10 +4,10 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from first_stage.config import parse_config
+from first_stage.config.schema import parse_config
 from first_stage.errors import run_command
-from first_stage.folder import resume_command
-from first_stage.run import train
+from first_stage.training.loop import train
+from first_stage.training.run_folder import resume_command
 
 
 def main() -> None:

@@ -4,20 +4,7 @@
 """
 
 from first_stage.data.broken import BrokenFiles
-from first_stage.data.loader import (
-    Batch,
-    FixedImages,
-    StepSampler,
-    TrainingStream,
-    collate,
-    fingerprint,
-    fixed_images,
-    loader_fault,
-    spare_workers,
-    start_loader,
-    training_loader,
-)
-from first_stage.data.pixels import (
+from first_stage.data.images import (
     CHANNELS,
     BrokenImage,
     View,
@@ -33,6 +20,19 @@ from first_stage.data.sources import (
     is_builtin,
     open_source,
     split_source,
+)
+from first_stage.data.stream import (
+    Batch,
+    FixedImages,
+    StepSampler,
+    TrainingStream,
+    collate,
+    fingerprint,
+    fixed_images,
+    loader_fault,
+    spare_workers,
+    start_loader,
+    training_loader,
 )
 
 __all__ = [

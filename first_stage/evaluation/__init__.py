@@ -7,14 +7,14 @@ is made from.
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
-from first_stage.evaluation.codec import Codec
 from first_stage.evaluation.files import Evaluation, is_evaluation, load, save
 from first_stage.evaluation.images import EvaluationImages, HeldImages, ImageList
 from first_stage.evaluation.measure import Measurement, Options
 from first_stage.evaluation.pictures import Pair, add_reconstructions, choose_pairs, start_pairs
 from first_stage.evaluation.table import comparison_table
-from first_stage.processes import Processes
+from first_stage.models.codec import Codec
 
 __all__ = [
     "Codec",

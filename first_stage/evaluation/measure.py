@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from first_stage import metrics
+from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
-from first_stage.evaluation.codec import Codec, Encoded
 from first_stage.evaluation.images import Group, ImageList, batches, require_some
-from first_stage.features import FeatureNetwork, cosine_distance
-from first_stage.frechet import GaussianStatistics, frechet_distance
-from first_stage.latent_health import TRANSFORMS, LatentHealth, equivariance
-from first_stage.processes import Processes
-from first_stage.spectrum import SharpnessSums
+from first_stage.metrics import images as metrics
+from first_stage.metrics.feature_networks import FeatureNetwork, cosine_distance
+from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
+from first_stage.metrics.latents import TRANSFORMS, LatentHealth, equivariance
+from first_stage.metrics.spectrum import SharpnessSums
+from first_stage.models.codec import Codec, Encoded
 
 HISTOGRAM_BINS = 41
 _VALUES_PER_IMAGE = 1024

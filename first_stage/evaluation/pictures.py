@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from first_stage.data import pixels_from_images
-from first_stage.evaluation.codec import Codec
 from first_stage.evaluation.images import ImageList, group_by_shape
+from first_stage.models.codec import Codec
 
 MAX_SIDE = 512
 """Pictures larger than this show their centre, at full resolution."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from first_stage.diagnostics import Watch
 from first_stage.errors import UserError
+from first_stage.metrics.training import Watch
 from first_stage.report.charts import Series, colour_of, line_chart, share_chart
 from first_stage.report.page import Section, details, file_uri, table
 

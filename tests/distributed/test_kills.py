@@ -11,8 +11,8 @@ import pytest
 from conftest import arguments
 from launching import TRAIN, command, finish, kill_group, run, start
 
-from first_stage.checkpoint import list_checkpoints, load_checkpoint
-from first_stage.logbook import read_log
+from first_stage.training.checkpoint import list_checkpoints, load_checkpoint
+from first_stage.training.log import read_log
 
 KILLS, IN_SAVES = 22, 11
 STEPS = 260

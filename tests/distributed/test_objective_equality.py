@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 from conftest import picture
+from equality import RECORDING, check_equal, line
 from launching import run
 from recording import record
-from test_equality import RECORDING, check_equal, line
 
-from first_stage.config import parse_config
+from first_stage.config.schema import parse_config
 
 MIXES = {
     "wasserstein": {

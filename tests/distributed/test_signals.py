@@ -25,8 +25,8 @@ from launching import (
     wait_until,
 )
 
-from first_stage.checkpoint import list_checkpoints, load_checkpoint
-from first_stage.logbook import read_log
+from first_stage.training.checkpoint import list_checkpoints, load_checkpoint
+from first_stage.training.log import read_log
 
 ENDLESS = {"train.max_steps": 100000, "train.checkpoint_every": 100000, "train.batch_size": 12}
 
@@ -182,7 +182,7 @@ ON_TWO = {
     **{"train.max_steps": 6, "train.batch_size": 12, "train.log_every": 4},
     **{"train.checkpoint_every": 3, "train.keep_checkpoints": 9, "validation.every": 3},
 }
-RECORDING = Path(__file__).with_name("recording.py")
+RECORDING = Path(__file__).parents[1] / "helpers" / "recording.py"
 
 
 @pytest.fixture(scope="module")

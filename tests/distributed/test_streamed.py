@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from conftest import arguments
 from launching import run
-from test_streaming import TOTAL, write_shards
+from shards import TOTAL, write_shards
 
 
 @pytest.mark.slow
 def test_a_streamed_training_is_the_same_on_one_two_and_three_processes(tmp_path):
-    recording = Path(__file__).with_name("recording.py")
+    recording = Path(__file__).parents[1] / "helpers" / "recording.py"
     folder = write_shards(tmp_path / "shards", "tar", broken={4})
     fields = {
         **{"data.streaming": True, "data.shuffle_buffer": 12, "data.validation_share": 0},

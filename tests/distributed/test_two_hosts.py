@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from equality import check_equal, line
+from equality import reference as reference  # the run on one process, and its fixture
 from launching import environment, finish, kill_group, start
-from test_equality import check_equal, line
-from test_equality import reference as reference  # the run on one process, and its fixture
 
-RECORDING = Path(__file__).with_name("recording.py")
+RECORDING = Path(__file__).parents[1] / "helpers" / "recording.py"
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
 
 

@@ -1,7 +1,7 @@
 from cache_helpers import NumberReader, options, write_photos
 
+from benchmarks.cache_rates import cache_rates
 from first_stage.data import open_source
-from latent_tools.benchmark import cache_rates
 
 
 def test_both_rates_are_of_all_images(tmp_path):

@@ -7,11 +7,12 @@ import torch
 from cache_helpers import launch, make_vae, photo, run_tool, shard_hashes, write_photos
 from PIL import Image
 
+from first_stage.commands import cache as command
+from first_stage.commands.cache import parse_options
 from first_stage.errors import ConfigError, UserError
-from latent_tools import LatentDataset, command
+from latent_tools import LatentDataset
 from latent_tools.__main__ import main as tool
-from latent_tools.command import parse_options
-from latent_tools.manifest import Manifest
+from latent_tools.format.manifest import Manifest
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from torch import nn
 from first_stage.data import View, images_from_pixels, open_image, open_source, pixels_of
 from first_stage.errors import UserError
 from latent_tools import LatentDataset, Manifest, precompute
-from latent_tools.encoder import BatchSplitter, Encoder
-from latent_tools.files import LaunchLock
-from latent_tools.shards import read_commit
+from latent_tools.build.encoder import BatchSplitter, Encoder
+from latent_tools.format.files import LaunchLock
+from latent_tools.format.shards import read_commit
 
 
 def images_of(folder, names, view=None):

@@ -17,14 +17,14 @@ import torch
 from cache_helpers import cache, make_vae, photo, run_tool, write_photos
 from safetensors import safe_open
 
-from first_stage.autoencoder import build_autoencoder
+from first_stage.models.first_stage import build_autoencoder
 from latent_tools import CacheError, LatentDataset
 from latent_tools.__main__ import Name
-from latent_tools.exports import export_cache
-from latent_tools.exports.cache import relative_path
-from latent_tools.exports.folders import class_folders, crop_ltrb
-from latent_tools.exports.formats import FORMATS
-from latent_tools.exports.run import Journal
+from latent_tools.export import export_cache
+from latent_tools.export.by_sample_name import class_folders, crop_ltrb
+from latent_tools.export.cache import relative_path
+from latent_tools.export.formats import FORMATS
+from latent_tools.export.run import Journal
 
 COUNT = 7
 

@@ -23,8 +23,9 @@ from cache_helpers import (
 )
 
 from first_stage.data import open_source
-from latent_tools import LatentDataset, Manifest, writer
-from latent_tools.plan import committed_units
+from latent_tools import LatentDataset, Manifest
+from latent_tools.build import writer
+from latent_tools.format.plan import committed_units
 
 pytestmark = pytest.mark.slow
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from cache_helpers import make_vae
 
-from latent_tools.files import CacheError
-from latent_tools.manifest import (
+from latent_tools.format.files import CacheError
+from latent_tools.format.manifest import (
     Manifest,
     describe_first_stage,
     fingerprint_weights,

@@ -2,8 +2,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from latent_tools.files import CacheError
-from latent_tools.plan import (
+from latent_tools.format.files import CacheError
+from latent_tools.format.plan import (
     Plan,
     bucket_shapes,
     duplicate_id,

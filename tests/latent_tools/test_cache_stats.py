@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from latent_tools.stats import ChannelSums, merge_all, summary
+from latent_tools.format.statistics import ChannelSums, merge_all, summary
 
 
 def reference(mean, logvar):

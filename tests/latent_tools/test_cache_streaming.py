@@ -6,10 +6,11 @@ import pyarrow.parquet as pq
 import pytest
 from cache_helpers import NumberReader, number_of, numbered, options, shard_hashes
 
+from first_stage.commands.cache import main
 from first_stage.errors import UserError
-from latent_tools import LatentDataset, precompute, streaming
-from latent_tools.command import main
-from latent_tools.streaming import ParquetStream
+from latent_tools import LatentDataset, precompute
+from latent_tools.build import parquet as streaming
+from latent_tools.build.parquet import ParquetStream
 
 COMMON = {"resolution": 8, "resize": 8, "dtype": "float32", "unit_size": 5, "batch_size": 2}
 

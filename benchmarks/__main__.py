@@ -1,0 +1,81 @@
+"""Measure speed side by side, in one run, on the same work.
+
+    python -m benchmarks train --config configs/demo.yaml
+    python -m benchmarks train --config configs/demo.yaml --random_vgg
+    python -m benchmarks cache --config configs/demo.yaml --images 2000
+    python -m benchmarks read --latents 20000
+    python -m benchmarks scale --config configs/demo.yaml --picture scaling.png
+
+Machines differ and are noisy: what is compared takes turns within one run, ratios are taken turn by
+turn, and the median is printed with the smallest and largest value.
+"""
+
+import argparse
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import caching, training
+from benchmarks.reading import benchmark_read
+from benchmarks.scaling import benchmark_scale
+from benchmarks.timing import machine
+from first_stage.errors import run_command
+from first_stage.files import write_json
+
+_LATENT_SHAPE = (4, 32, 32)
+
+
+def main() -> None:
+    """Run one of the four, print its tables, and write them as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0],
+        epilog="Further arguments are those of training: --config FILE, --field.name value.",
+    )
+    parser.add_argument("what", choices=("train", "cache", "read", "scale"))
+    parser.add_argument("--repeats", type=int, default=5, help="turns (default: 5)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a step form's turn, about")
+    parser.add_argument("--random_vgg", action="store_true", help="train: add a VGG16 term")
+    parser.add_argument("--images", type=int, default=2000, help="image files for cache")
+    parser.add_argument("--side", type=int, default=32, help="their side in pixels (default: 32)")
+    parser.add_argument("--latents", type=int, default=20000, help="latents for read")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1000, 2000, 4000, 8000],
+                        help="scale: how many images are cached")  # fmt: skip
+    parser.add_argument("--picture", type=Path, help="scale: draw the curves here")
+    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    options, recipe = parser.parse_known_args()
+    recipe = recipe or ["--config", "configs/demo.yaml"]
+    if options.only:
+        found = _only(options, recipe)
+        print(json.dumps(found))
+        return
+    results = {"machine": machine(), options.what: _measure(options, recipe)}
+    print(f"\n{json.dumps(results['machine'])}")
+    if options.json:
+        write_json(options.json, results)
+        print(f"written to {options.json}")
+
+
+def _only(options: argparse.Namespace, recipe: list[str]) -> dict[str, float]:
+    """One variant, as `run_apart` asks for it."""
+    if options.what == "cache":
+        return caching.run_one(recipe, options.images, options.side)
+    return training.run_one(recipe, options.only, options.seconds)
+
+
+def _measure(options: argparse.Namespace, recipe: list[str]) -> dict[str, Any]:
+    repeats, seconds = options.repeats, options.seconds
+    if options.what == "train":
+        vgg = training.random_vgg if options.random_vgg else contextlib.nullcontext
+        with vgg(recipe) as whole:
+            return training.benchmark_train(whole, repeats, seconds)
+    if options.what == "cache":
+        return caching.benchmark_cache(recipe, options.images, options.side, repeats)
+    if options.what == "read":
+        return benchmark_read(options.latents, _LATENT_SHAPE, repeats)
+    return benchmark_scale(recipe, seconds, options.counts, options.side, options.picture)
+
+
+if __name__ == "__main__":
+    run_command(main)

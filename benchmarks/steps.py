@@ -1,0 +1,101 @@
+"""Training steps as public trainers write them, for `benchmark.py train` to compare with.
+
+Both are written from their description (latent-diffusion's and VQGAN's training): the adaptive
+weight takes two `autograd.grad` calls down to the decoder's last layer, after which the whole loss
+is differentiated once more. `two_pass_step` also encodes and decodes the batch a second time for
+the critic. They use our networks, losses and optimizers, so that only the form of the step differs.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from first_stage.data import Batch, images_from_pixels
+from first_stage.losses.learned import feature_distances
+from first_stage.losses.objective import pixel_error
+from first_stage.training.step import Trainer
+
+
+def one_pass_step(trainer: Trainer, batch: Batch) -> None:
+    """One pass of the autoencoder; the critic sees its detached reconstruction."""
+    images = images_from_pixels(batch.pixels).contiguous()
+    reconstruction = _first_stage_update(trainer, images, batch.noise)
+    _critic_update(trainer, images, reconstruction)
+
+
+def two_pass_step(trainer: Trainer, batch: Batch) -> None:
+    """A full pass for each player, as with one optimizer index after the other."""
+    images = images_from_pixels(batch.pixels).contiguous()
+    _first_stage_update(trainer, images, batch.noise)
+    reconstruction, _, _ = trainer.first_stage.module(images, batch.noise)
+    _critic_update(trainer, images, reconstruction)
+
+
+def first_stage_loss(trainer: Trainer, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """The autoencoder's loss in the usual form, with the adaptive weight of this very batch.
+
+    Returns:
+        The loss and the reconstruction, both with their graph.
+    """
+    config = trainer.config.loss
+    stage, critic = trainer.first_stage, trainer.critic
+    reconstruction, posterior, _ = stage.module(images, noise)
+    pixel = pixel_error(
+        reconstruction, images, config.pixel, config.huber_delta, config.pixel_cutoff
+    )
+    others = config.pixel_weight * pixel
+    if trainer.objective.pretrained is not None:
+        with trainer.accelerator.autocast():
+            values = trainer.objective.pretrained(reconstruction, images)
+        for weight, value in values.values():
+            others = others + weight * value
+    adversarial = reconstruction.new_zeros(())
+    factor = adversarial
+    if critic is not None:
+        fakes = critic.module(reconstruction)
+        if config.learned.weight > 0:
+            with torch.no_grad():
+                reals = critic.module(images)
+            distances = feature_distances(fakes.features, reals.features, config.learned.distance)
+            magnitudes = trainer.objective.means.get("magnitude")
+            if magnitudes is not None:
+                distances = distances / magnitudes
+            others = others + config.learned.weight * distances.mean()
+        adversarial = trainer.objective.pair.generator(fakes.logits, fakes.logits)
+        factor = _adaptive_weight(others, adversarial, stage.network.last_layer)
+    kl = config.kl_weight * posterior.kl().mean() / images[0].numel()
+    return others + config.adversarial.weight * factor * adversarial + kl, reconstruction
+
+
+def _adaptive_weight(others: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    (target,) = torch.autograd.grad(others, last_layer, retain_graph=True)
+    (current,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (target.norm() / (current.norm() + 1e-4)).clamp(0.0, 1e4).detach()
+
+
+def _first_stage_update(trainer: Trainer, images: Tensor, noise: Tensor) -> Tensor:
+    if trainer.critic is not None:
+        trainer.critic.network.requires_grad_(False)
+    loss, reconstruction = first_stage_loss(trainer, images, noise)
+    trainer.accelerator.backward(loss)
+    if trainer.critic is not None:
+        trainer.critic.network.requires_grad_(True)
+    _apply(trainer, trainer.first_stage)
+    trainer.ema.step(trainer.vae.parameters())
+    return reconstruction
+
+
+def _critic_update(trainer: Trainer, images: Tensor, reconstruction: Tensor) -> None:
+    critic = trainer.critic
+    if critic is None:
+        return
+    reals, fakes = critic.module(images), critic.module(reconstruction.detach())
+    trainer.accelerator.backward(trainer.objective.pair.critic(reals.logits, fakes.logits))
+    _apply(trainer, critic)
+
+
+def _apply(trainer: Trainer, player: object) -> None:
+    optimizer: torch.optim.Optimizer = player.optimizer  # type: ignore[attr-defined]
+    parameters = player.parameters  # type: ignore[attr-defined]
+    nn.utils.clip_grad_norm_(parameters, trainer.config.train.clip_norm or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

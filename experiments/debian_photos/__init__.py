@@ -1,0 +1,1 @@
+"""Free photos that come with Debian packages, to train on."""

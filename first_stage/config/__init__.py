@@ -1,0 +1,1 @@
+"""The configuration of a run: its sections, their checks, and how it is read."""

@@ -1,0 +1,382 @@
+"""Batches for training: an endless stream of samples, each position a pure function of the seed.
+
+Position n of the stream is sample `order(epoch)[n % N]` of epoch `n // N`; step k trains on the
+positions k * batch_size ... (k + 1) * batch_size - 1. Each process takes its contiguous slice of a
+step's positions, so what a step sees does not depend on the number of processes or workers, and
+resuming means starting at a step. No sampler pads or drops: a data set smaller than a batch just
+comes round again.
+"""
+
+import contextlib
+import hashlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from first_stage.data.images import BrokenImage, View, open_image, pixels_of
+from first_stage.data.sources import Sample, Source
+from first_stage.errors import DataError, UserError
+from first_stage.seeding import Purpose, generator
+
+_CONTENT_SAMPLES = 256
+_LOOK_FURTHER = 100
+"""How many unreadable samples in a row are skipped before the data counts as unusable."""
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one process.
+
+    Attributes:
+        pixels: `(B, H, W, C)` in 0..255, uint8, or float32 when a 16-bit file is among them.
+        noise: `(B, *latent_shape)` float32, standard normal; posterior noise.
+        ids: The samples' ids.
+        broken: Ids and reasons of the samples that could not be decoded and were skipped.
+    """
+
+    pixels: Tensor
+    noise: Tensor
+    ids: list[str]
+    broken: dict[str, str] = field(default_factory=dict)
+
+    def pin_memory(self) -> "Batch":
+        """Called by the `DataLoader`'s pinning thread."""
+        return Batch(self.pixels.pin_memory(), self.noise.pin_memory(), self.ids, self.broken)
+
+    def to(self, device: torch.device) -> "Batch":
+        """Move the tensors; asynchronous where the memory is pinned."""
+        return Batch(
+            self.pixels.to(device, non_blocking=True),
+            self.noise.to(device, non_blocking=True),
+            self.ids,
+            self.broken,
+        )
+
+
+@dataclass(frozen=True)
+class Example:
+    """One decoded sample: see `Batch` for the fields."""
+
+    pixels: np.ndarray
+    noise: np.ndarray
+    id: str
+    broken: dict[str, str]
+
+
+class TrainingStream(Dataset[Example]):
+    """The endless stream of samples, indexed by position.
+
+    Args:
+        source: The samples.
+        view: Resize and crop.
+        channels: Channels to read files into.
+        seed: The run's seed.
+        latent_shape: `(C, h, w)` of one sample's posterior noise.
+        random_crop: Random crops; centre crops otherwise.
+        flip: Mirror half of the views left to right.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        view: View,
+        channels: int,
+        seed: int,
+        latent_shape: tuple[int, int, int],
+        random_crop: bool = True,
+        flip: bool = True,
+    ):
+        self.source, self.view, self.channels, self.seed = source, view, channels, seed
+        self.latent_shape = latent_shape
+        self.random_crop, self.flip = random_crop, flip
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def sample_at(self, position: int) -> tuple[int, int]:
+        """Epoch and sample index at a position of the stream."""
+        epoch, place = divmod(position, len(self.source))
+        if self._order is None or self._order[0] != epoch:
+            drawn = generator(self.seed, Purpose.ORDER, epoch).permutation(len(self.source))
+            self._order = (epoch, drawn)
+        return epoch, int(self._order[1][place])
+
+    def __getitem__(self, position: int) -> Example:
+        """Decode the sample at a position.
+
+        A sample that cannot be decoded is skipped: the next position's sample takes its place, so
+        that batches stay whole and equal for any number of processes.
+        """
+        broken: dict[str, str] = {}
+        for ahead in range(_LOOK_FURTHER):
+            place = self.replacement(position, ahead)
+            epoch, index = self.sample_at(place)
+            sample = self.read(place, index)
+            try:
+                pixels = self._decode(epoch, index, sample)
+            except BrokenImage as error:
+                broken[sample.id] = str(error)
+                continue
+            noise = generator(self.seed, Purpose.NOISE, position).standard_normal(
+                self.latent_shape, dtype=np.float32
+            )
+            return Example(pixels, noise, sample.id, broken)
+        first, reason = next(iter(broken.items()))
+        raise DataError(
+            f"{len(broken)} samples in a row of {self.source.name!r} cannot be decoded "
+            f"(first: {first}: {reason})"
+        )
+
+    def replacement(self, position: int, ahead: int) -> int:
+        """The position whose sample takes the place of one that cannot be decoded.
+
+        Args:
+            position: The place to fill.
+            ahead: How many were tried before; 0 is the position itself.
+        """
+        return position + ahead
+
+    def read(self, position: int, index: int) -> Sample:
+        """Read the sample at a position; what is in the file is not decoded yet."""
+        return self.source.read(index)
+
+    def _decode(self, epoch: int, index: int, sample: Sample) -> np.ndarray:
+        image = open_image(sample.image, self.channels)
+        draw = generator(self.seed, Purpose.VIEW, epoch, index).random(3)
+        u, v = (float(draw[0]), float(draw[1])) if self.random_crop else (None, None)
+        image, _ = self.view.apply(image, u, v, flip=self.flip and bool(draw[2] < 0.5))
+        return pixels_of(image, self.channels)
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Stack examples; float32 pixels as soon as one of them is (values are in 0..255 alike)."""
+    arrays = [e.pixels for e in examples]
+    dtype = np.result_type(*arrays)
+    return Batch(
+        pixels=torch.from_numpy(np.stack([a.astype(dtype, copy=False) for a in arrays])),
+        noise=torch.from_numpy(np.stack([e.noise for e in examples])),
+        ids=[e.id for e in examples],
+        broken={name: reason for e in examples for name, reason in e.broken.items()},
+    )
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    """Positions of the stream for one process: one list per micro-batch, step after step.
+
+    Attributes:
+        batch_size: Samples per step over all processes.
+        micro_batch_size: Samples per forward pass of one process.
+        start_step: First step.
+        max_steps: Step to end before.
+        rank: This process.
+        world: Number of processes.
+    """
+
+    batch_size: int
+    micro_batch_size: int
+    start_step: int
+    max_steps: int
+    rank: int
+    world: int
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one process in one step."""
+        return self.batch_size // self.world // self.micro_batch_size
+
+    def __len__(self) -> int:
+        return (self.max_steps - self.start_step) * self.micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch_size // self.world
+        for step in range(self.start_step, self.max_steps):
+            first = step * self.batch_size + self.rank * share
+            for start in range(first, first + share, self.micro_batch_size):
+                yield list(range(start, start + self.micro_batch_size))
+
+
+def spare_workers(busy: int = 1) -> int:
+    """How many decoding processes each process of a run gets when nobody says: at most 8.
+
+    Args:
+        busy: Cores that each of this machine's processes keeps busy itself.
+    """
+    has_affinity = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - busy))
+
+
+def training_loader(
+    stream: TrainingStream, sampler: Iterable[list[int]], workers: int, pin_memory: bool
+) -> DataLoader[Any]:
+    """Decode a process's micro-batches in workers, ahead of the step.
+
+    Args:
+        stream: The stream.
+        sampler: Which positions: a list per micro-batch.
+        workers: Worker processes; 0 decodes in this one.
+        pin_memory: Copy batches to page-locked memory, for a GPU.
+
+    Returns:
+        A loader of `Batch`; it ends when the sampler does.
+    """
+    return DataLoader(
+        stream,
+        batch_sampler=sampler,  # type: ignore[arg-type]
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        persistent_workers=False,
+        worker_init_fn=prepare_worker,
+    )
+
+
+def prepare_worker(_: int) -> None:
+    """Set up a worker process: one thread, and signals are for the training process.
+
+    A terminal and a scheduler signal every process of a job. The training process then wants to
+    finish its step, and needs its workers for that; it ends them itself.
+    """
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+
+
+def _end_when_the_parent_says_so() -> None:
+    parent = os.getppid()
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
+    """Iterate a loader whose workers' deaths are noticed where a batch is asked for.
+
+    torch also installs a handler that raises as soon as a worker dies, wherever the training is
+    just then: in the middle of an update or of a save. Without it the loader itself notices within
+    5 s, between two steps, where everything can still be saved.
+
+    Returns:
+        The batches. Closing it ends the workers.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    return _deliver(batches)
+
+
+def _deliver(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+    yield from batches
+
+
+def loader_fault(error: Exception, rank: int) -> UserError | None:
+    """What a failing loader has to say in one line; `None` when it is not the loader's fault.
+
+    Args:
+        error: What was raised where a batch was asked for.
+        rank: This process.
+    """
+    if isinstance(error, UserError):
+        # From a worker, torch raises the same class with a whole traceback for its message.
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        last = lines[-1]
+        return DataError(last.partition("Error: ")[2] or last if len(lines) > 1 else last)
+    told_by_torch = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+    # A worker that dies while it hands over a batch breaks the connection first.
+    cut_off = isinstance(error, ConnectionError | EOFError) or (
+        isinstance(error, FileNotFoundError) and error.filename is None
+    )
+    if not told_by_torch and (not cut_off or "Caught " in str(error)):
+        return None
+    return DataError(
+        f"a data worker of process {rank} (on {socket.gethostname()}) was killed, most often "
+        "because memory ran out: fewer data.workers need less"
+    )
+
+
+@dataclass
+class FixedImages:
+    """Samples at fixed centre crops: for validation, pictures and measuring.
+
+    Attributes:
+        pixels: `(N, H, W, C)` in 0..255.
+        ids: The samples' ids.
+    """
+
+    pixels: Tensor
+    ids: list[str]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def fixed_images(source: Source, view: View, channels: int, count: int, seed: int) -> FixedImages:
+    """Decode a fixed choice of samples at centre crops.
+
+    Args:
+        source: The samples.
+        view: Resize and crop.
+        channels: Channels to read files into.
+        count: How many at most; fewer when the source has fewer that can be decoded.
+        seed: Seed of the choice among more samples than `count`; the source's order is kept.
+
+    Returns:
+        The images.
+
+    Raises:
+        DataError: When none can be decoded.
+    """
+    chosen = generator(seed, Purpose.SPLIT, 1).permutation(len(source))
+    found: list[tuple[int, str, np.ndarray]] = []
+    for index in chosen:
+        if len(found) == count:
+            break
+        sample = source.read(int(index))
+        try:
+            image = open_image(sample.image, channels)
+        except BrokenImage:
+            continue
+        found.append((int(index), sample.id, pixels_of(view.apply(image)[0], channels)))
+    if not found:
+        raise DataError(f"none of the {len(source)} samples of {source.name!r} can be decoded")
+    found.sort(key=lambda entry: entry[0])
+    dtype = np.result_type(*[pixels for _, _, pixels in found])
+    stacked = np.stack([pixels.astype(dtype, copy=False) for _, _, pixels in found])
+    return FixedImages(torch.from_numpy(stacked), [name for _, name, _ in found])
+
+
+def fingerprint(source: Source) -> str:
+    """A hash that tells whether a data set changed between two runs.
+
+    It covers the ids of all samples and the files of up to 256 of them, spread evenly: samples that
+    were added, removed or renamed are always noticed, and so is a set that was resized or encoded
+    anew; a single file that was replaced under its old name mostly is not. Sources that know a
+    better way have a method `fingerprint` of their own.
+    """
+    own = getattr(source, "fingerprint", None)
+    if own is not None:
+        return str(own())
+    digest = hashlib.sha256()
+    count = len(source)
+    for index in range(count):
+        digest.update(source.id(index).encode() + b"\n")
+    for index in np.unique(np.linspace(0, count - 1, _CONTENT_SAMPLES).round().astype(int)):
+        image = source.read(int(index)).image
+        if isinstance(image, Path):
+            with contextlib.suppress(OSError):  # a broken file is the loader's to report
+                image = image.read_bytes()
+        digest.update(hashlib.sha256(image).digest() if isinstance(image, bytes) else b"")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""The export: a plain diffusers folder with measured statistics, and its card."""

@@ -1,0 +1,1 @@
+"""The objective: its terms, their balance, and what keeps the critic in bounds."""

@@ -1,0 +1,1 @@
+"""Figures of images, spectra, features, latents, and of the training itself."""

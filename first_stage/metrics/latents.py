@@ -1,0 +1,238 @@
+"""What the latents are like for the diffusion model that will be trained on them.
+
+Everything is summed over images in float64 and can be merged from parts, so that several processes
+measure what one would. Latents are raw (unscaled) modes of the posterior, `(B, C, h, w)`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from first_stage.metrics.images import mean_squared_error
+from first_stage.metrics.spectrum import (
+    BINS,
+    HIGH,
+    cosine_transform,
+    mean_energy,
+    radial_frequency,
+    ring_centres,
+    ring_energy,
+)
+
+ACTIVE = 0.01
+"""A channel is active when its signal has more than this share of the posterior noise's variance
+(Burda et al. 2016, section 5.2, whose threshold of 0.01 assumes a noise of variance 1)."""
+
+
+class ChannelMoments:
+    """Count, mean and central moments up to the fourth of each channel.
+
+    Attributes:
+        count: Values per channel.
+        sums: `(4, C)` float64: mean, then the sums of the squared, cubed and fourth powers of the
+            deviations from it.
+    """
+
+    def __init__(self, channels: int):
+        self.count = 0
+        self.sums = np.zeros((4, channels))
+
+    def update(self, latents: Tensor) -> None:
+        """Count latents `(B, C, h, w)`."""
+        values = latents.detach().transpose(0, 1).flatten(1).cpu().double()
+        mean = values.mean(1)
+        deviation = values - mean[:, None]
+        part = ChannelMoments(len(mean))
+        part.count = values.shape[1]
+        powers = [deviation.pow(k).sum(1) for k in (2, 3, 4)]
+        part.sums = torch.stack([mean, *powers]).numpy()
+        self.merge(part)
+
+    def merge(self, other: "ChannelMoments") -> None:
+        """Add other values (Pebay 2008, equations 1.4 to 1.6 for two sets)."""
+        if other.count == 0:
+            return
+        na, nb = self.count, other.count
+        n = na + nb
+        (mean_a, a2, a3, a4), (mean_b, b2, b3, b4) = self.sums, other.sums
+        d = mean_b - mean_a
+        m4 = (
+            a4 + b4
+            + d**4 * (na * nb * (na * na - na * nb + nb * nb) / n**3)
+            + 6 * d**2 * (na * na * b2 + nb * nb * a2) / n**2
+            + 4 * d * (na * b3 - nb * a3) / n
+        )  # fmt: skip
+        m3 = a3 + b3 + d**3 * (na * nb * (na - nb) / n**2) + 3 * d * (na * b2 - nb * a2) / n
+        m2 = a2 + b2 + d**2 * (na * nb / n)
+        self.sums = np.stack([mean_a + d * (nb / n), m2, m3, m4])
+        self.count = n
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of each channel, `(C,)`."""
+        return self.sums[0]
+
+    @property
+    def variance(self) -> np.ndarray:
+        """Variance of each channel, `(C,)`, dividing by the count."""
+        return self.sums[1] / max(self.count, 1)
+
+    @property
+    def excess_kurtosis(self) -> np.ndarray:
+        """Fourth standardised moment minus 3: 0 for a Gaussian; NaN for a constant channel."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.count * self.sums[3] / self.sums[1] ** 2 - 3.0
+
+
+class LatentHealth:
+    """Statistics of the latents of a first stage, image by image.
+
+    Args:
+        channels: Channels of the latents.
+    """
+
+    def __init__(self, channels: int):
+        self.images = 0
+        self.moments = ChannelMoments(channels)
+        self.kl = np.zeros(channels)
+        self.noise = np.zeros(channels)
+        self.posteriors = 0
+        self.energy = np.zeros((channels, BINS))
+        self.count = np.zeros(BINS)
+        self.total = np.zeros(channels)
+        self.high = np.zeros(channels)
+
+    def update(self, mean: Tensor, logvar: Tensor | None) -> None:
+        """Count a batch.
+
+        Args:
+            mean: `(B, C, h, w)`, the posterior's modes, or the latents of a first stage without a
+                posterior.
+            logvar: Logarithm of the posterior's variance, of the same shape, or `None`.
+        """
+        self.images += len(mean)
+        self.moments.update(mean)
+        if logvar is not None:
+            self.posteriors += len(mean)
+            mu, lv = mean.cpu().double(), logvar.cpu().double()
+            kl = 0.5 * (mu.square() + lv.exp() - 1.0 - lv)
+            self.kl += kl.sum((0, 2, 3)).numpy()
+            self.noise += lv.exp().mean((2, 3)).sum(0).numpy()
+        energy = cosine_transform(mean).square().cpu()
+        rings, count = ring_energy(energy)
+        self.energy += rings.sum(0).numpy()
+        self.count += len(mean) * count.numpy()
+        energy[..., 0, 0] = 0.0
+        fine = radial_frequency(*mean.shape[-2:]) >= HIGH
+        self.total += energy.sum((0, 2, 3)).numpy()
+        self.high += energy[..., fine].sum((0, 2)).numpy()
+
+    def merge(self, other: "LatentHealth") -> None:
+        """Add other images."""
+        self.images += other.images
+        self.posteriors += other.posteriors
+        self.moments.merge(other.moments)
+        for name in ("kl", "noise", "energy", "count", "total", "high"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+    def summary(self) -> dict[str, Any]:
+        """Everything by channel and over channels; `None` where a figure does not exist.
+
+        Returns:
+            `channels` with one entry per channel: `mean`, `std`, `excess_kurtosis`, `kl` (nats per
+            image, summed over positions), `noise_std`, `signal_to_noise` (variance of the modes
+            over the posterior's variance), `active`. `active_channels`. `kl` (nats per image).
+            `spectrum`: `frequency` in cycles per latent, `energy` per coefficient with every
+            channel scaled to the same total, and `high_frequency_share`, the mean share of a
+            channel's energy at a quarter of a cycle and above; white noise has about 0.8.
+        """
+        m = self.moments
+        posterior = self.posteriors > 0
+        n = max(self.posteriors, 1)
+        signal = m.variance
+        noise = self.noise / n
+        floor = ACTIVE * noise if posterior else np.full_like(signal, 1e-12)
+        active = signal > floor
+        channels = [
+            {
+                "mean": float(m.mean[c]),
+                "std": math.sqrt(max(float(signal[c]), 0.0)),
+                "excess_kurtosis": _number(m.excess_kurtosis[c]),
+                "kl": float(self.kl[c] / n) if posterior else None,
+                "noise_std": math.sqrt(float(noise[c])) if posterior else None,
+                "signal_to_noise": _number(signal[c] / noise[c]) if posterior else None,
+                "active": bool(active[c]),
+            }
+            for c in range(len(signal))
+        ]
+        # A channel of large values would hide the others; each counts with a total of 1.
+        shown = self.total > 0
+        scaled = self.energy[shown] / self.total[shown, None]
+        coefficients = self.count / max(self.images, 1)
+        relative = mean_energy(scaled.mean(0), coefficients) if shown.any() else [None] * BINS
+        share = float((self.high[shown] / self.total[shown]).mean()) if shown.any() else None
+        return {
+            "posterior": posterior,
+            "channels": channels,
+            "active_channels": int(active.sum()),
+            "kl": float(self.kl.sum() / n) if posterior else None,
+            "spectrum": {
+                "frequency": ring_centres(),
+                "energy": relative,
+                "high_frequency_share": share,
+            },
+        }
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _half(x: Tensor) -> Tensor:
+    size = (max(x.shape[-2] // 2, 1), max(x.shape[-1] // 2, 1))
+    return F.interpolate(x, size, mode="bilinear", antialias=True)
+
+
+TRANSFORMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "flip": lambda x: x.flip(-1),
+    "rotate_90": lambda x: x.rot90(1, (-2, -1)),
+    "scale_0.5": _half,
+}
+"""Transforms of latents, and the same of images."""
+
+
+def equivariance(
+    decode: Callable[[Tensor], Tensor], latents: Tensor, images: Tensor
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """What happens to reconstructions when latents are flipped, turned or scaled.
+
+    A first stage whose decoder follows such changes has latents that look like small images; a
+    diffusion model learns them more easily (Kouzelis et al. 2025, EQ-VAE, equation 3).
+
+    Args:
+        decode: Latents to images.
+        latents: `(B, C, h, w)`.
+        images: `(B, C_in, H, W)` in [-1, 1], what the latents encode.
+
+    Returns:
+        For each transform T the mean squared errors `(B,)`, values in [0, 1], of the decoded
+        transformed latents: against the transformed images, |T x - D(T z)|^2, and against the
+        transformed reconstructions, |T D(z) - D(T z)|^2, which is the change by T alone.
+    """
+    reconstructions = decode(latents).clamp(-1, 1)
+    result = {}
+    for name, transform in TRANSFORMS.items():
+        decoded = decode(transform(latents)).clamp(-1, 1)
+        wanted = []
+        for target in (images, reconstructions):
+            moved = transform(target)
+            if moved.shape != decoded.shape:  # an odd number of latents was halved
+                moved = F.interpolate(target, decoded.shape[-2:], mode="bilinear", antialias=True)
+            wanted.append(mean_squared_error(moved, decoded))
+        result[name] = (wanted[0], wanted[1])
+    return result

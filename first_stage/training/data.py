@@ -1,0 +1,236 @@
+"""What a run needs before it begins: the accelerator and the data."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+
+from first_stage.config.schema import Config
+from first_stage.data import (
+    Batch,
+    Source,
+    TrainingStream,
+    View,
+    fingerprint,
+    is_builtin,
+    open_source,
+    spare_workers,
+    split_source,
+    training_loader,
+)
+from first_stage.data.shard_stream import ShardLoader, ShardStream, StreamSource, split_stream
+from first_stage.data.shards import Shard, ShardedRows, count_rows, find_shards
+from first_stage.distributed.memory import keep_freed_memory
+from first_stage.distributed.processes import Processes
+from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.files import writing
+from first_stage.models.first_stage import FirstStage
+from first_stage.training.log import tracker_of
+from first_stage.training.run_folder import SHARDS
+from first_stage.training.step import Trainer
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The accelerator, which joins the job's processes.
+
+    Raises:
+        ConfigError: When precision or tracker cannot be had here.
+    """
+    tracker, remark = tracker_of(config.train.tracker)
+    # What torch offers instead would still copy buffers at the start, which is as good here, but
+    # versions before 2.13 do not have it.
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.train.precision,
+            log_with=tracker,
+            project_dir=config.output_dir,
+            # Buffers never differ between processes, and copying them in the critic's second
+            # forward pass would change what its first one saved for the backward pass.
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+            ],
+        )
+    except ValueError as error:
+        raise ConfigError(
+            f"train.precision {config.train.precision!r} cannot be used: {error}"
+        ) from error
+    if remark and accelerator.is_main_process:
+        print(remark, flush=True)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
+    # Crops of one size, step after step: trying the algorithms once pays.
+    torch.backends.cudnn.benchmark = True
+    return accelerator
+
+
+def open_data(config: Config, processes: Processes | None = None) -> tuple[Source, Source | None]:
+    """The samples to train on, and the held-out ones if there are any.
+
+    Args:
+        config: The run's configuration.
+        processes: The first one counts the rows of a stream's shards for all.
+    """
+    data = config.data
+
+    def opened(path: str, split: Any) -> Source:
+        return open_source(path, data.image_column, split, data.split)
+
+    held_out = None
+    if data.validation_path is not None:
+        held_out = opened(data.validation_path, "validation")
+    if data.streaming:
+        rows = _open_shards(config, processes or Processes())
+        share = data.validation_share if held_out is None else 0.0
+        training, spread = split_stream(rows, share)
+        return training, spread if held_out is None else held_out
+    if held_out is not None:
+        return opened(data.path, "train"), held_out
+    if is_builtin(data.path):
+        return opened(data.path, "train"), opened(data.path, "validation")
+    source = opened(data.path, "all")
+    if data.validation_share == 0:
+        return source, None
+    return split_source(source, data.validation_share, config.seed)
+
+
+def _open_shards(config: Config, processes: Processes) -> ShardedRows:
+    data = config.data
+    shards: list[Shard] = []
+
+    def count() -> None:
+        urls, folder = find_shards(data.path, data.split), Path(config.output_dir)
+        with writing(folder, lambda: "Nothing was trained yet"):
+            shards.extend(count_rows(urls, folder / SHARDS))
+
+    on_main(processes, count)
+    counted = processes.gather(shards)[0]
+    return ShardedRows(data.path, counted, data.image_column, max(config.train.batch_size, 1))
+
+
+def agreed_fingerprint(config: Config, source: Source, processes: Processes) -> str:
+    """The data's fingerprint; on several machines each may have its own copy.
+
+    Raises:
+        DataError: When the processes do not see the same samples.
+    """
+    prints = processes.gather(fingerprint(source))
+    for rank, other in enumerate(prints):
+        if other != prints[0]:
+            raise DataError(
+                f"data.path {config.data.path!r} is not the same everywhere: process {rank} sees "
+                "other samples than process 0. Give all machines the same files"
+            )
+    return str(prints[0])
+
+
+def open_stream(config: Config, source: Source, stage: FirstStage) -> TrainingStream:
+    """The stream of training samples, for a first stage.
+
+    Args:
+        config: The run's configuration.
+        source: The samples, from `open_data`.
+        stage: Says how many channels, and how much posterior noise.
+    """
+    view = View(config.data.resolution, config.view_resize)
+    latent_shape = stage.latent_shape(config.data.resolution)
+    random_crop, flip = config.data.crop == "random", config.data.flip
+    if isinstance(source, StreamSource):
+        return ShardStream(
+            source, view, stage.in_channels, config.seed, latent_shape, config.train.batch_size,
+            config.data.shuffle_buffer, random_crop, flip,
+        )  # fmt: skip
+    return TrainingStream(
+        source, view, stage.in_channels, config.seed, latent_shape, random_crop, flip
+    )
+
+
+def open_loader(
+    config: Config, stream: TrainingStream, positions: Iterable[list[int]], pin_memory: bool
+) -> Iterable[Batch]:
+    """Decode the samples at these positions, one list per micro-batch, in workers.
+
+    Args:
+        config: The run's configuration.
+        stream: From `open_stream`.
+        positions: Those of this process.
+        pin_memory: Copy batches to page-locked memory, for a GPU.
+    """
+    workers = config.data.workers
+    if workers is None:
+        workers = spare_workers()
+    if isinstance(stream, ShardStream):
+        per_step = getattr(positions, "micro_batches", 1)
+        return ShardLoader(stream, positions, per_step, workers, pin_memory)
+    return training_loader(stream, positions, workers, pin_memory)
+
+
+def introduction(trainer: Trainer, micro: int, samples: int, held_out: int) -> str:
+    """What a run says of itself before it begins.
+
+    Args:
+        trainer: Its trainer.
+        micro: Images per forward pass of a process.
+        samples: Images to train on.
+        held_out: Images held out.
+    """
+    config, stage = trainer.config, trainer.first_stage.network
+    world = trainer.processes.world
+    sizes = f"first stage of {_millions(stage)} parameters"
+    if trainer.critic is not None:
+        sizes += f", critic of {_millions(trainer.critic.network)}"
+    return (
+        f"{'1 process' if world == 1 else f'{world} processes'} on "
+        f"{_device(trainer)}, precision {config.train.precision}, batch of "
+        f"{config.train.batch_size} in micro-batches of {micro}\n"
+        f"{samples:,} images to train on, {held_out:,} held out, from {config.data.path}\n"
+        f"{sizes}, f{stage.downsample_factor}, {stage.latent_channels} latent channels"
+        f"{_phases(config)}"
+    )
+
+
+def _phases(config: Config) -> str:
+    """From where on only the decoder learns; nothing where the encoder does to the end."""
+    steps = config.train.encoder_steps
+    if steps is None or steps >= config.train.max_steps:
+        return ""
+    return f"; the decoder learns alone {f'from step {steps:,} on' if steps else 'from the start'}"
+
+
+def _device(trainer: Trainer) -> str:
+    """The device, and on a CPU what of it is used: accelerate gives a process one thread."""
+    device, world = trainer.accelerator.device.type, trainer.processes.world
+    if device != "cpu":
+        return device
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
+    text = f"cpu with {threads} thread{'s' if threads > 1 else ''}{' each' if world > 1 else ''}"
+    if (more := cores // world) > threads:
+        text += f" (OMP_NUM_THREADS={more} would use all {cores} cores)"
+    return text
+
+
+def _millions(module: nn.Module) -> str:
+    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
+
+
+def on_main(processes: Processes, work: Callable[[], None]) -> None:
+    """Do something on the main process; what goes wrong there in words is raised on all.
+
+    Raises:
+        UserError: What the main process met.
+    """
+    problem: str | None = None
+    if processes.is_main:
+        try:
+            work()
+        except UserError as error:
+            problem = str(error)
+    told = processes.gather(problem)[0]
+    if told is not None:
+        raise UserError(told)

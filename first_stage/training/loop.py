@@ -1,0 +1,397 @@
+"""A training run, from its configuration to its export."""
+
+import contextlib
+import time
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from first_stage.config.schema import Config, factor_problems, micro_batch_size, to_dict
+from first_stage.data import (
+    Batch,
+    BrokenFiles,
+    StepSampler,
+    View,
+    fixed_images,
+    images_from_pixels,
+    loader_fault,
+    start_loader,
+)
+from first_stage.distributed.processes import Processes, StopRequest, end_with_launcher
+from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.evaluation import HeldImages, Options, evaluate
+from first_stage.evaluation.grids import save_gif, save_png
+from first_stage.files import write_text, writing
+from first_stage.handover.export import measure_latents
+from first_stage.metrics.training import Watch, derived
+from first_stage.training import run_folder as files
+from first_stage.training.checkpoint import (
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    set_aside,
+)
+from first_stage.training.data import (
+    agreed_fingerprint,
+    introduction,
+    make_accelerator,
+    on_main,
+    open_data,
+    open_loader,
+    open_stream,
+)
+from first_stage.training.finish import hand_over
+from first_stage.training.log import Logbook, Progress
+from first_stage.training.resume import check_resumable, lasting, recipe
+from first_stage.training.step import Trainer
+from first_stage.training.validation import draw_grid, validate
+
+
+class TrainingDiverged(UserError):
+    """A loss or gradient stopped being a number."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        finished: Whether all steps were done; otherwise a signal stopped it.
+        step: Steps done.
+        metrics: Of the held-out images, when it finished.
+        held_out: Number of held-out images.
+        processes: How many took part.
+    """
+
+    finished: bool
+    step: int
+    metrics: dict[str, float]
+    held_out: int
+    processes: int
+
+
+@dataclass(frozen=True)
+class Ending:
+    """Whether the loop ends before its last step.
+
+    Attributes:
+        now: It does.
+        fault: What went wrong, in some process; `None` when a signal asked.
+    """
+
+    now: bool
+    fault: UserError | None = None
+
+
+def train(config: Config) -> Outcome:
+    """Train a first stage and export it.
+
+    Args:
+        config: The run's configuration, as `parse_config` gives it. In a launched job every
+            process calls this.
+
+    Returns:
+        How it ended; the files are in `config.output_dir`.
+
+    Raises:
+        UserError: For anything in the configuration, data or files that cannot work, and when
+            another process of the job ended before its time.
+    """
+    end_with_launcher()
+    with StopRequest() as stop:
+        accelerator = make_accelerator(config)
+        processes = Processes(config.train.process_timeout)
+        with processes.together(), files.locked(Path(config.output_dir), processes.is_main):
+            outcome = Run(config, accelerator, processes, stop).fit()
+        accelerator.end_training()
+    return outcome
+
+
+class Run:
+    """A run's data, trainer and files.
+
+    Args:
+        config: The configuration.
+        accelerator: From `make_accelerator`.
+        processes: Those that take part.
+        stop: Whether a signal asked to end.
+    """
+
+    def __init__(
+        self, config: Config, accelerator: Accelerator, processes: Processes, stop: StopRequest
+    ):
+        self.config, self.accelerator = config, accelerator
+        self.processes, self.stop = processes, stop
+        self.folder = Path(config.output_dir)
+        self.micro = micro_batch_size(config, processes.world)
+        resume = config.resume is not None
+        on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
+        self.source, held_out = open_data(config, processes)
+        self.fingerprint = agreed_fingerprint(config, self.source, processes)
+        self.held_out = len(held_out) if held_out is not None else 0
+        self.trainer = Trainer(config, accelerator, processes)
+        stage = self.trainer.first_stage.network
+        for problem in factor_problems(config, stage.downsample_factor):
+            raise ConfigError(problem)
+        self.stream = open_stream(config, self.source, stage)
+        self.shown = fixed_images(
+            self.source if held_out is None else held_out,
+            View(*config.validation_view),
+            stage.in_channels,
+            config.validation.images,
+            config.seed,
+        )
+        self.watch = Watch()
+        self.broken = BrokenFiles(self.folder / files.BROKEN, config.data.max_broken)
+        self.resumed_at = self._resume()
+        self.saved = self.resumed_at or 0
+        self.logbook = self._open_logbook()
+        self._say(introduction(self.trainer, self.micro, len(self.source), self.held_out))
+
+    def fit(self) -> Outcome:
+        """Train to the last step, or until a signal asks to stop; then export.
+
+        Raises:
+            UserError: When data or disk fail. What was trained is saved first, where that is
+                still possible, and the message says how to go on.
+        """
+        train = self.config.train
+        metrics = self._validate(0) if self.resumed_at is None else {}
+        done, ending = self.saved, Ending(False)
+        batches = self._load(self._positions(done))
+        progress = Progress(done, train.max_steps, train.batch_size, self.processes.is_main)
+        with contextlib.closing(progress), contextlib.closing(batches):
+            while done < train.max_steps:
+                micro_batches, fault = self._next(batches, progress)
+                ending = self._agree(micro_batches, fault)
+                if ending.now:
+                    break
+                self.trainer.training_step(done, micro_batches)
+                done += 1
+                last = done == train.max_steps
+                progress.advance()
+                if done % train.log_every == 0 or last:
+                    self._log(done, progress)
+                if done % self.config.validation.every == 0 or last:
+                    metrics = self._validate(done)
+                if done % train.checkpoint_every == 0 or last:
+                    self._save(done)
+        if done != self.saved:
+            self._save(done)
+        if ending.fault is not None:
+            raise type(ending.fault)(f"{ending.fault}. {self._what_is_saved()}")
+        finished = done == train.max_steps
+        if finished:
+            metrics = metrics or self._measure()
+            self._hand_over(metrics)
+        return Outcome(finished, done, metrics, self.held_out, self.processes.world)
+
+    # -- parts of the loop -------------------------------------------------------------------
+
+    def _positions(self, start: int) -> StepSampler:
+        return StepSampler(
+            self.config.train.batch_size,
+            self.micro,
+            start,
+            self.config.train.max_steps,
+            self.processes.rank,
+            self.processes.world,
+        )
+
+    def _load(self, positions: Iterable[list[int]]) -> Generator[Batch, None, None]:
+        pin = self.accelerator.device.type == "cuda"
+        return start_loader(open_loader(self.config, self.stream, positions, pin))
+
+    def _next(
+        self, batches: Iterator[Batch], progress: Progress
+    ) -> tuple[list[Batch], UserError | None]:
+        """This process's micro-batches of a step, or why there are none."""
+        began = time.perf_counter()
+        try:
+            micro_batches = [next(batches) for _ in range(self._positions(0).micro_batches)]
+        except (UserError, RuntimeError, OSError, EOFError) as error:
+            fault = loader_fault(error, self.processes.rank)
+            if fault is None:
+                raise
+            return [], fault
+        progress.waited(time.perf_counter() - began)
+        return [batch.to(self.accelerator.device) for batch in micro_batches], None
+
+    def _agree(self, micro_batches: list[Batch], fault: UserError | None) -> Ending:
+        """Tell the other processes about signals, faults and broken files, and learn theirs.
+
+        All of them then do the same: go on, or end between the same two steps, saved.
+        """
+        skipped = [entry for batch in micro_batches for entry in batch.broken.items()]
+        asked, faults, skips = self.processes.totals(
+            int(self.stop.signal is not None), int(fault is not None), len(skipped)
+        )
+        if faults:
+            told = self.processes.gather(None if fault is None else str(fault))
+            return Ending(True, DataError(next(text for text in told if text is not None)))
+        if asked:
+            return Ending(True)
+        parts = self.processes.gather(skipped) if skips else [[]]
+        try:
+            self.broken.add(
+                self.config.train.batch_size,
+                [entry for part in parts for entry in part],
+                write=self.processes.is_main,
+            )
+        except DataError as error:
+            return Ending(True, error)
+        return Ending(False)
+
+    def _log(self, step: int, progress: Progress) -> None:
+        self._check_finite()
+        values = derived(self.trainer.meter.averages(self.processes.average))
+        values["learning_rate"] = self.trainer.first_stage.optimizer.param_groups[0]["lr"]
+        speed = progress.window()
+        if self.logbook is not None:
+            with self._writing():
+                self.logbook.write(step, values)
+                self.logbook.write_speed(step, speed)
+        for line in self.watch.read(step, values):
+            progress.say(line)
+        progress.show(
+            f"{self.config.loss.pixel} {values['loss/pixel']:.4f}, "
+            f"waiting for data {speed['speed/waiting_for_data']:.0%}"
+        )
+
+    def _measure(self) -> dict[str, float]:
+        """Metrics of the held-out images."""
+        if not self.held_out:
+            return {}
+        with self.trainer.ema_weights() as vae:
+            return validate(vae, self.shown, self.processes, self.micro)
+
+    def _validate(self, step: int) -> dict[str, float]:
+        """Measure the held-out images, and add a line to the log and a frame to the pictures."""
+        metrics = self._measure()
+        if self.processes.is_main:
+            with self.trainer.ema_weights() as vae:
+                picture = draw_grid(vae, self.shown, self.config.validation.pictures)
+            with self._writing():
+                save_png(picture, files.frame_path(self.folder, step))
+                if metrics and self.logbook is not None:
+                    self.logbook.write(step, {f"validation/{k}": v for k, v in metrics.items()})
+        return metrics
+
+    def _check_finite(self) -> None:
+        """Stop when a value was not finite, before anything of it is saved."""
+        found = self.trainer.meter.first_bad(self.processes.minimum)
+        if found is None:
+            return
+        step, names = found
+        saved = find_checkpoint(self.folder, "latest")[0]
+        raise TrainingDiverged(
+            f"{', '.join(names)} stopped being finite at step {step}; "
+            + (f"the last good checkpoint is {saved}" if saved else "no checkpoint was due yet")
+            + ". Lower train.learning_rate or the weight of that term, or use train.precision no"
+        )
+
+    def _save(self, step: int) -> None:
+        self._check_finite()
+        snapshot = self.trainer.snapshot(step)
+        snapshot.state |= {
+            "config": to_dict(lasting(self.config)),
+            "data_fingerprint": self.fingerprint,
+            "samples": len(self.source),
+            "broken": self.broken.state_dict(),
+        }
+        if self.logbook is not None:
+            with self._writing():
+                self.logbook.sync()
+                keep = self.config.train.keep_checkpoints
+                save_checkpoint(self.folder, snapshot, self.trainer.ema_weights, keep)
+                frames = [(f"step {done}", file) for done, file in files.list_frames(self.folder)]
+                save_gif(frames, self.shown.pixels.shape[1], self.folder / files.GIF)
+        self.processes.wait()
+        self.saved = step
+
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return writing(self.folder, self._what_is_saved)
+
+    def _what_is_saved(self) -> str:
+        """How the user goes on after an accident."""
+        if self.saved == 0:
+            return "No step had been saved yet"
+        command = files.resume_command(self.folder, self.processes.world)
+        return f"Everything up to step {self.saved} is saved; go on with: {command}"
+
+    def _hand_over(self, metrics: dict[str, float]) -> None:
+        """Measure latents and reconstructions once more, and write the export and the report."""
+        held = "held out" if self.held_out else "trained on"
+        images = HeldImages(self.shown, f"{self.config.data.path}, {held}")
+        options = Options(batch_size=self.micro)
+        with self.trainer.ema_weights() as vae:
+            statistics = measure_latents(
+                vae, self._first_images(self.config.export.images), self.processes
+            )
+            found = evaluate([("this run", vae)], images, options, self.processes, self.config.seed)
+            if self.processes.is_main:
+                with self._writing():
+                    hand_over(self.config, vae, statistics, metrics, found)
+        self.processes.wait()
+
+    def _first_images(self, count: int) -> Iterator[Tensor]:
+        """This process's share of the first views of the training stream."""
+        mine = list(range(self.processes.rank, count, self.processes.world))
+        chunks = [mine[i : i + self.micro] for i in range(0, len(mine), self.micro)]
+        for batch in self._load(chunks):
+            yield images_from_pixels(batch.pixels.to(self.accelerator.device))
+
+    # -- before the loop ---------------------------------------------------------------------
+
+    def _resume(self) -> int | None:
+        """Restore the checkpoint that `resume` names; returns the steps done."""
+        if self.config.resume is None:
+            return None
+        found: tuple[Path | None, list[str]] = (None, [])
+
+        def find() -> None:
+            nonlocal found
+            found = find_checkpoint(self.folder, str(self.config.resume))
+
+        on_main(self.processes, find)
+        path, remarks = self.processes.gather(found)[0]
+        for remark in remarks:
+            self._say(remark)
+        if path is None:
+            self._say(f"no checkpoint in {self.folder} yet: starting at step 0")
+            self.broken.load_state_dict(self.broken.state_dict(), write=self.processes.is_main)
+            return None
+        snapshot = load_checkpoint(path)
+        changes = check_resumable(
+            self.config, self.fingerprint, len(self.source), snapshot, str(path)
+        )
+        if changes:
+            self._say(f"changed since the checkpoint was written:\n{changes}")
+        self.trainer.restore(
+            snapshot, AutoencoderKL.from_pretrained(path / "ema", use_safetensors=True)
+        )
+        self.broken.load_state_dict(snapshot.state["broken"], write=self.processes.is_main)
+        self._say(f"resuming at step {snapshot.step} from {path}")
+        if self.processes.is_main:
+            for place in set_aside(self.folder, snapshot.step):
+                self._say(f"a later checkpoint is set aside as {place}; delete it when you like")
+        return snapshot.step
+
+    def _open_logbook(self) -> Logbook | None:
+        self.accelerator.init_trackers(files.TRACKER)
+        if not self.processes.is_main:
+            return None
+        with self._writing():
+            for step, frame in files.list_frames(self.folder):
+                if self.resumed_at is None or step > self.resumed_at:
+                    frame.unlink()
+            write_text(self.folder / files.CONFIG, recipe(self.config))
+            return Logbook(self.folder / files.LOG, self.accelerator, self.resumed_at)
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_main:
+            print(text, flush=True)

@@ -1,0 +1,191 @@
+"""Going on with a run: what its configuration and data may differ in from the checkpoint's."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from first_stage.config.schema import Config, to_dict
+from first_stage.errors import ConfigError, DataError
+from first_stage.training.checkpoint import Snapshot
+
+MAY_CHANGE = (
+    "output_dir",
+    "overwrite",
+    "resume",
+    # The samples are compared by their fingerprint, wherever they lie now.
+    "data.path",
+    "data.validation_path",
+    "data.workers",
+    "data.max_broken",
+    "model.gradient_checkpointing",
+    "critic.learning_rate",
+    "train.max_steps",
+    "train.micro_batch_size",
+    "train.learning_rate",
+    "train.weight_decay",
+    "train.warmup_steps",
+    "train.decay_steps",
+    "train.final_rate",
+    "train.clip_norm",
+    "train.precision",
+    "train.ema_decay",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.tracker",
+    "train.process_timeout",
+    "validation",
+    "export",
+)
+"""Fields, and groups of fields, that a run may go on with at another value. Everything else says
+what is trained on what: with another value the result would be neither the one run nor the other.
+"""
+_SILENT = ("output_dir", "overwrite", "resume")
+_ABSENT = object()
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Fields that differ between two configurations.
+
+    Args:
+        before: Nested, as `to_dict` gives it, or read back from JSON.
+        now: The same.
+
+    Returns:
+        Dotted name to the two values, for the fields that `now` has. A group of fields that is null
+        on one side differs in the fields of the other side.
+    """
+    old, new = _flat(before), _flat(now)
+    changed = {}
+    for name, value in new.items():
+        known = _find(old, name)
+        if known is not _ABSENT and known != value:
+            changed[name] = (known, value)
+    return changed
+
+
+def lasting(config: Config) -> Config:
+    """The configuration without what concerns only how one command began."""
+    return replace(config, resume=None, overwrite=False)
+
+
+def recipe(config: Config) -> str:
+    """The configuration as YAML that `--config` reads, ready to be resumed."""
+    return yaml.safe_dump(_lists(to_dict(lasting(config))), sort_keys=False)
+
+
+def check_resumable(
+    config: Config, fingerprint: str, samples: int, snapshot: Snapshot, checkpoint: str
+) -> str:
+    """Whether a run is the one that a checkpoint belongs to.
+
+    Args:
+        config: The run's configuration.
+        fingerprint: Of its data.
+        samples: How many there are to train on.
+        snapshot: The checkpoint's contents.
+        checkpoint: Where it lies, for messages.
+
+    Returns:
+        What has changed and may change, one line per field; empty when nothing has.
+
+    Raises:
+        ConfigError: Naming the fields that may not change.
+        DataError: When the data set is another one.
+    """
+    state = snapshot.state
+    changes = changed_fields(state["config"], to_dict(config), to_dict(Config()), checkpoint)
+    if state["data_fingerprint"] != fingerprint:
+        raise DataError(
+            f"the data set {config.data.path!r} has changed since the checkpoint {checkpoint}: "
+            f"{state['samples']:,} samples to train on then, {samples:,} now, fingerprint "
+            f"{state['data_fingerprint']} then, {fingerprint} now. Put it back as it was, or begin "
+            f"a new run in another output_dir (--model.pretrained {checkpoint}/ema starts it from "
+            "these weights)"
+        )
+    if snapshot.step > config.train.max_steps:
+        raise ConfigError(
+            f"train.max_steps ({config.train.max_steps}) is below the {snapshot.step} steps of the "
+            f"checkpoint {checkpoint}: raise it, or resume from an earlier checkpoint"
+        )
+    return changes
+
+
+def changed_fields(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any], checkpoint: str
+) -> str:
+    """Compare the configuration of a checkpoint with that of the run that goes on.
+
+    Args:
+        before: The checkpoint's, nested.
+        now: The run's, nested.
+        defaults: Of all fields, nested: what a field had that an older checkpoint does not know.
+        checkpoint: Where it lies, for the message.
+
+    Returns:
+        What has changed and may change, one line per field; empty when nothing has.
+
+    Raises:
+        ConfigError: Naming the fields that may not change.
+    """
+    changed = differences(_filled(before, defaults), now)
+    refused = {name: values for name, values in changed.items() if not _may_change(name)}
+    if refused:
+        raise ConfigError(
+            f"the checkpoint {checkpoint} was trained with other values of "
+            f"{', '.join(_line(*entry) for entry in refused.items())}: put them back, or begin a "
+            f"new run in another output_dir (--model.pretrained {checkpoint}/ema starts it from "
+            "these weights)"
+        )
+    return "\n".join(
+        f"  {_line(name, values)}" for name, values in changed.items() if name not in _SILENT
+    )
+
+
+def _may_change(name: str) -> bool:
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in MAY_CHANGE)
+
+
+def _line(name: str, values: tuple[Any, Any]) -> str:
+    return f"{name} ({json.dumps(values[0])} -> {json.dumps(values[1])})"
+
+
+def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, and the defaults where they have none."""
+    filled = dict(values)
+    for name, default in defaults.items():
+        if name not in filled:
+            filled[name] = default
+        elif isinstance(default, Mapping) and isinstance(filled[name], Mapping):
+            filled[name] = _filled(filled[name], default)
+    return filled
+
+
+def _find(flat: Mapping[str, Any], name: str) -> Any:
+    if name in flat:
+        return flat[name]
+    if any(other.startswith(f"{name}.") for other in flat):
+        return "..."
+    parents = [name[:place] for place, letter in enumerate(name) if letter == "."]
+    return next((flat[p] for p in parents if p in flat), _ABSENT)
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted names to values, tuples as lists."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _lists(value: Any) -> Any:
+    """Tuples as lists: YAML has no tuples."""
+    if isinstance(value, dict):
+        return {k: _lists(v) for k, v in value.items()}
+    return [_lists(v) for v in value] if isinstance(value, list | tuple) else value

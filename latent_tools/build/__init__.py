@@ -1,0 +1,1 @@
+"""Filling a cache: plan, decode, encode, write, finish."""

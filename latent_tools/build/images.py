@@ -1,0 +1,313 @@
+"""From samples to batches of pixels: what the decode workers do.
+
+A batch lies inside one unit, and its place there depends on nothing but the batch size, so that the
+encoder sees the same batches for any number of processes and workers.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from first_stage.data import BrokenImage, Source, View, open_image, pixels_of
+from latent_tools.format.files import CacheError
+from latent_tools.format.plan import Plan, Shape, Unit
+from latent_tools.format.shards import SampleRecord
+
+_NOT_THERE = "no longer in the data"
+
+
+@dataclass(frozen=True)
+class Portion:
+    """Some samples of one unit, to be decoded together.
+
+    Attributes:
+        unit: The unit's number.
+        shape: (height, width) of the pixels.
+        ids: Ids of the samples.
+        places: Their places in the source; -1 for a sample that is no longer there.
+        is_last: Whether it is the unit's last portion.
+    """
+
+    unit: int
+    shape: Shape
+    ids: list[str]
+    places: list[int]
+    is_last: bool
+
+
+@dataclass
+class DecodedPortion:
+    """A decoded portion.
+
+    Attributes:
+        unit: The unit's number.
+        shape: (height, width) of the pixels.
+        pixels: `(B, H, W, C)` in 0..255, of the samples that could be decoded; `None` when none
+            could.
+        records: Those samples.
+        failures: Id and reason of the others.
+        is_last: Whether it is the unit's last portion.
+    """
+
+    unit: int
+    shape: Shape
+    pixels: Tensor | None
+    records: list[SampleRecord]
+    failures: list[tuple[str, str]] = field(default_factory=list)
+    is_last: bool = False
+
+    def pin_memory(self) -> "DecodedPortion":
+        """Called by the `DataLoader`'s pinning thread."""
+        if self.pixels is not None:
+            self.pixels = self.pixels.pin_memory()
+        return self
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How files become pixels, and which columns travel along.
+
+    Attributes:
+        channels: Channels to read files into.
+        resolution: Side of the square centre crop.
+        resize: Shorter side after resizing; `None` keeps sizes.
+        has_buckets: Whether shapes are buckets, which images are resized to just cover.
+        columns: The columns to carry.
+    """
+
+    channels: int
+    resolution: int
+    resize: int | None
+    has_buckets: bool
+    columns: tuple[str, ...]
+
+    def view(self, shape: Shape) -> View:
+        """The view of a unit's samples."""
+        return View(self.resolution, self.resize, shape if self.has_buckets else None)
+
+
+class PortionReader(Dataset[DecodedPortion]):
+    """Decodes portions; runs in the decode workers.
+
+    Args:
+        source: The samples.
+        preprocessing: How.
+    """
+
+    def __init__(self, source: Source, preprocessing: Preprocessing):
+        self.source, self.preprocessing = source, preprocessing
+
+    def __getitem__(self, portion: Portion) -> DecodedPortion:
+        """Decode a portion; a sample that cannot be decoded is listed with its reason."""
+        result = DecodedPortion(portion.unit, portion.shape, None, [], is_last=portion.is_last)
+        arrays: list[np.ndarray] = []
+        for name, place in zip(portion.ids, portion.places, strict=True):
+            try:
+                record, pixels = self.read(name, place, portion.shape)
+            except BrokenImage as error:
+                result.failures.append((name, str(error)))
+                continue
+            result.records.append(record)
+            arrays.append(pixels)
+        if arrays:
+            dtype = np.result_type(*arrays)
+            stacked = np.stack([a.astype(dtype, copy=False) for a in arrays])
+            result.pixels = torch.from_numpy(stacked)
+        return result
+
+    def read(self, name: str, place: int, shape: Shape) -> tuple[SampleRecord, np.ndarray]:
+        """Decode one sample.
+
+        Args:
+            name: Its id.
+            place: Its place in the source.
+            shape: (height, width) of the pixels.
+
+        Returns:
+            Its record and its pixels `(H, W, C)`.
+
+        Raises:
+            BrokenImage: When it cannot be decoded, or is not there.
+        """
+        if place < 0:
+            raise BrokenImage(_NOT_THERE)
+        sample = self.source.read(place)
+        file = file_of(sample.image)
+        image = open_image(file, self.preprocessing.channels)
+        width, height = image.size
+        image, crop = self.preprocessing.view(shape).apply(image)
+        columns = {
+            column: plain_value(sample.columns.get(column), column)
+            for column in self.preprocessing.columns
+        }
+        record = SampleRecord(name, content_hash(file), (height, width), crop, columns)
+        return record, pixels_of(image, self.preprocessing.channels)
+
+
+def file_of(image: bytes | Path | Image.Image) -> bytes | Image.Image:
+    """A sample's encoded bytes, or its picture when it is decoded already.
+
+    Raises:
+        BrokenImage: When the file cannot be read.
+    """
+    if not isinstance(image, Path):
+        return image
+    try:
+        return image.read_bytes()
+    except OSError as error:
+        raise BrokenImage(f"cannot be read: {error.strerror or error}") from None
+
+
+def content_hash(file: bytes | Image.Image) -> str:
+    """A hash of a sample's content: of its encoded bytes, or of a decoded picture's pixels."""
+    digest = hashlib.blake2b(digest_size=16)
+    if isinstance(file, bytes):
+        digest.update(file)
+    else:
+        digest.update(f"{file.mode} {file.size} ".encode())
+        digest.update(file.tobytes())
+    return digest.hexdigest()
+
+
+def picture_size(image: bytes | Path | Image.Image) -> tuple[int, int]:
+    """(height, width) of a picture as it is seen, from its header; (0, 0) when it has none.
+
+    A picture with an EXIF orientation of a quarter turn swaps its sides.
+    """
+    try:
+        if isinstance(image, Image.Image):
+            return image.height, image.width
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+            is_turned = picture.getexif().get(0x0112, 1) >= 5
+            width, height = picture.size
+    except Exception:
+        # Pillow raises whatever its format plugins do; the encoding pass will say what is wrong.
+        return 0, 0
+    return (width, height) if is_turned else (height, width)
+
+
+def plain_value(value: Any, column: str) -> Any:
+    """A column's value as a JSON value.
+
+    Raises:
+        CacheError: When it cannot be one.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, np.generic | np.ndarray):
+        return plain_value(value.tolist(), column)
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            pass
+    if isinstance(value, list | tuple):
+        return [plain_value(v, column) for v in value]
+    if isinstance(value, dict):
+        return {str(k): plain_value(v, column) for k, v in value.items()}
+    if hasattr(value, "isoformat"):
+        return value.isoformat()
+    raise CacheError(
+        f"the column {column!r} holds {type(value).__name__} values, which a cache cannot carry: "
+        "leave it out of columns"
+    )
+
+
+def portions(
+    plan: Plan, units: Sequence[Unit], places: np.ndarray, batch_size: int, lanes: int = 1
+) -> Iterator[Portion]:
+    """The units cut into portions, each unit's in order.
+
+    Args:
+        plan: The plan.
+        units: The units to do.
+        places: Where each planned sample stands in the source, -1 where it does not.
+        batch_size: Samples per portion.
+        lanes: How many units are open at a time, taking turns. A `DataLoader` deals its workers
+            portions in turn, so with as many lanes as workers each worker reads whole units.
+    """
+    each = [_lane(plan, units[lane::lanes], places, batch_size) for lane in range(lanes)]
+    while each:
+        for lane in list(each):
+            portion = next(lane, None)
+            if portion is None:
+                each.remove(lane)
+            else:
+                yield portion
+
+
+def _lane(
+    plan: Plan, units: Sequence[Unit], places: np.ndarray, batch_size: int
+) -> Iterator[Portion]:
+    for unit in units:
+        ids = plan.ids(unit)
+        where = places[unit.start : unit.stop].tolist()
+        for start in range(0, len(ids), batch_size):
+            part = slice(start, start + batch_size)
+            is_last = start + batch_size >= len(ids)
+            yield Portion(unit.number, unit.shape, ids[part], where[part], is_last)
+
+
+class _Portions:
+    """The sampler: makes each portion when it is asked for."""
+
+    def __init__(
+        self, plan: Plan, units: Sequence[Unit], places: np.ndarray, batch_size: int, lanes: int
+    ):
+        self.arguments = (plan, units, places, batch_size, lanes)
+
+    def __iter__(self) -> Iterator[Portion]:
+        return portions(*self.arguments)
+
+    def __len__(self) -> int:
+        _, units, _, batch_size, _ = self.arguments
+        return sum(-(-len(unit) // batch_size) for unit in units)
+
+
+def portion_loader(
+    reader: PortionReader,
+    plan: Plan,
+    units: Sequence[Unit],
+    places: np.ndarray,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool,
+) -> DataLoader[Any]:
+    """Decode units in workers, ahead of the encoder and in the plan's order.
+
+    Args:
+        reader: Decodes.
+        plan: The plan.
+        units: The units to do.
+        places: Where each planned sample stands in the source.
+        batch_size: Samples per portion.
+        workers: Worker processes; 0 decodes in this one.
+        pin_memory: Copy pixels to page-locked memory, for a GPU.
+
+    Returns:
+        A loader of `DecodedPortion`.
+    """
+    in_order = getattr(reader.source, "reads_in_order", False)
+    lanes = max(1, workers) if in_order else 1
+    return DataLoader(
+        reader,
+        sampler=_Portions(plan, units, places, batch_size, lanes),  # type: ignore[arg-type]
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

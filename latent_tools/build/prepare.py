@@ -1,0 +1,283 @@
+"""Before the first encode: is this the same cache, the same data, and what is new?"""
+
+import platform
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import PIL
+import pyarrow as pa
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from first_stage.data import BrokenImage, Source
+from first_stage.files import TEMPORARY
+from latent_tools.build.encoder import Encoder
+from latent_tools.build.images import content_hash, file_of, picture_size
+from latent_tools.build.options import CacheOptions
+from latent_tools.format.files import CacheError, LaunchLock
+from latent_tools.format.manifest import (
+    FILE,
+    Manifest,
+    describe_first_stage,
+    describe_preprocessing,
+    mismatches,
+)
+from latent_tools.format.plan import (
+    Plan,
+    Shape,
+    committed_units,
+    duplicate_id,
+    nearest_bucket,
+    parse_buckets,
+)
+from latent_tools.format.shards import COMMITS, SHARDS, read_commit
+
+_CARRIED = ("label", "labels", "cls", "class", "caption", "captions", "text", "txt", "prompt")
+_SHARD_BYTES = 256 * 2**20
+_LARGEST_UNIT = 1024
+_SPOT_CHECKS = 4
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
+
+
+def source_ids(source: Source) -> pa.Array:
+    """The ids of all samples.
+
+    Raises:
+        CacheError: When two samples share one.
+    """
+    ids = pa.array((source.id(index) for index in range(len(source))), pa.string())
+    if (repeated := duplicate_id(ids)) is not None:
+        raise CacheError(
+            f"data.path {source.name!r} has two samples with the id {repeated!r}: their latents "
+            "could not be told apart"
+        )
+    return ids
+
+
+def describe_launch(
+    autoencoder: nn.Module, name: str, source: Source, encoder: Encoder, options: CacheOptions
+) -> Manifest:
+    """What a launch would encode with, after checking the options against the first stage.
+
+    Raises:
+        CacheError: Naming the option that cannot work.
+    """
+    buckets = _check_options(options, encoder)
+    representation = options.representation
+    if representation is None:
+        representation = "moments" if encoder.has_posterior else "mean"
+    return Manifest(
+        first_stage=describe_first_stage(
+            autoencoder, name, encoder.latent_channels, encoder.factor, options.revision
+        ),
+        preprocessing=describe_preprocessing(
+            encoder.in_channels,
+            options.resolution,
+            options.resize if buckets is None else None,
+            [list(shape) for shape in buckets] if buckets is not None else None,
+        ),
+        store={
+            "representation": representation,
+            "dtype": options.dtype,
+            "flip": options.flip,
+            "columns": list(_columns(source, options.columns)),
+            "precision": encoder.precision,
+            "seed": options.seed if representation == "sample" else None,
+        },
+        source={"path": source.name, **options.opened_with},
+        made_with={
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": version("diffusers"),
+            "pillow": PIL.__version__,
+        },
+        command=options.command,
+    )
+
+
+def _check_options(options: CacheOptions, encoder: Encoder) -> list[Shape] | None:
+    for field, value in (("batch_size", options.batch_size), ("resolution", options.resolution)):
+        if value < 1:
+            raise CacheError(f"{field} is {value}; it must be at least 1")
+    if options.unit_size < 0 or options.workers < 0:
+        raise CacheError("unit_size and data.workers must not be negative")
+    if options.representation in ("moments", "sample") and not encoder.has_posterior:
+        raise CacheError(
+            f"representation is {options.representation!r}, but this first stage has no posterior: "
+            "leave representation out, or use mean, to store its latents"
+        )
+    if options.buckets is not None:
+        return parse_buckets(options.buckets, options.resolution, encoder.factor)
+    if options.resolution % encoder.factor:
+        nearest = max(1, round(options.resolution / encoder.factor)) * encoder.factor
+        raise CacheError(
+            f"data.resolution {options.resolution} is no multiple of the first stage's downsample "
+            f"factor {encoder.factor}: use {nearest}"
+        )
+    return None
+
+
+def _columns(source: Source, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    if wanted is None:
+        return tuple(name for name in source.columns if name in _CARRIED)
+    for name in wanted:
+        if name not in source.columns:
+            raise CacheError(
+                f"columns has {name!r}, but {source.name!r} has the columns: "
+                f"{', '.join(source.columns) or 'none'}"
+            )
+    return wanted
+
+
+def prepare(
+    folder: Path,
+    launch: Manifest,
+    source: Source,
+    ids: pa.Array,
+    options: CacheOptions,
+    say: Callable[[str], None],
+) -> LaunchLock:
+    """Make or check the cache's folder, and plan the samples that are new.
+
+    Run by one process while the others wait.
+
+    Args:
+        folder: The cache.
+        launch: What this launch would encode with.
+        source: The data set.
+        ids: Its ids.
+        options: How.
+        say: Called with lines for the user.
+
+    Returns:
+        The lock that keeps other launches off.
+
+    Raises:
+        CacheError: When the folder holds something else, was made with other weights,
+            preprocessing or data, or another launch is filling it.
+    """
+    _check_folder(folder)
+    for name in (SHARDS, COMMITS):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    lock = LaunchLock(folder)
+    lock.take()
+    plan = Plan.load(folder)
+    if (folder / FILE).exists():
+        cache = Manifest.load(folder)
+        _check_same(folder, cache, launch, say)
+        _check_data(folder, plan, source, ids)
+    else:
+        launch.save(folder)
+    positions = plan.new_ids(ids)
+    if len(plan) and len(positions):
+        say(f"{len(positions)} samples are new since the last launch")
+    if len(plan) and (gone := int((plan.places_in(ids) < 0).sum())):
+        say(f"{gone} planned samples are no longer in {source.name!r}; their latents stay")
+    if len(positions):
+        buckets = launch.preprocessing["buckets"]
+        shapes = _shapes(source, positions, options.resolution, buckets, options.workers)
+        unit_size = options.unit_size or _unit_size(launch, shapes)
+        names = ids.take(pa.array(positions)).to_pylist()
+        plan.extend(names, shapes, unit_size).save(folder)
+    return lock
+
+
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise CacheError(f"output {str(folder)!r} is a file: give a folder")
+    if folder.is_dir() and not (folder / FILE).exists():
+        ours = {SHARDS, COMMITS, ".lock"}
+        others = [
+            path.name
+            for path in folder.iterdir()
+            if path.name not in ours and not path.name.startswith(TEMPORARY)
+        ]
+        committed = any(committed_units(folder))
+        if others or committed:
+            found = sorted(others)[0] if others else COMMITS
+            raise CacheError(
+                f"output {str(folder)!r} is no latent cache but is not empty (it has {found!r}): "
+                "give another folder"
+            )
+
+
+def _check_same(
+    folder: Path, cache: Manifest, launch: Manifest, say: Callable[[str], None]
+) -> None:
+    if found := mismatches(cache, launch):
+        raise CacheError(
+            f"the cache {str(folder)!r} was made differently: {'; '.join(found)}. Nothing was "
+            "changed: give another --output, or the first stage and options that it was made with"
+        )
+    if cache.first_stage["decoder_sha256"] != launch.first_stage["decoder_sha256"]:
+        say("the decoder differs from the cache's; the latents do not depend on it")
+    for field in ("scaling_factor", "shift_factor"):
+        if cache.first_stage[field] != launch.first_stage[field]:
+            say(
+                f"the first stage's {field} is now {launch.first_stage[field]}; the cache keeps "
+                f"{cache.first_stage[field]}"
+            )
+
+
+def _check_data(folder: Path, plan: Plan, source: Source, ids: pa.Array) -> None:
+    """Refuse another data set whose ids happen to be the same, row numbers above all."""
+    places = plan.places_in(ids)
+    if len(plan) and (places < 0).all():
+        raise CacheError(
+            f"none of the {len(plan)} samples planned in {str(folder)!r} is in data.path "
+            f"{source.name!r}: it is another data set; give another --output"
+        )
+    committed = sorted(committed_units(folder))
+    chosen = {committed[i * (len(committed) - 1) // 3] for i in range(4)} if committed else set()
+    where = dict(zip(ids.to_pylist(), range(len(ids)), strict=True)) if chosen else {}
+    for unit in sorted(chosen)[:_SPOT_CHECKS]:
+        commit = read_commit(folder, unit)
+        for name, content in zip(commit["ids"][:1], commit["content"][:1], strict=True):
+            if name in where and _content_of(source, where[name]) != content:
+                raise CacheError(
+                    f"the sample {name!r} of {source.name!r} is not the one that was encoded into "
+                    f"{str(folder)!r}: its content changed, or it is another data set; give "
+                    "another --output"
+                )
+
+
+def _content_of(source: Source, place: int) -> str | None:
+    try:
+        return content_hash(file_of(source.read(place).image))
+    except BrokenImage:
+        return None
+
+
+def _shapes(
+    source: Source,
+    positions: np.ndarray,
+    resolution: int,
+    buckets: list[list[int]] | None,
+    workers: int,
+) -> np.ndarray:
+    if buckets is None:
+        return np.full((len(positions), 2), resolution)
+
+    def size(position: int) -> tuple[int, int]:
+        return picture_size(source.read(position).image)
+
+    with ThreadPoolExecutor(max(1, workers)) as pool:
+        found = pool.map(size, positions.tolist())
+        sizes = list(tqdm(found, total=len(positions), desc="reading sizes", unit=" images"))
+    return nearest_bucket(np.array(sizes), [(h, w) for h, w in buckets])
+
+
+def _unit_size(launch: Manifest, shapes: np.ndarray) -> int:
+    factor = launch.first_stage["downsample_factor"]
+    per_sample = (
+        launch.first_stage["latent_channels"]
+        * (2 if launch.representation == "moments" else 1)
+        * (2 if launch.store["flip"] else 1)
+        * _BYTES[launch.store["dtype"]]
+        * int((shapes[:, 0] // factor * (shapes[:, 1] // factor)).max())
+    )
+    return max(1, min(_LARGEST_UNIT, _SHARD_BYTES // per_sample))

@@ -1,5 +1,0 @@
-"""A latent cache in the layouts that public diffusion trainers read."""
-
-from latent_tools.exports.run import export_cache
-
-__all__ = ["export_cache"]

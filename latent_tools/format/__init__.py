@@ -1,0 +1,1 @@
+"""A cache on disk: manifest, plan, shards, commits, statistics."""

@@ -1,0 +1,250 @@
+"""What a cache was encoded with, and whether that is still what a launch would encode with.
+
+The fingerprint covers what the latents depend on: every tensor of the encoder side, the part of the
+config that changes latents, the preprocessing of the pixels, and what is stored how. The decoder's
+hash is recorded beside it, so that a decoder trained on later is told apart from another encoder.
+"""
+
+import dataclasses
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from latent_tools.format.files import CacheError, read_json, write_json
+
+FILE = "manifest.json"
+FORMAT = "first-stage latent cache"
+VERSION = 1
+
+# What an autoencoder uses after the latents: changing it changes no latent. A codebook is among
+# them because `VQModel.encode` gives the latents before they are quantised.
+_DECODER_SIDE = ("decoder.", "post_quant_conv.", "quantize.")
+
+# Config entries that change no latent: names and versions, what pipelines do with latents, and
+# the decoder's own.
+_CONFIG_IGNORED = re.compile(
+    r"^(_.*|sample_size|scaling_factor|shift_factor|latents_mean|latents_std|force_upcast"
+    r"|out_channels|up_.*|decoder_.*|.*_decoder|use_post_quant_conv|post_quant.*|num_vq_embeddings"
+    r"|lookup_from_codebook|vq_embed_dim|latent_magnitude|latent_shift|mid_block_from_decoder)$"
+)
+
+
+@dataclass(frozen=True)
+class WeightsFingerprint:
+    """Hashes of an autoencoder's weights.
+
+    Attributes:
+        encoder: SHA-256 over name, type, shape and bytes of every tensor that latents depend on.
+        decoder: The same for the other tensors.
+        tensors: The first 16 hex digits of each encoder tensor's own hash, to name what differs.
+    """
+
+    encoder: str
+    decoder: str
+    tensors: dict[str, str]
+
+
+def fingerprint_weights(autoencoder: nn.Module) -> WeightsFingerprint:
+    """Hash an autoencoder's weights and buffers, apart for the encoder's and the decoder's side.
+
+    Args:
+        autoencoder: Any diffusers autoencoder; its dtype is part of the hash, so load it in
+            float32 as `load_autoencoder` does.
+    """
+    sides = {True: hashlib.sha256(), False: hashlib.sha256()}
+    tensors: dict[str, str] = {}
+    for name, tensor in sorted(autoencoder.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest = hashlib.sha256(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+        is_encoder = not name.startswith(_DECODER_SIDE)
+        sides[is_encoder].update(digest.digest())
+        if is_encoder:
+            tensors[name] = digest.hexdigest()[:16]
+    return WeightsFingerprint(sides[True].hexdigest(), sides[False].hexdigest(), tensors)
+
+
+def latent_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of an autoencoder's config that change its latents, as JSON values."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in sorted(config.items())
+        if not _CONFIG_IGNORED.match(key)
+    }
+
+
+@dataclass
+class Manifest:
+    """`manifest.json`.
+
+    Attributes:
+        first_stage: Name, class, weights fingerprint, latent config, latent channels, downsample
+            factor, and the scaling and shift that its pipelines apply.
+        preprocessing: From file to what the encoder sees.
+        store: Representation, dtype, flips, carried columns, precision of the encoder.
+        source: Where the data was; moving it is no mismatch.
+        made_with: Versions of the libraries; for the record.
+        command: The command that made the cache, to be started again.
+        counts: Samples and units; written by finalize.
+        statistics: See `latent_tools.format.statistics`; written by finalize.
+    """
+
+    first_stage: dict[str, Any]
+    preprocessing: dict[str, Any]
+    store: dict[str, Any]
+    source: dict[str, Any]
+    made_with: dict[str, str]
+    command: str
+    counts: dict[str, int] = field(default_factory=dict)
+    statistics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def representation(self) -> str:
+        """`moments`, `mean` or `sample`."""
+        return str(self.store["representation"])
+
+    @property
+    def tensor_name(self) -> str:
+        """Name of the shards' main tensor."""
+        return "moments" if self.representation == "moments" else "latents"
+
+    def save(self, folder: Path) -> None:
+        """Write `manifest.json` atomically."""
+        values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        write_json(folder / FILE, values, indent=1)
+
+    @staticmethod
+    def load(folder: Path) -> "Manifest":
+        """Read `manifest.json`.
+
+        Raises:
+            CacheError: When it is missing, damaged or of another format.
+        """
+        path = folder / FILE
+        if not path.exists():
+            raise CacheError(f"{str(folder)!r} is no latent cache: it has no {FILE}")
+        values = read_json(path)
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise CacheError(f"{str(path)!r} is no manifest of a latent cache")
+        version = values.pop("version", None)
+        if version != VERSION:
+            raise CacheError(
+                f"{str(path)!r} has format version {version}; this release reads {VERSION}"
+            )
+        known = {f.name for f in dataclasses.fields(Manifest)}
+        if missing := {"first_stage", "preprocessing", "store"} - set(values):
+            raise CacheError(f"{str(path)!r} lacks {', '.join(sorted(missing))}")
+        return Manifest(**{key: value for key, value in values.items() if key in known})
+
+
+def describe_first_stage(
+    autoencoder: nn.Module, name: str, latent_channels: int, factor: int, revision: str | None
+) -> dict[str, Any]:
+    """The manifest's `first_stage` entry.
+
+    Args:
+        autoencoder: The autoencoder.
+        name: The folder or hub id it was loaded from.
+        latent_channels: Channels of its latents.
+        factor: Pixels per latent along a side.
+        revision: The hub revision.
+    """
+    config: Mapping[str, Any] = getattr(autoencoder, "config", {})
+    weights = fingerprint_weights(autoencoder)
+    return {
+        "name": name,
+        "revision": revision,
+        "class": type(autoencoder).__name__,
+        "encoder_sha256": weights.encoder,
+        "decoder_sha256": weights.decoder,
+        "config": latent_config(config),
+        "latent_channels": latent_channels,
+        "downsample_factor": factor,
+        # Pipelines see (z - shift_factor) * scaling_factor; absent or null means 1 and 0.
+        "scaling_factor": float(config.get("scaling_factor") or 1.0),
+        "shift_factor": float(config.get("shift_factor") or 0.0),
+        "encoder_tensors": weights.tensors,
+    }
+
+
+def describe_preprocessing(
+    channels: int, resolution: int, resize: int | None, buckets: list[list[int]] | None
+) -> dict[str, Any]:
+    """The manifest's `preprocessing` entry.
+
+    Args:
+        channels: Channels that files are read into.
+        resolution: Side of the centre crop.
+        resize: Shorter side after resizing; `None` keeps sizes.
+        buckets: Shapes (height, width) instead of the square, or `None`.
+    """
+    return {
+        "channels": channels,
+        "pixel_range": [-1, 1],
+        "resolution": resolution,
+        "resize": resize,
+        "buckets": buckets,
+        "crop": "center",
+        "resampling": "bicubic, antialiased",
+    }
+
+
+def mismatches(cache: Manifest, launch: Manifest) -> list[str]:
+    """Everything a launch would encode differently from what is in a cache.
+
+    Args:
+        cache: What the cache was made with.
+        launch: What the launch would use.
+
+    Returns:
+        One phrase per field with both values; empty when nothing differs.
+    """
+    found: list[str] = []
+    one, other = cache.first_stage, launch.first_stage
+    if one["encoder_sha256"] != other["encoder_sha256"]:
+        found.append(_weights_phrase(one, other))
+    pairs = [
+        ("first_stage class", one["class"], other["class"]),
+        *_entries("first_stage config", one["config"], other["config"]),
+        *_entries("preprocessing", cache.preprocessing, launch.preprocessing),
+        *_entries("store", cache.store, launch.store),
+    ]
+    found += [f"{name}: cache {a!r}, now {b!r}" for name, a, b in pairs if a != b]
+    return found
+
+
+def check_weights(cache: Manifest, autoencoder: nn.Module, folder: Path) -> None:
+    """Refuse an autoencoder whose encoder did not make this cache.
+
+    Raises:
+        CacheError: Showing both fingerprints and the tensors that differ.
+    """
+    weights = fingerprint_weights(autoencoder)
+    if weights.encoder != cache.first_stage["encoder_sha256"]:
+        now = {"encoder_sha256": weights.encoder, "encoder_tensors": weights.tensors}
+        raise CacheError(
+            f"{str(folder)!r} was encoded by another first stage: "
+            f"{_weights_phrase(cache.first_stage, now)}"
+        )
+
+
+def _entries(
+    name: str, one: Mapping[str, Any], other: Mapping[str, Any]
+) -> list[tuple[str, Any, Any]]:
+    return [(f"{name}.{k}", one.get(k), other.get(k)) for k in sorted({*one, *other})]
+
+
+def _weights_phrase(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    there, here = one["encoder_tensors"], other["encoder_tensors"]
+    names = sorted(n for n in {*there, *here} if there.get(n) != here.get(n))
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return (
+        f"encoder weights: cache {one['encoder_sha256'][:16]}, now {other['encoder_sha256'][:16]} "
+        f"({len(names)} of {len({*there, *here})} tensors differ: {shown})"
+    )

@@ -1,0 +1,305 @@
+"""One unit on disk: a safetensors shard, and the commit whose presence makes the unit done.
+
+A shard holds N samples that could be encoded, in the plan's order:
+
+- `moments` `(N, 2C, h, w)`, the posterior's mean and then its log-variance (natural logarithm,
+  clamped to [-30, 20]), or `latents` `(N, C, h, w)`; raw, as the encoder gives them;
+- the same of the flipped pixels as `moments_flip` or `latents_flip`, when asked for;
+- `labels` `(N,)` int64, when the data has an integer label;
+- for `uint8`, also `..._scale` and `..._offset` `(N, channels)` float32:
+  value = offset + scale * stored.
+
+The ids stand in the shard's metadata, so a shard says by itself whose latents it holds.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from latent_tools.format.files import CacheError, read_json, write_bytes, write_json
+from latent_tools.format.plan import Shape
+from latent_tools.format.statistics import ChannelSums
+
+SHARDS, COMMITS = "shards", "commits"
+LABEL_COLUMNS = ("label", "labels", "cls")
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "uint8": torch.uint8,
+}
+
+
+def shard_name(unit: int, shape: Shape) -> str:
+    """The file name of a unit's shard."""
+    return f"b{shape[0]}x{shape[1]}-u{unit:06d}.safetensors"
+
+
+def commit_path(folder: Path, unit: int) -> Path:
+    """The path of a unit's commit."""
+    return folder / COMMITS / f"u{unit:06d}.json"
+
+
+def pack(values: Tensor, dtype: str, name: str) -> dict[str, Tensor]:
+    """Latents as they are stored.
+
+    Args:
+        values: `(N, K, h, w)` float32.
+        dtype: A key of `DTYPES`. `uint8` spreads 256 levels over each sample's and channel's own
+            range.
+        name: Name of the tensor in the shard.
+
+    Returns:
+        The shard's tensors.
+    """
+    if dtype != "uint8":
+        return {name: values.to(DTYPES[dtype]).contiguous()}
+    low, high = values.amin((2, 3)), values.amax((2, 3))
+    scale = torch.where(high > low, (high - low) / 255.0, torch.ones_like(low))
+    levels = (values - low[:, :, None, None]) / scale[:, :, None, None]
+    stored = levels.round().clamp(0, 255).to(torch.uint8)
+    return {name: stored.contiguous(), f"{name}_scale": scale, f"{name}_offset": low}
+
+
+def unpack(stored: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:
+    """Stored latents as float32; `scale` and `offset` are those of `uint8`, else `None`.
+
+    Args:
+        stored: `(..., K, h, w)`.
+        scale: `(..., K)`.
+        offset: `(..., K)`.
+    """
+    values = stored.float()
+    if scale is None or offset is None:
+        return values
+    return values * scale[..., None, None] + offset[..., None, None]
+
+
+@dataclass
+class SampleRecord:
+    """What is known of one encoded sample beside its latents.
+
+    Attributes:
+        id: The source's id.
+        content: Hash of the encoded file's bytes.
+        original_size: (height, width) of the picture as it is seen, EXIF orientation applied.
+        crop: Top and left of the crop, in pixels of the resized picture.
+        columns: The carried columns as JSON values.
+    """
+
+    id: str
+    content: str
+    original_size: tuple[int, int]
+    crop: tuple[int, int]
+    columns: dict[str, Any]
+
+
+@dataclass
+class EncodedUnit:
+    """A unit ready to be written.
+
+    Attributes:
+        unit: Its number.
+        shape: (height, width) of the pixels.
+        name: `moments` or `latents`.
+        latents: `(N, K, h, w)` float32, in the order of `records`; `None` when every sample failed.
+        flipped: The same of the flipped pixels, or `None`.
+        records: The encoded samples.
+        failures: Id and reason of the others.
+        retried: Ids that were not finite at first and were encoded again in float32.
+        batch_size: Samples per forward pass.
+    """
+
+    unit: int
+    shape: Shape
+    name: str
+    latents: Tensor | None
+    flipped: Tensor | None
+    records: list[SampleRecord]
+    failures: list[tuple[str, str]]
+    retried: list[str] = field(default_factory=list)
+    batch_size: int = 0
+
+
+def write_unit(folder: Path, unit: EncodedUnit, dtype: str, channels: int) -> dict[str, Any]:
+    """Write a unit's shard, then its commit; both atomic, in this order.
+
+    Equal units give equal bytes, which is why everything beside the tensors goes into ONE metadata
+    entry: safetensors keeps metadata in a hash map and writes its entries in no fixed order.
+
+    Args:
+        folder: The cache.
+        unit: The unit.
+        dtype: A key of `DTYPES`.
+        channels: Latent channels C.
+
+    Returns:
+        The commit.
+    """
+    commit: dict[str, Any] = {
+        "unit": unit.unit,
+        "height": unit.shape[0],
+        "width": unit.shape[1],
+        "shard": None,
+        "count": len(unit.records),
+        "ids": [r.id for r in unit.records],
+        "content": [r.content for r in unit.records],
+        "original_size": [list(r.original_size) for r in unit.records],
+        "crop": [list(r.crop) for r in unit.records],
+        "columns": _columns(unit.records),
+        "failures": [{"id": name, "reason": reason} for name, reason in unit.failures],
+        "retried_in_float32": unit.retried,
+        "batch_size": unit.batch_size,
+        "sums": ChannelSums.empty(channels).to_json(),
+    }
+    if unit.latents is not None:
+        tensors = pack(unit.latents, dtype, unit.name)
+        kept = _unpack_all(tensors, unit.name)
+        commit["sums"] = _sums(kept, channels).to_json()
+        commit["storage_error"] = _storage_error(unit.latents, kept)
+        if unit.flipped is not None:
+            tensors |= pack(unit.flipped, dtype, f"{unit.name}_flip")
+        labels = _labels(unit.records)
+        if labels is not None:
+            tensors["labels"] = labels
+        about = json.dumps({"unit": unit.unit, "ids": commit["ids"]}, ensure_ascii=False)
+        content = safetensors.torch.save(tensors, {"latent_cache": about})
+        name = shard_name(unit.unit, unit.shape)
+        write_bytes(folder / SHARDS / name, content)
+        commit |= {
+            "shard": name,
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "bytes": len(content),
+        }
+    write_json(commit_path(folder, unit.unit), commit)
+    return commit
+
+
+def read_commit(folder: Path, unit: int) -> dict[str, Any]:
+    """A unit's commit.
+
+    Raises:
+        CacheError: When it is missing or damaged.
+    """
+    commit = read_json(commit_path(folder, unit))
+    if not isinstance(commit, dict) or commit.get("unit") != unit:
+        raise CacheError(f"{str(commit_path(folder, unit))!r} is no commit of unit {unit}")
+    return commit
+
+
+class _OpenShard:
+    """A mapped shard and views of its tensors, which take a while to make."""
+
+    def __init__(self, path: Path):
+        self.file = safetensors.safe_open(path, framework="pt")
+        self._views: dict[tuple[str, int | None], Tensor] = {}
+
+    def view(self, name: str, channels: int | None) -> Tensor:
+        """A tensor's first channels, or all: nothing is read before its rows are."""
+        key = (name, channels)
+        if key not in self._views:
+            self._views[key] = self.file.get_tensor(name)[:, :channels]
+        return self._views[key]
+
+
+class ShardReader:
+    """Rows of shards through memory maps.
+
+    Maps are opened where they are first needed and never travel to another process.
+
+    Args:
+        folder: The cache.
+        keep: How many maps stay open.
+    """
+
+    def __init__(self, folder: Path, keep: int = 256):
+        self.folder, self.keep = folder, keep
+        self._open: dict[str, _OpenShard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "keep": self.keep, "_open": {}}
+
+    def _shard(self, name: str) -> _OpenShard:
+        shard = self._open.pop(name, None)
+        if shard is None:
+            path = self.folder / SHARDS / name
+            try:
+                shard = _OpenShard(path)
+            except (OSError, safetensors.SafetensorError) as error:
+                raise CacheError(
+                    f"the shard {str(path)!r} cannot be read ({error}): "
+                    f"python -m latent_tools verify {self.folder}"
+                ) from error
+            while len(self._open) >= self.keep:
+                self._open.pop(next(iter(self._open)))
+        self._open[name] = shard  # last used, last in line
+        return shard
+
+    def rows(self, places: Sequence[tuple[str, str, int]], channels: int | None = None) -> Tensor:
+        """Samples' tensors as float32.
+
+        Args:
+            places: For each sample its shard's file name, the tensor there (`moments`, `latents`
+                or their `_flip`) and its row in that; all of one shape.
+            channels: How many of the channels, from the first on; `None` takes all.
+
+        Returns:
+            `(N, K, h, w)`, float32.
+        """
+        stored = self._gather(places, channels)
+        if stored.dtype is not torch.uint8:
+            return unpack(stored, None, None)
+        scale, offset = (
+            self._gather([(shard, f"{name}_{part}", row) for shard, name, row in places], channels)
+            for part in ("scale", "offset")
+        )
+        return unpack(stored, scale, offset)
+
+    def _gather(self, places: Sequence[tuple[str, str, int]], channels: int | None) -> Tensor:
+        views = {
+            part: self._shard(part[0]).view(part[1], channels)
+            for part in {place[:2] for place in places}
+        }
+        return torch.stack([views[shard, name][row] for shard, name, row in places])
+
+    def ids(self, shard: str) -> list[str]:
+        """The ids that the shard itself names, in the order of its rows."""
+        return list(json.loads(self._shard(shard).file.metadata()["latent_cache"])["ids"])
+
+
+def _columns(records: list[SampleRecord]) -> dict[str, list[Any]]:
+    names = sorted({name for record in records for name in record.columns})
+    return {name: [record.columns.get(name) for record in records] for name in names}
+
+
+def _labels(records: list[SampleRecord]) -> Tensor | None:
+    for name in LABEL_COLUMNS:
+        values = [record.columns.get(name) for record in records]
+        if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
+            return torch.tensor(values, dtype=torch.int64)
+    return None
+
+
+def _unpack_all(tensors: dict[str, Tensor], name: str) -> Tensor:
+    return unpack(tensors[name], tensors.get(f"{name}_scale"), tensors.get(f"{name}_offset"))
+
+
+def _sums(kept: Tensor, channels: int) -> ChannelSums:
+    values: np.ndarray = kept.numpy()
+    if values.shape[1] == channels:
+        return ChannelSums.of(values, None)
+    return ChannelSums.of(values[:, :channels], values[:, channels:])
+
+
+def _storage_error(values: Tensor, kept: Tensor) -> dict[str, float]:
+    difference = (values - kept).double()
+    return {"max": float(difference.abs().max()), "rms": float(difference.square().mean().sqrt())}

@@ -1,0 +1,318 @@
+"""What `python -m latent_tools` does: look into a cache, check it, picture it, tidy it up.
+
+Nothing here deletes anything unless told to.
+"""
+
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from first_stage.data import (
+    BrokenImage,
+    Source,
+    images_from_pixels,
+    open_source,
+    pixels_from_images,
+)
+from first_stage.errors import UserError
+from first_stage.files import TEMPORARY, sha256
+from latent_tools.build.finalize import INDEX
+from latent_tools.build.images import PortionReader, Preprocessing, content_hash, file_of
+from latent_tools.build.parquet import ParquetStream
+from latent_tools.format.files import CacheError, LaunchLock
+from latent_tools.format.manifest import Manifest
+from latent_tools.format.plan import Plan, committed_units
+from latent_tools.format.shards import COMMITS, SHARDS, ShardReader, commit_path, read_commit
+from latent_tools.read.dataset import LatentDataset
+
+_RELEASED = ".released"
+
+
+def describe(folder: Path) -> list[str]:
+    """What is in a cache, as lines.
+
+    Args:
+        folder: The cache.
+    """
+    manifest, plan = Manifest.load(folder), Plan.load(folder)
+    stage, store, seen = manifest.first_stage, manifest.store, manifest.preprocessing
+    units = plan.units
+    done = set(committed_units(folder)) & {unit.number for unit in units}
+    shapes: dict[tuple[int, int], int] = {}
+    for unit in units:
+        shapes[unit.shape] = shapes.get(unit.shape, 0) + len(unit)
+    lines = [
+        f"first stage   {stage['class']} {stage['name']}",
+        f"              encoder {stage['encoder_sha256'][:16]}, decoder "
+        f"{stage['decoder_sha256'][:16]}",
+        f"              {stage['latent_channels']} latent channels, downsample factor "
+        f"{stage['downsample_factor']}",
+        f"stored        {store['representation']} in {store['dtype']}"
+        f"{', flipped images too' if store['flip'] else ''}",
+        f"columns       {', '.join(store['columns']) or 'none'}",
+        f"data          {manifest.source.get('path')}",
+    ]
+    for (height, width), count in sorted(shapes.items()):
+        lines.append(f"pixels        {height}x{width}: {count} samples")
+    if not seen["buckets"]:
+        lines.append(f"              resized to {seen['resize'] or 'nothing'}, centre crop")
+    lines.append(f"units         {len(done)} of {len(units)} committed")
+    counts = manifest.counts
+    if counts:
+        lines.append(
+            f"samples       {counts['samples']}, {counts['failures']} failed, "
+            f"{counts['bytes'] / 2**20:.1f} MiB"
+        )
+        if error := manifest.statistics.get("storage_error"):
+            lines.append(f"rounding      rms {error['rms']:.3g}, largest {error['max']:.3g}")
+    if len(done) < len(units) or not (folder / INDEX).exists():
+        lines.append(f"not finished; to go on: {manifest.command or 'start its command again'}")
+    elif counts and counts["samples"] + counts["failures"] < len(plan):
+        lines.append("grown since it was finished; start its command again to finish it")
+    return lines
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Something wrong with a unit.
+
+    Attributes:
+        unit: Its number.
+        file: The file, relative to the cache.
+        reason: What is wrong.
+    """
+
+    unit: int
+    file: str
+    reason: str
+
+
+def damages(folder: Path) -> Iterator[Damage | None]:
+    """Check every committed unit against its commit and the plan.
+
+    Args:
+        folder: The cache.
+
+    Yields:
+        For each committed unit its damage, or `None`.
+    """
+    plan = Plan.load(folder)
+    there = set(committed_units(folder))
+    for unit in plan.units:
+        if unit.number in there:
+            yield _damage(folder, plan, unit.number, plan.ids(unit))
+
+
+def _damage(folder: Path, plan: Plan, number: int, planned: list[str]) -> Damage | None:
+    file = f"{COMMITS}/{commit_path(folder, number).name}"
+    try:
+        commit = read_commit(folder, number)
+        listed = [*commit["ids"], *(failure["id"] for failure in commit["failures"])]
+    except (UserError, KeyError, TypeError) as error:
+        return Damage(number, file, f"cannot be read: {error}")
+    if sorted(listed) != sorted(planned):
+        return Damage(number, file, "does not list the planned samples")
+    if commit["shard"] is None:
+        return None
+    path = folder / SHARDS / Path(commit["shard"]).name
+    file = f"{SHARDS}/{path.name}"
+    if not path.exists():
+        return Damage(number, file, "is missing")
+    size = path.stat().st_size
+    if size != commit["bytes"]:
+        return Damage(number, file, f"has {size} bytes instead of {commit['bytes']}")
+    if (digest := sha256(path)) != commit["sha256"]:
+        return Damage(number, file, f"has sha256 {digest[:16]} instead of {commit['sha256'][:16]}")
+    if ShardReader(folder).ids(path.name) != commit["ids"]:
+        return Damage(number, file, "names other samples than its commit")
+    return None
+
+
+def release(folder: Path, unit: int) -> Path:
+    """Set a unit's commit aside, so that the next launch encodes that unit, and only it, again.
+
+    Returns:
+        Where the commit is now.
+    """
+    path = commit_path(folder, unit)
+    aside = path.with_name(path.name + _RELEASED)
+    os.replace(path, aside)
+    return aside
+
+
+def changed_samples(folder: Path, data: str | None = None) -> Iterator[tuple[str, str]]:
+    """Samples whose file is not what was encoded.
+
+    Args:
+        folder: The cache.
+        data: Where the data is now; where it was when `None`.
+
+    Yields:
+        Id and what is different.
+    """
+    manifest, plan = Manifest.load(folder), Plan.load(folder)
+    source = _open(manifest, data)
+    where = {source.id(place): place for place in range(len(source))}
+    there = set(committed_units(folder))
+    for unit in plan.units:
+        if unit.number not in there:
+            continue
+        commit = read_commit(folder, unit.number)
+        for name, content in zip(commit["ids"], commit["content"], strict=True):
+            if name not in where:
+                yield name, "is no longer in the data"
+                continue
+            try:
+                same = content_hash(file_of(source.read(where[name]).image)) == content
+            except BrokenImage as error:
+                yield name, str(error)
+                continue
+            if not same:
+                yield name, "has other content"
+
+
+def statistics_table(folder: Path) -> list[str]:
+    """The statistics as lines of a table.
+
+    Raises:
+        CacheError: When the cache is not finished.
+    """
+    stats = Manifest.load(folder).statistics
+    if not stats:
+        raise CacheError(
+            f"{str(folder)!r} has no statistics yet: they are written when every unit is encoded"
+        )
+    names = [n for n in ("mean", "std", "mean_std", "posterior_std") if n in stats]
+    lines = ["channel " + "".join(f"{name:>16}" for name in names)]
+    for channel in range(len(stats["mean"])):
+        lines.append(f"{channel:7d} " + "".join(f"{stats[n][channel]:16.8f}" for n in names))
+    lines.append(
+        f"over all channels of {stats['images']} samples: scaling_factor "
+        f"{stats['scaling_factor']:.8f} (1 / std), shift_factor {stats['shift_factor']:.8f} (mean)"
+    )
+    return lines
+
+
+def preview(
+    folder: Path,
+    output: Path,
+    count: int = 8,
+    data: str | None = None,
+    first_stage: str | None = None,
+) -> list[str]:
+    """Write a picture of samples: originals above, decoded latents below.
+
+    Args:
+        folder: The cache.
+        output: The picture's file.
+        count: How many samples of the first bucket, evenly spread.
+        data: Where the data is now; where it was when `None`.
+        first_stage: Folder or hub id of the first stage; the one that made the cache when `None`.
+
+    Returns:
+        The ids from left to right.
+    """
+    dataset = LatentDataset(folder, sample="mean", normalize="none", flip=0.0)
+    if not len(dataset):
+        raise CacheError(f"{str(folder)!r} has no samples to show")
+    shape = tuple(int(side) for side in dataset.shapes[0])
+    rows = np.flatnonzero((dataset.shapes == shape).all(1))
+    chosen = rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)]
+    names = [dataset.ids[row] for row in chosen]
+    decoded = [
+        pixels_from_images(image[None])[0].numpy()
+        for image in dataset.decode_preview(names, first_stage)
+    ]
+    originals = _originals(dataset, names, (shape[0], shape[1]), data)
+    lines = [np.concatenate(line, axis=1) for line in (originals, decoded) if line]
+    picture = np.concatenate(lines)
+    if picture.shape[2] == 1:
+        picture = picture[:, :, 0]
+    Image.fromarray(picture).save(output)
+    return names
+
+
+def _originals(
+    dataset: LatentDataset, names: list[str], shape: tuple[int, int], data: str | None
+) -> list[np.ndarray]:
+    """The pixels that were encoded; nothing when the data is not there any more."""
+    seen = dataset.manifest.preprocessing
+    try:
+        source = _open(dataset.manifest, data)
+    except UserError:
+        if data is not None:
+            raise
+        return []
+    where = {source.id(place): place for place in range(len(source))}
+    reader = PortionReader(
+        source,
+        Preprocessing(
+            seen["channels"], seen["resolution"], seen["resize"], seen["buckets"] is not None, ()
+        ),
+    )
+    pictures = []
+    for name in names:
+        try:
+            _, pixels = reader.read(name, where.get(name, -1), shape)
+        except BrokenImage as error:
+            raise CacheError(f"the original of {name!r} {error}") from error
+        # Through the same rounding as the decoded ones.
+        images = images_from_pixels(torch.from_numpy(pixels)[None])
+        pictures.append(pixels_from_images(images)[0].numpy())
+    return pictures
+
+
+def _open(manifest: Manifest, data: str | None) -> Source:
+    about = manifest.source
+    if about.get("streaming"):
+        return ParquetStream(
+            data or about["path"], about.get("image_column"), about.get("split") or "train"
+        )
+    return open_source(
+        data or about["path"], about.get("image_column"), "all", about.get("split") or "train"
+    )
+
+
+def leftovers(folder: Path) -> list[tuple[Path, str]]:
+    """Files that a finished cache does not need.
+
+    Args:
+        folder: The cache.
+
+    Returns:
+        Each with the reason: unfinished files of killed launches, shards without a commit, and
+        commits that were set aside.
+
+    Raises:
+        CacheError: While a launch is filling the cache.
+    """
+    Manifest.load(folder)  # refuses a folder that is no cache
+    with LaunchLock(folder) as lock:
+        lock.take()
+    found = []
+    wanted = {read_commit(folder, unit)["shard"] for unit in committed_units(folder)}
+    for place in (folder, folder / SHARDS, folder / COMMITS):
+        for path in sorted(place.iterdir()):
+            if path.name.startswith(TEMPORARY):
+                found.append((path, "unfinished file of a killed launch"))
+            elif path.name.endswith(_RELEASED):
+                found.append((path, "commit set aside by verify --release"))
+            elif place.name == SHARDS and path.name not in wanted:
+                found.append((path, "shard without a commit"))
+    return found
+
+
+def redo_command(manifest: Manifest) -> str:
+    """The command that goes on with a cache."""
+    return manifest.command or "the command that made the cache"
+
+
+def quoted(path: Path) -> str:
+    """A path for a shell."""
+    return shlex.quote(str(path))

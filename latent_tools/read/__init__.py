@@ -1,0 +1,1 @@
+"""Reading a cache in a diffusion model's training."""

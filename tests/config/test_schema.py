@@ -1,0 +1,116 @@
+import dataclasses
+
+import pytest
+import yaml
+from conftest import ROOT, arguments, run_script
+
+from first_stage.config.schema import Config, micro_batch_size, parse_config
+from first_stage.errors import ConfigError
+from first_stage.training.loop import recipe
+
+
+def fields_of(cls, prefix=""):
+    for field in dataclasses.fields(cls):
+        default = field.default_factory() if callable(field.default_factory) else None
+        if dataclasses.is_dataclass(default):
+            yield from fields_of(type(default), f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def test_help_lists_every_field_with_its_meaning_and_default():
+    result = run_script("scripts/train.py", "--help")
+    assert result.returncode == 0
+    text = " ".join(result.stdout.split())
+    for name in fields_of(Config):
+        assert f"--{name} " in text, name
+    for needed in ("nats per image", "in pixels", "default: 1e-06", "Images per update over all"):
+        assert needed in text
+
+
+def test_every_field_has_a_docstring():
+    import ast
+
+    tree = ast.parse((ROOT / "first_stage/config/schema.py").read_text())
+    for cls in [n for n in tree.body if isinstance(n, ast.ClassDef)]:
+        pairs = zip(cls.body, [*cls.body[1:], None], strict=True)
+        for node, after in pairs:
+            nested = isinstance(node, ast.AnnAssign) and "Config" in ast.unparse(node.annotation)
+            if isinstance(node, ast.AnnAssign) and not nested:
+                assert isinstance(after, ast.Expr), f"{cls.name}.{ast.unparse(node.target)}"
+
+
+def test_scientific_notation_is_a_float(tmp_path):
+    recipe_file = tmp_path / "r.yaml"
+    recipe_file.write_text("data:\n  path: x\nloss:\n  kl_weight: 1e-6\n")
+    assert parse_config(["--config", str(recipe_file)]).loss.kl_weight == 1e-6
+    from_flag = parse_config(["--config", str(recipe_file), "--loss.kl_weight", "2e-6"])
+    assert from_flag.loss.kl_weight == 2e-6
+
+
+@pytest.mark.parametrize("where", ["yaml", "flag"])
+def test_a_misspelt_key_is_refused_by_name(tmp_path, where):
+    recipe_file = tmp_path / "r.yaml"
+    recipe_file.write_text("data:\n  path: x\nloss:\n  kl_wieght: 1e-6\n")
+    line = ["--config", str(recipe_file)] if where == "yaml" else ["--loss.kl_wieght", "1e-6"]
+    with pytest.raises(ConfigError, match="kl_wieght"):
+        parse_config(line)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"data__path": ""}, ["data.path is empty"]),
+        ({"data__resolution": 17}, ["data.resolution (17)", "factor (2)", "16 or 18"]),
+        ({"validation__resolution": 19}, ["validation.resolution (19)", "18 or 20"]),
+        ({"model__in_channels": 2}, ["model.in_channels is 2", "1, 3 or 4"]),
+        ({"model__norm_num_groups": 5}, ["model.norm_num_groups (5)", "width 8"]),
+        ({"train__micro_batch_size": 3}, ["train.micro_batch_size (3)", "train.batch_size (4)"]),
+        ({"train__learning_rate": -1}, ["train.learning_rate is -1", "above 0"]),
+        ({"train__ema_decay": 1.0}, ["train.ema_decay is 1.0", "below 1"]),
+        ({"critic__layers": 6}, ["critic.layers is 6", "1 to 5"]),
+        (
+            {"critic__start_step": 5000, "loss__learned__start_step": 5000},
+            ["critic.start_step (5000) must be below train.max_steps (4)", "would never train"],
+        ),
+        (
+            {"critic__start_step": 2},
+            ["loss.learned.start_step (0) is before critic.start_step (2)"],
+        ),
+        (
+            {"loss__adversarial__start_step": 9},
+            ["loss.adversarial.start_step (9)", "would never enter"],
+        ),
+        ({"loss__learned__layers": "[7]"}, ["loss.learned.layers names layer 7"]),
+        ({"train__warmup_steps": 3, "train__decay_steps": 3}, ["together exceed train.max_steps"]),
+    ],
+)
+def test_what_cannot_work_is_refused_with_field_value_and_remedy(tmp_path, overrides, words):
+    data = overrides.pop("data__path", "somewhere")
+    with pytest.raises(ConfigError) as caught:
+        parse_config(arguments(tmp_path, data, **overrides))
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_the_recipe_that_is_written_reads_back_equal(tiny, tmp_path):
+    config = tiny()
+    file = tmp_path / "written.yaml"
+    file.write_text(recipe(config))
+    assert parse_config(["--config", str(file)]) == config
+    assert "resume" in yaml.safe_load(file.read_text())
+
+
+def test_the_global_batch_is_dealt_out_or_refused(tiny):
+    config = tiny(train__batch_size=12, train__micro_batch_size=2)
+    assert [micro_batch_size(config, world) for world in (1, 2, 3)] == [2, 2, 2]
+    with pytest.raises(ConfigError, match=r"train.batch_size \(12\) cannot be dealt to 5 proc"):
+        micro_batch_size(config, 5)
+    with pytest.raises(ConfigError, match="choose a divisor of 3"):
+        micro_batch_size(config, 4)
+
+
+def test_nothing_scales_the_learning_rate(tiny):
+    assert tiny(train__batch_size=12, train__micro_batch_size=2).train.learning_rate == 1e-3

@@ -1,0 +1,68 @@
+"""Tiny real autoencoders of several diffusers classes, for tests."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from PIL import Image
+
+from first_stage.models.first_stage import build_autoencoder
+
+
+def tiny_kl(in_channels: int = 3, latent_channels: int = 4, levels: int = 2) -> AutoencoderKL:
+    torch.manual_seed(0)
+    widths = (8, 16, 16)[:levels]
+    return build_autoencoder(in_channels, latent_channels, widths, 1, 4, False, True, 16).eval()
+
+
+def tiny_vq() -> VQModel:
+    torch.manual_seed(0)
+    return VQModel(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16),
+        latent_channels=3,
+        num_vq_embeddings=16,
+        norm_num_groups=4,
+    ).eval()
+
+
+def tiny_taesd() -> AutoencoderTiny:
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    ).eval()
+
+
+def tiny_dc() -> AutoencoderDC:
+    torch.manual_seed(0)
+    return AutoencoderDC(
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_types="ResBlock",
+        decoder_block_types="ResBlock",
+        encoder_block_out_channels=(8, 16),
+        decoder_block_out_channels=(8, 16),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=(1, 1),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+    ).eval()
+
+
+def pictures_in(parent: Path, count: int) -> Path:
+    """A folder of small pictures of different sizes, even and odd."""
+    folder = parent / "pictures"
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for k in range(count):
+        coarse = Image.fromarray(draw.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        size = (17 + 3 * (k % 3), 16 + 2 * (k % 2))
+        smooth = np.asarray(coarse.resize(size, Image.Resampling.BICUBIC), dtype=np.float64)
+        noisy = smooth + draw.normal(0, 10, smooth.shape)
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / f"{k:02d}.png")
+    return folder

@@ -1,0 +1,138 @@
+"""Small real autoencoders and images, and launches through the launcher that users use."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+
+from first_stage.data import open_source
+from first_stage.models.first_stage import build_autoencoder
+from latent_tools import CacheOptions, Outcome, precompute
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_vae(seed: int = 0, channels: int = 3) -> AutoencoderKL:
+    """A tiny AutoencoderKL (f = 2) whose pipelines scale and shift."""
+    torch.manual_seed(seed)
+    vae = build_autoencoder(channels, 4, (8, 16), 1, 4, False, True, 16)
+    vae.register_to_config(scaling_factor=1.7, shift_factor=0.3)
+    return vae.eval()
+
+
+def photo(seed: int, size: tuple[int, int] = (16, 16)) -> Image.Image:
+    """Smooth random colours of a (width, height)."""
+    noise = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+
+
+def numbered(number: int, side: int = 8) -> Image.Image:
+    """An image that says its number: red + 256 green, and blue only in its right half."""
+    pixels = np.zeros((side, side, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = number % 256, number // 256
+    pixels[:, side // 2 :, 2] = 255
+    return Image.fromarray(pixels)
+
+
+class NumberReader(nn.Module):
+    """An encoder whose latents are the pixels, averaged over 2 x 2: they say the image's number."""
+
+    def __init__(self, logvar: float = -30.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.logvar = logvar
+        self.config = {"in_channels": 3, "scaling_factor": 1.0}
+
+    def encode(self, images: Tensor, return_dict: bool = True):
+        mean = nn.functional.avg_pool2d(images * self.weight, 2)
+        return (SimpleNamespace(mean=mean, logvar=torch.full_like(mean, self.logvar)),)
+
+
+def number_of(latents: Tensor) -> tuple[int, bool]:
+    """The number in a latent of `NumberReader`, and whether its image was flipped."""
+    pixels = ((latents + 1.0) * 127.5).round()
+    number = int(pixels[0, 0, 0]) + 256 * int(pixels[1, 0, 0])
+    return number, bool(pixels[2, 0, 0] > pixels[2, 0, -1])
+
+
+def write_photos(folder: Path, count: int, first: int = 0, side: int = 16) -> None:
+    """Photos as PNG files in two class folders."""
+    for number in range(first, first + count):
+        path = folder / f"class{number % 2}" / f"{number:05d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(number, (side, side)).save(path)
+
+
+def options(**changes) -> CacheOptions:
+    """Options for tiny images."""
+    return CacheOptions(**{"resolution": 16, "resize": 16, "batch_size": 4, **changes})
+
+
+def cache(folder: Path, output: Path, vae: nn.Module | None = None, **changes) -> Outcome:
+    """Precompute in this process."""
+    source = open_source(str(folder))
+    return precompute(vae or make_vae(), "test", source, output, options(**changes))
+
+
+def shard_hashes(output: Path) -> dict[str, str]:
+    """SHA-256 of every shard by name."""
+    files = sorted((output / "shards").iterdir())
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def launch_command(processes: int, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of `accelerate launch scripts/cache_latents.py` on the CPU."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--num_processes", str(processes)]
+    if processes > 1:
+        launcher += ["--multi_gpu", "--main_process_port", "0"]
+    command = [*launcher, str(ROOT / "scripts" / "cache_latents.py"), *arguments]
+    return command, {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    """Run the command through the launcher."""
+    command, environment = launch_command(processes, *arguments)
+    return subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def run_tool(*arguments: str) -> subprocess.CompletedProcess:
+    """Run `python -m latent_tools`."""
+    return subprocess.run(
+        [sys.executable, "-m", "latent_tools", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def encode_logged(data: Path, output: Path, log: Path) -> None:
+    """Precompute, writing down each unit whose pixels go into the encoder."""
+    from latent_tools.build.encode import UnitEncoder
+
+    original = UnitEncoder.start
+
+    def start(self, portion):
+        handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.write(handle, f"{portion.unit}\n".encode())
+        os.close(handle)
+        return original(self, portion)
+
+    UnitEncoder.start = start
+    torch.set_num_threads(1)
+    cache(data, output, unit_size=8, batch_size=2, flip=True, workers=1)

@@ -1,0 +1,231 @@
+"""Going on: exactly where an undisturbed run would be, or not at all."""
+
+import hashlib
+import shutil
+import signal
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from conftest import arguments, picture
+
+from first_stage.config.schema import Config, parse_config, to_dict
+from first_stage.errors import UserError
+from first_stage.training.loop import train
+from first_stage.training.resume import MAY_CHANGE, changed_fields, differences
+from first_stage.training.step import Trainer
+
+STEPS = 7
+FIELDS = {
+    "train.max_steps": STEPS,
+    "train.micro_batch_size": 2,
+    "train.log_every": 3,
+    "train.checkpoint_every": 100,
+    "train.warmup_steps": 2,
+    "train.decay_steps": 3,
+    "train.ema_decay": 0.9,
+    "validation.every": 2,
+}
+
+
+def train_until(config: Config, step: int | None):
+    """Train; a SIGTERM arrives while the step after so many is computed."""
+    original = Trainer.training_step
+
+    def training_step(trainer, done, batches):
+        original(trainer, done, batches)
+        if done + 1 == step:
+            signal.raise_signal(signal.SIGTERM)
+
+    with mock.patch.object(Trainer, "training_step", training_step):
+        return train(config)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Path to hash, of every file of a run."""
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != ".lock"
+    }
+
+
+@pytest.fixture
+def fields(images) -> dict[str, object]:
+    (images / "05-broken.png").write_bytes(b"not a picture")
+    return {**FIELDS, "data.max_broken": 0.5}
+
+
+def test_n_and_n_steps_are_2n_bit_for_bit(tmp_path, images, fields, monkeypatch):
+    """Weights, EMA, optimizers, log, GIF, pictures, broken files and export."""
+    for name in ("undisturbed", "stopped"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "undisturbed")
+    assert train(parse_config(arguments("run", images, **fields))).finished
+
+    monkeypatch.chdir(tmp_path / "stopped")
+    stopped = train_until(parse_config(arguments("run", images, **fields)), 4)
+    assert (stopped.finished, stopped.step) == (False, 4)
+    again = parse_config(["--config", "run/config.yaml", "--resume", "latest"])
+    assert train(again).finished
+
+    expected = contents(tmp_path / "undisturbed" / "run")
+    found = contents(tmp_path / "stopped" / "run")
+    extra = {name for name in found if "step-000004/" in name}
+    assert extra  # the checkpoint of the stop
+    assert {n: h for n, h in found.items() if n not in extra} == expected
+    for name in ("log.jsonl", "training.gif", "broken_files.jsonl", "pictures/step-000004.png"):
+        assert name in expected
+    assert f"checkpoints/step-{STEPS:06d}/optimizers.safetensors" in expected
+
+
+def test_a_run_cut_off_before_its_export_only_exports(tmp_path, images, fields, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = parse_config(arguments("run", images, **fields))
+    train(config)
+    expected = contents(tmp_path / "run")
+    shutil.rmtree("run/export")
+    (tmp_path / "run" / ".tmp-12345678-export").mkdir()
+    train(parse_config(["--config", "run/config.yaml", "--resume", "latest"]))
+    assert contents(tmp_path / "run") == expected
+    assert not list((tmp_path / "run").glob(".tmp-*"))
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_begins_anew(tmp_path, images, fields, capsys):
+    config = parse_config(arguments(tmp_path / "run", images, **fields))
+    train(config)
+    expected = contents(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train(parse_config(arguments(tmp_path / "run", images, **fields, resume="latest")))
+    assert "no checkpoint" in capsys.readouterr().out
+    assert contents(tmp_path / "run") == expected
+
+
+def test_a_damaged_newest_checkpoint_falls_back_and_says_so(
+    tmp_path, images, fields, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    fields = fields | {"train.checkpoint_every": 3, "train.keep_checkpoints": 10}
+    train(parse_config(arguments("run", images, **fields)))
+    expected = contents(tmp_path / "run")
+    weights = tmp_path / "run" / "checkpoints" / "step-000007" / "first_stage.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1  # one bit
+    weights.write_bytes(data)
+    capsys.readouterr()
+    train(parse_config(["--config", "run/config.yaml", "--resume", "latest"]))
+    told = capsys.readouterr().out
+    assert "first_stage.safetensors differs from its checksum; falling back" in told
+    assert "resuming at step 6" in told
+    found = contents(tmp_path / "run")
+    aside = {n: h for n, h in found.items() if "set-aside-step-000007" in n}
+    assert hashlib.sha256(data).hexdigest() in aside.values()  # moved, not deleted
+    assert {n: h for n, h in found.items() if n not in aside} == expected
+
+
+def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(
+    tmp_path, images, fields, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    fields = fields | {"train.checkpoint_every": 2, "train.keep_checkpoints": 10}
+    train(parse_config(arguments("run", images, **fields)))
+    early = "run/checkpoints/step-000002"
+    stopped = train_until(parse_config(["--config", "run/config.yaml", "--resume", early]), 3)
+    assert stopped.step == 3
+    names = {p.name for p in Path("run/checkpoints").iterdir()}
+    assert {n for n in names if n.startswith("step")} == {"step-000002", "step-000003"}
+    assert "set-aside-step-000006" in names
+    # What comes next goes on from the new step 3, not from the abandoned step 7.
+    outcome = train(parse_config(["--config", "run/config.yaml", "--resume", "latest"]))
+    assert outcome.finished
+
+
+def test_changed_fields_are_printed_and_the_others_refused_by_name(
+    tmp_path, images, fields, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    train_until(parse_config(arguments("run", images, **fields)), 3)
+    resume = ["--config", "run/config.yaml", "--resume", "latest"]
+    refused = [
+        *("--loss.kl_weight", "0.5", "--train.batch_size", "8"),
+        *("--train.learning_rate", "2e-3"),
+    ]
+    before = contents(tmp_path / "run")
+    with pytest.raises(UserError) as error:
+        train(parse_config(resume + refused))
+    text = str(error.value)
+    assert "loss.kl_weight (1e-06 -> 0.5)" in text
+    assert "train.batch_size (4 -> 8)" in text
+    assert "learning_rate" not in text
+    assert "\n" not in text
+    assert contents(tmp_path / "run") == before
+
+    capsys.readouterr()
+    allowed = ["--train.max_steps", "5", "--train.learning_rate", "2e-3"]
+    assert train(parse_config(resume + allowed)).step == 5
+    told = capsys.readouterr().out
+    assert "  train.max_steps (7 -> 5)" in told
+    assert "  train.learning_rate (0.001 -> 0.002)" in told
+
+    with pytest.raises(UserError, match=r"train\.max_steps \(4\) is below the 5 steps"):
+        train(parse_config([*resume, "--train.max_steps", "4", "--train.decay_steps", "0"]))
+
+
+def test_a_data_set_that_changed_is_refused_in_words(tmp_path, images, fields, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_until(parse_config(arguments("run", images, **fields)), 3)
+    before = contents(tmp_path / "run")
+    resume = parse_config(["--config", "run/config.yaml", "--resume", "latest"])
+
+    picture(77).save(images / "added.png")
+    with pytest.raises(UserError, match="has changed since the checkpoint") as error:
+        train(resume)
+    assert "10 samples to train on then" in str(error.value)
+    (images / "added.png").unlink()
+
+    original = (images / "03.png").read_bytes()
+    picture(78).save(images / "03.png")  # the same name, another picture
+    with pytest.raises(UserError, match="has changed since the checkpoint"):
+        train(resume)
+    (images / "03.png").write_bytes(original)
+    assert contents(tmp_path / "run") == before
+
+    # The folder may move: what counts is what is in it.
+    images.rename(tmp_path / "moved")
+    moved = ["--resume", "latest", "--data.path", str(tmp_path / "moved")]
+    assert train(parse_config(["--config", "run/config.yaml", *moved])).finished
+
+
+def test_names_of_fields_that_may_change_are_fields():
+    flat = differences_of_everything()
+    for name in MAY_CHANGE:
+        assert any(f == name or f.startswith(f"{name}.") for f in flat), name
+
+
+def differences_of_everything() -> set[str]:
+    """All dotted names, by comparing the defaults with a configuration where all differs."""
+
+    def mangled(value):
+        if isinstance(value, dict):
+            return {k: mangled(v) for k, v in value.items()}
+        return f"not {value!r}"
+
+    plain = to_dict(Config())
+    return set(differences(plain, mangled(plain)))
+
+
+def test_fields_that_a_checkpoint_does_not_know_count_with_their_default():
+    before = {"train": {"batch_size": 4}}
+    defaults = {"train": {"batch_size": 32, "new": 1}, "group": None}
+    same = {"train": {"batch_size": 4, "new": 1}, "group": None}
+    assert changed_fields(before, same, defaults, "c") == ""
+    other = {"train": {"batch_size": 4, "new": 2}, "group": None}
+    with pytest.raises(UserError, match=r"train\.new \(1 -> 2\)"):
+        changed_fields(before, other, defaults, "c")
+    grown = {"train": {"batch_size": 4, "new": 1}, "group": {"x": 3}}
+    with pytest.raises(UserError, match=r"group\.x \(null -> 3\)"):
+        changed_fields(before, grown, defaults, "c")
+
+
+def test_lists_and_tuples_are_the_same():
+    assert differences({"a": [1, 2]}, {"a": (1, 2)}) == {}

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import arguments
 from shards import KINDS, ROWS, TOTAL, write_shards
+from shards import folder as folder  # a fixture
 
 from first_stage.config.schema import parse_config
 from first_stage.data import shards, start_loader

@@ -2,9 +2,8 @@
 
 import pytest
 from equality import RECORDING, check_equal, line
+from equality import reference as reference  # a fixture
 from launching import run
-
-"""Micro-batch size of the run on one process: six micro-batches a step."""
 
 
 @pytest.mark.parametrize(

@@ -105,8 +105,8 @@ def flat(images):
 
 
 def test_own_network_by_import_path() -> None:
-    network = features.load_feature_network("test_features:Mean")
-    assert network.distance_name == "FD-test_features:Mean"
+    network = features.load_feature_network("test_feature_networks:Mean")
+    assert network.distance_name == "FD-test_feature_networks:Mean"
     assert not network.network.training
     assert network(torch.ones(2, 1, 4, 4)).tolist() == [[2.0] * 3] * 2
 
@@ -116,8 +116,8 @@ def test_own_network_by_import_path() -> None:
     [
         ("vgg", "efficientnet_lite0, inception, none, or package.module:name"),
         ("no_such_package:net", "No module named"),
-        ("test_features:nothing", "has no attribute"),
-        ("test_features:flat", "cannot be built"),
+        ("test_feature_networks:nothing", "has no attribute"),
+        ("test_feature_networks:flat", "cannot be built"),
         ("sys:version", "not a network"),
     ],
 )

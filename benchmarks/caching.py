@@ -82,7 +82,7 @@ def _first_stage(recipe: list[str], side: int) -> tuple[Any, int, Precision]:
         keep_freed_memory()  # as the command does; here the plain loops have it too
     config = parse_config(recipe)
     torch.manual_seed(0)
-    vae = make_first_stage(config.model, side).vae.to(device())
+    vae = make_first_stage(config.model, side).model.to(device())
     return vae, config.train.batch_size, config.train.precision
 
 

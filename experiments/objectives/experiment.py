@@ -224,13 +224,11 @@ class Experiment:
                 )
 
     def _batches(self, trainer: Trainer, config: Config, sampler: StepSampler) -> Iterator[Batch]:
-        stage = trainer.first_stage.network
         stream = TrainingStream(
             self.photos.training,
             View(config.data.resolution, config.view_resize),
-            stage.in_channels,
+            trainer.first_stage.network.in_channels,
             config.seed,
-            stage.latent_shape(config.data.resolution),
         )
         return iter(training_loader(stream, sampler, workers=0, pin_memory=False))
 

@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from first_stage.config.sections import section, sections_of
+
+FeatureDistance = Literal["l1", "l2", "cosine"]
+PixelError = Literal["l1", "l2", "huber"]
+
 FINEST = 0.71
 """Cycles per pixel of a checkerboard, the finest pattern: half a cycle along both axes."""
 
@@ -156,6 +161,18 @@ class PretrainedConfig:
 
 
 @dataclass(frozen=True)
+class TermConfig:
+    """Weight and schedule of a registered term; its own dataclass adds to them."""
+
+    weight: float = 0.0
+    """Weight of the term; 0 switches it off."""
+    start_step: int = 0
+    """Step at which it enters."""
+    ramp_steps: int = 0
+    """Steps over which its weight grows from 0."""
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """The autoencoder's objective: a weighted sum of terms."""
 
@@ -182,23 +199,34 @@ class LossConfig:
     free_bits: float = 0.0
     """Nats per latent value that a channel's KL may have for free, on average (Kingma et al.
     2016)."""
+    penalties: dict[str, float] = field(default_factory=dict)
+    """Weights of the bottleneck's other penalties by name, such as commitment; those that are not
+    named weigh what the bottleneck says."""
     learned: LearnedConfig = field(default_factory=LearnedConfig)
     adversarial: AdversarialConfig = field(default_factory=AdversarialConfig)
     pretrained: PretrainedConfig = field(default_factory=PretrainedConfig)
     balance: BalanceConfig = field(default_factory=BalanceConfig)
 
+    def weight_of(self, term: str) -> float:
+        """The weight of a term by its name."""
+        return term_weights(self).get(term, 0.0)
+
 
 def term_names(loss: LossConfig) -> list[str]:
     """Names of the terms in use, as in the log."""
-    weights = {
+    return [name for name, weight in term_weights(loss).items() if weight > 0]
+
+
+def term_weights(loss: LossConfig) -> dict[str, float]:
+    """The weight of every term by its name in recipe, log and report: the one place that knows."""
+    return {
         "pixel": loss.pixel_weight,
         "learned": loss.learned.weight,
         "vgg": loss.pretrained.vgg_weight,
         "lpips": loss.pretrained.lpips_weight,
         "gram": loss.pretrained.gram_weight,
         "adversarial": loss.adversarial.weight,
-    }
-    return [name for name, weight in weights.items() if weight > 0]
+    } | {name: section(loss, name, kind).weight for name, kind in sections_of("loss").items()}
 
 
 def loss_problems(

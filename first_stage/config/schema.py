@@ -84,8 +84,11 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The autoencoder: a diffusers AutoencoderKL."""
+    """The autoencoder: a diffusers class, said by its family."""
 
+    family: str = "kl"
+    """Which autoencoder: kl (AutoencoderKL), or another registered family; a pretrained one's is
+    found by its class."""
     pretrained: str | None = None
     """Fine-tune this first stage (a diffusers folder, a pipeline's folder, or a hub id); the fields
     of the layout below are then taken from it. null: train a new one."""

@@ -30,7 +30,6 @@ from first_stage.distributed.memory import keep_freed_memory
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.files import writing
-from first_stage.models.first_stage import FirstStage
 from first_stage.training.log import tracker_of
 from first_stage.training.run_folder import SHARDS
 from first_stage.training.step import Trainer
@@ -130,25 +129,22 @@ def agreed_fingerprint(config: Config, source: Source, processes: Processes) -> 
     return str(prints[0])
 
 
-def open_stream(config: Config, source: Source, stage: FirstStage) -> TrainingStream:
+def open_stream(config: Config, source: Source, channels: int) -> TrainingStream:
     """The stream of training samples, for a first stage.
 
     Args:
         config: The run's configuration.
         source: The samples, from `open_data`.
-        stage: Says how many channels, and how much posterior noise.
+        channels: To read files into.
     """
     view = View(config.data.resolution, config.view_resize)
-    latent_shape = stage.latent_shape(config.data.resolution)
     random_crop, flip = config.data.crop == "random", config.data.flip
     if isinstance(source, StreamSource):
         return ShardStream(
-            source, view, stage.in_channels, config.seed, latent_shape, config.train.batch_size,
+            source, view, channels, config.seed, config.train.batch_size,
             config.data.shuffle_buffer, random_crop, flip,
         )  # fmt: skip
-    return TrainingStream(
-        source, view, stage.in_channels, config.seed, latent_shape, random_crop, flip
-    )
+    return TrainingStream(source, view, channels, config.seed, random_crop, flip)
 
 
 def open_loader(

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from first_stage.config.schema import Config, factor_problems, micro_batch_size, to_dict
@@ -28,6 +27,7 @@ from first_stage.evaluation.grids import save_gif, save_png
 from first_stage.files import write_text, writing
 from first_stage.handover.export import measure_latents
 from first_stage.metrics.training import Watch, derived
+from first_stage.models.first_stage import load_autoencoder
 from first_stage.training import run_folder as files
 from first_stage.training.checkpoint import (
     find_checkpoint,
@@ -137,7 +137,7 @@ class Run:
         stage = self.trainer.first_stage.network
         for problem in factor_problems(config, stage.downsample_factor):
             raise ConfigError(problem)
-        self.stream = open_stream(config, self.source, stage)
+        self.stream = open_stream(config, self.source, stage.in_channels)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
             View(*config.validation_view),
@@ -266,15 +266,15 @@ class Run:
         """Metrics of the held-out images."""
         if not self.held_out:
             return {}
-        with self.trainer.ema_weights() as vae:
-            return validate(vae, self.shown, self.processes, self.micro)
+        with self.trainer.ema_weights() as stage:
+            return validate(stage, self.shown, self.processes, self.micro)
 
     def _validate(self, step: int) -> dict[str, float]:
         """Measure the held-out images, and add a line to the log and a frame to the pictures."""
         metrics = self._measure()
         if self.processes.is_main:
-            with self.trainer.ema_weights() as vae:
-                picture = draw_grid(vae, self.shown, self.config.validation.pictures)
+            with self.trainer.ema_weights() as stage:
+                picture = draw_grid(stage, self.shown, self.config.validation.pictures)
             with self._writing():
                 save_png(picture, files.frame_path(self.folder, step))
                 if metrics and self.logbook is not None:
@@ -328,14 +328,16 @@ class Run:
         held = "held out" if self.held_out else "trained on"
         images = HeldImages(self.shown, f"{self.config.data.path}, {held}")
         options = Options(batch_size=self.micro)
-        with self.trainer.ema_weights() as vae:
+        with self.trainer.ema_weights() as stage:
             statistics = measure_latents(
-                vae, self._first_images(self.config.export.images), self.processes
+                stage, self._first_images(self.config.export.images), self.processes
             )
-            found = evaluate([("this run", vae)], images, options, self.processes, self.config.seed)
+            found = evaluate(
+                [("this run", stage)], images, options, self.processes, self.config.seed
+            )
             if self.processes.is_main:
                 with self._writing():
-                    hand_over(self.config, vae, statistics, metrics, found)
+                    hand_over(self.config, stage, statistics, metrics, found)
         self.processes.wait()
 
     def _first_images(self, count: int) -> Iterator[Tensor]:
@@ -371,9 +373,7 @@ class Run:
         )
         if changes:
             self._say(f"changed since the checkpoint was written:\n{changes}")
-        self.trainer.restore(
-            snapshot, AutoencoderKL.from_pretrained(path / "ema", use_safetensors=True)
-        )
+        self.trainer.restore(snapshot, load_autoencoder(str(path / "ema")))
         self.broken.load_state_dict(snapshot.state["broken"], write=self.processes.is_main)
         self._say(f"resuming at step {snapshot.step} from {path}")
         if self.processes.is_main:

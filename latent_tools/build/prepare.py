@@ -10,12 +10,11 @@ import numpy as np
 import PIL
 import pyarrow as pa
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from first_stage.data import BrokenImage, Source
 from first_stage.files import TEMPORARY
-from latent_tools.build.encoder import Encoder
+from latent_tools.build.encoder import LatentEncoder
 from latent_tools.build.images import content_hash, file_of, picture_size
 from latent_tools.build.options import CacheOptions
 from latent_tools.format.files import CacheError, LaunchLock
@@ -58,9 +57,7 @@ def source_ids(source: Source) -> pa.Array:
     return ids
 
 
-def describe_launch(
-    autoencoder: nn.Module, name: str, source: Source, encoder: Encoder, options: CacheOptions
-) -> Manifest:
+def describe_launch(source: Source, encoder: LatentEncoder, options: CacheOptions) -> Manifest:
     """What a launch would encode with, after checking the options against the first stage.
 
     Raises:
@@ -71,11 +68,9 @@ def describe_launch(
     if representation is None:
         representation = "moments" if encoder.has_posterior else "mean"
     return Manifest(
-        first_stage=describe_first_stage(
-            autoencoder, name, encoder.latent_channels, encoder.factor, options.revision
-        ),
+        first_stage=describe_first_stage(encoder.first_stage, options.revision),
         preprocessing=describe_preprocessing(
-            encoder.in_channels,
+            encoder.first_stage.in_channels,
             options.resolution,
             options.resize if buckets is None else None,
             [list(shape) for shape in buckets] if buckets is not None else None,
@@ -99,7 +94,7 @@ def describe_launch(
     )
 
 
-def _check_options(options: CacheOptions, encoder: Encoder) -> list[Shape] | None:
+def _check_options(options: CacheOptions, encoder: LatentEncoder) -> list[Shape] | None:
     for field, value in (("batch_size", options.batch_size), ("resolution", options.resolution)):
         if value < 1:
             raise CacheError(f"{field} is {value}; it must be at least 1")
@@ -110,13 +105,14 @@ def _check_options(options: CacheOptions, encoder: Encoder) -> list[Shape] | Non
             f"representation is {options.representation!r}, but this first stage has no posterior: "
             "leave representation out, or use mean, to store its latents"
         )
+    factor = encoder.first_stage.downsample_factor
     if options.buckets is not None:
-        return parse_buckets(options.buckets, options.resolution, encoder.factor)
-    if options.resolution % encoder.factor:
-        nearest = max(1, round(options.resolution / encoder.factor)) * encoder.factor
+        return parse_buckets(options.buckets, options.resolution, factor)
+    if options.resolution % factor:
+        nearest = max(1, round(options.resolution / factor)) * factor
         raise CacheError(
             f"data.resolution {options.resolution} is no multiple of the first stage's downsample "
-            f"factor {encoder.factor}: use {nearest}"
+            f"factor {factor}: use {nearest}"
         )
     return None
 

@@ -44,7 +44,7 @@ def stream_of(folder: Path, source: StreamSource | None = None, buffer: int = 12
 
 
 def trained_on(folder, world, workers, start, stop, micro=1, **more):
-    """Per step: ids, pixels and noise of the whole batch, over processes in their order."""
+    """Per step: ids, pixels and positions of the whole batch, over processes in their order."""
     steps = collections.defaultdict(list)
     for rank in range(world):
         sampler = StepSampler(BATCH, micro, start, stop, rank, world)
@@ -55,8 +55,10 @@ def trained_on(folder, world, workers, start, stop, micro=1, **more):
             step = start + number // sampler.micro_batches
             assert len(batch.ids) == micro
             steps[step] += [
-                (name, pixels.numpy().tobytes(), noise.numpy().tobytes())
-                for name, pixels, noise in zip(batch.ids, batch.pixels, batch.noise, strict=True)
+                (name, pixels.numpy().tobytes(), position)
+                for name, pixels, position in zip(
+                    batch.ids, batch.pixels, batch.positions, strict=True
+                )
             ]
     return dict(steps)
 

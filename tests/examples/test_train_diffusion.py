@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from first_stage.data import open_source
 from first_stage.errors import UserError
-from first_stage.models.first_stage import build_autoencoder
+from autoencoders import build_autoencoder
 from latent_tools import CacheOptions, LatentDataset, precompute
 
 SCRIPT = ROOT / "examples" / "digits" / "train_diffusion.py"

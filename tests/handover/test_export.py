@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from first_stage.distributed.processes import Processes
 from first_stage.handover.export import measure_latents, model_card, write_export
-from first_stage.models.first_stage import build_autoencoder
+from autoencoders import build_autoencoder
 
 STOCK = ROOT / "tests" / "helpers" / "stock_diffusers.py"
 

@@ -14,7 +14,7 @@ from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
 from first_stage.handover.export import measure_latents
 from first_stage.handover.folding import fold_statistics
-from first_stage.models.first_stage import build_autoencoder
+from autoencoders import build_autoencoder
 
 MEAN, STD = [0.5, -3.0, 0.0, 20.0], [2.0, 0.1, 1.0, 7.0]
 

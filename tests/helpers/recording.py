@@ -26,12 +26,14 @@ def digest(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def samples_of(batches):
+def samples_of(trainer, batches):
     """Id, hash of the pixels (so of crop and flip) and hash of the noise of each sample."""
     return [
         [name, digest(pixels), digest(noise)]
         for batch in batches
-        for name, pixels, noise in zip(batch.ids, batch.pixels, batch.noise, strict=True)
+        for name, pixels, noise in zip(
+            batch.ids, batch.pixels, trainer.noise(batch), strict=True
+        )
     ]
 
 
@@ -65,7 +67,7 @@ class Recorder:
         if not hasattr(trainer, "recorded"):
             trainer.recorded = True
             self.watch(trainer)
-        self.samples[step] = samples_of(batches)
+        self.samples[step] = samples_of(trainer, batches)
         if self.reference is not None and step > 0:
             self.kind = f"{step}.forced"
             own = copy.deepcopy(trainer.snapshot(step))

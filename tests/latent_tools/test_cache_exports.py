@@ -17,7 +17,7 @@ import torch
 from cache_helpers import cache, make_vae, photo, run_tool, write_photos
 from safetensors import safe_open
 
-from first_stage.models.first_stage import build_autoencoder
+from autoencoders import build_autoencoder
 from latent_tools import CacheError, LatentDataset
 from latent_tools.__main__ import Name
 from latent_tools.export import export_cache

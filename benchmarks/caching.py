@@ -13,7 +13,7 @@ from PIL import Image
 
 from benchmarks.cache_rates import cache_rates
 from benchmarks.timing import device, peak_memory, show_turn, synchronise, table_of
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.data import Source, open_source
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.training.step import make_first_stage

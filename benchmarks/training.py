@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from benchmarks.floor import matrix_rate, random_batch, step_flops
 from benchmarks.steps import one_pass_step, two_pass_step
 from benchmarks.timing import Stopwatch, peak_memory, show_turn, spread, synchronise, text
-from first_stage.config.schema import Config, parse_config
+from first_stage.config import Config, parse_config
 from first_stage.data import Batch, StepSampler
 from first_stage.distributed.processes import Processes
 from first_stage.losses.pretrained import VGG16Features

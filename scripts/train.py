@@ -4,7 +4,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.errors import run_command
 from first_stage.training.loop import train
 from first_stage.training.run_folder import resume_command

@@ -17,7 +17,8 @@ from torch import Tensor
 from experiments.objectives.measures import LocalFeatures, Scores, score
 from experiments.objectives.rows import START, Budget, row_config, warmup_config
 from experiments.objectives.stripes import critic_ratios
-from first_stage.config.schema import Config, to_dict
+from first_stage.config.parsing import to_dict
+from first_stage.config.schema import Config
 from first_stage.data import (
     Batch,
     Source,

@@ -10,7 +10,9 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from first_stage.config.schema import Config, factor_problems, micro_batch_size, to_dict
+from first_stage.config.checks import check, factor_problems, micro_batch_size
+from first_stage.config.parsing import to_dict
+from first_stage.config.schema import Config
 from first_stage.data import (
     Batch,
     BrokenFiles,
@@ -101,6 +103,7 @@ def train(config: Config) -> Outcome:
         UserError: For anything in the configuration, data or files that cannot work, and when
             another process of the job ended before its time.
     """
+    check(config)
     end_with_launcher()
     with StopRequest() as stop:
         accelerator = make_accelerator(config)

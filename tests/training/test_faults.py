@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 from conftest import arguments
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.errors import UserError
 from first_stage.files import WriteError
 from first_stage.training.checkpoint import list_checkpoints, load_checkpoint

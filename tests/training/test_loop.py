@@ -8,7 +8,7 @@ from conftest import ROOT, arguments
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.models.first_stage import FirstStage, build_autoencoder
 from first_stage.training.log import read_log

@@ -1,11 +1,11 @@
 """Which images a command takes, and how it sees them: the part that all commands share."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from first_stage.config.types import NonNegativeInt, PositiveInt
 from first_stage.data import Source, View, open_source
 from first_stage.data.sources import Split
+from first_stage.errors import ConfigError
 
 
 def shorter_side(resize: int | None, resolution: int) -> int | None:
@@ -25,7 +25,7 @@ def shorter_side(resize: int | None, resolution: int) -> int | None:
 class ImagesConfig:
     """The images of a command."""
 
-    path: str = ""
+    path: str | None = None
     """A folder of images (nested or not), a folder written by datasets' save_to_disk, parquet or
     WebDataset (.tar) shards or a folder of them, a built-in set (photos, digits), or a data set id
     on the hub."""
@@ -40,16 +40,19 @@ class ImagesConfig:
     """Which split of a hub or saved data set."""
 
     def view(self, resolution: int) -> View:
-        """How images are cropped to a resolution, in pixels."""
+        """How images are seen at a resolution, in pixels."""
         return View(resolution, shorter_side(self.resize, resolution))
 
-    def open(self, part: Split, **options: Any) -> Source:
+    def open(self, part: Split) -> Source:
         """Open the images.
 
         Args:
-            part: Which part of a built-in or saved set.
+            part: Which part of a built-in set; of other sets, `split` says it.
 
         Raises:
-            DataError: When there are none.
+            ConfigError: When no path is given.
+            DataError: When there are no images.
         """
-        return open_source(self.path, self.image_column, part, self.split or "train", **options)
+        if not self.path:
+            raise ConfigError("data.path is missing: give a folder of images, a hub id, or a set")
+        return open_source(self.path, self.image_column, part, self.split or "train")

@@ -125,6 +125,8 @@ def _is_restricted(kind: Any) -> bool:
 
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a type: of those that fields have."""
+    if hint is Any:
+        return True
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_fits(value, kind) for kind in arguments)

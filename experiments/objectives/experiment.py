@@ -24,7 +24,6 @@ from first_stage.data import (
     Source,
     StepSampler,
     TrainingStream,
-    View,
     fingerprint,
     training_loader,
 )
@@ -228,7 +227,7 @@ class Experiment:
         stage = trainer.first_stage.network
         stream = TrainingStream(
             self.photos.training,
-            View(config.data.resolution, config.view_resize),
+            config.data.view(config.data.resolution),
             stage.in_channels,
             config.seed,
             stage.latent_shape(config.data.resolution),

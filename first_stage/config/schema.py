@@ -22,6 +22,7 @@ from first_stage.config.types import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Precision,
     Share,
     may_change,
     section_may_change,
@@ -43,7 +44,6 @@ __all__ = [
 ]
 
 Crop = Literal["random", "center"]
-Precision = Literal["no", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -201,11 +201,6 @@ class Config:
     def needs_critic(self) -> bool:
         """Whether any term of the objective uses the critic."""
         return self.loss.learned.weight > 0 or self.loss.adversarial.weight > 0
-
-    @property
-    def view_resize(self) -> int | None:
-        """Shorter side for training images, `None` to keep sizes (see `View.resize`)."""
-        return shorter_side(self.data.resize, self.data.resolution)
 
     @property
     def validation_view(self) -> tuple[int, int | None]:

@@ -22,6 +22,9 @@ from typing import (
 
 T = TypeVar("T")
 
+Precision = Literal["no", "bf16", "fp16"]
+"""Type of autocast; no: float32."""
+
 _MAY_CHANGE = {"may_change": True}
 
 

@@ -106,7 +106,7 @@ def train(config: Config) -> Outcome:
     check(config)
     end_with_launcher()
     with StopRequest() as stop:
-        accelerator = make_accelerator(config)
+        accelerator = make_accelerator(config.train, config.output_dir)
         processes = Processes(config.train.process_timeout)
         with processes.together(), files.locked(Path(config.output_dir), processes.is_main):
             outcome = Run(config, accelerator, processes, stop).fit()
@@ -133,14 +133,17 @@ class Run:
         self.micro = micro_batch_size(config, processes.world)
         resume = config.resume is not None
         on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
-        self.source, held_out = open_data(config, processes)
-        self.fingerprint = agreed_fingerprint(config, self.source, processes)
+        sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
+        self.source, held_out = open_data(
+            config.data, folder=self.folder, processes=processes, **sizes
+        )
+        self.fingerprint = agreed_fingerprint(self.source, processes)
         self.held_out = len(held_out) if held_out is not None else 0
         self.trainer = Trainer(config, accelerator, processes)
         stage = self.trainer.first_stage.network
         for problem in factor_problems(config, stage.downsample_factor):
             raise ConfigError(problem)
-        self.stream = open_stream(config, self.source, stage)
+        self.stream = open_stream(self.source, config.data, stage, **sizes)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
             View(*config.validation_view),
@@ -153,7 +156,14 @@ class Run:
         self.resumed_at = self._resume()
         self.saved = self.resumed_at or 0
         self.logbook = self._open_logbook()
-        self._say(introduction(self.trainer, self.micro, len(self.source), self.held_out))
+        self._say(
+            introduction(
+                self.trainer,
+                micro=self.micro,
+                samples=len(self.source),
+                held_out=self.held_out,
+            )
+        )
 
     def fit(self) -> Outcome:
         """Train to the last step, or until a signal asks to stop; then export.
@@ -207,7 +217,8 @@ class Run:
 
     def _load(self, positions: Iterable[list[int]]) -> Generator[Batch, None, None]:
         pin = self.accelerator.device.type == "cuda"
-        return start_loader(open_loader(self.config, self.stream, positions, pin))
+        workers = self.config.data.workers
+        return start_loader(open_loader(self.stream, positions, workers=workers, pin_memory=pin))
 
     def _next(
         self, batches: Iterator[Batch], progress: Progress
@@ -370,7 +381,11 @@ class Run:
             return None
         snapshot = load_checkpoint(path)
         changes = check_resumable(
-            self.config, self.fingerprint, len(self.source), snapshot, str(path)
+            self.config,
+            snapshot,
+            checkpoint=str(path),
+            fingerprint=self.fingerprint,
+            samples=len(self.source),
         )
         if changes:
             self._say(f"changed since the checkpoint was written:\n{changes}")

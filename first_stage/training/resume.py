@@ -50,16 +50,16 @@ def recipe(config: Config) -> str:
 
 
 def check_resumable(
-    config: Config, fingerprint: str, samples: int, snapshot: Snapshot, checkpoint: str
+    config: Config, snapshot: Snapshot, *, checkpoint: str, fingerprint: str, samples: int
 ) -> str:
     """Whether a run is the one that a checkpoint belongs to.
 
     Args:
         config: The run's configuration.
-        fingerprint: Of its data.
-        samples: How many there are to train on.
         snapshot: The checkpoint's contents.
         checkpoint: Where it lies, for messages.
+        fingerprint: Of the run's data.
+        samples: How many there are to train on.
 
     Returns:
         What has changed and may change, one line per field; empty when nothing has.

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from first_stage.config.types import Precision
 from first_stage.data import CHANNELS
-from latent_tools.build.options import Precision
 from latent_tools.format.files import CacheError
 
 _PROBE_SIDE = 128  # a multiple of every published image autoencoder's downsample factor

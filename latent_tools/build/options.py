@@ -1,13 +1,11 @@
 """How a data set is encoded: said once, for the command and for the library."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
-from first_stage.config.types import NonNegativeInt, PositiveInt, Share
-
-Representation = Literal["moments", "mean", "sample"]
-Dtype = Literal["float16", "bfloat16", "float32", "uint8"]
-Precision = Literal["no", "bf16", "fp16"]
+from first_stage.config.types import NonNegativeInt, PositiveInt, Precision, Share
+from latent_tools.format.manifest import Representation
+from latent_tools.format.shards import Dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,8 @@ from PIL import Image
 
 from first_stage.config import parse_config
 from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.files import read_log
 from first_stage.models.first_stage import FirstStage, build_autoencoder
-from first_stage.training.log import read_log
 from first_stage.training.loop import TrainingDiverged, train
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

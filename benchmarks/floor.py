@@ -36,7 +36,7 @@ def random_batch(trainer: Trainer) -> Batch:
 
 def step_flops(config: Config) -> float:
     """Floating-point operations of one step, counted on the meta device: nothing is computed."""
-    trainer = Trainer(config, make_accelerator(config), Processes())
+    trainer = Trainer(config, make_accelerator(config.train, config.output_dir), Processes())
     meta = torch.device("meta")
     trainer.first_stage.network.to(meta)
     if trainer.critic is not None:

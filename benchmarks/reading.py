@@ -13,9 +13,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.timing import show_turn, table_of
+from first_stage.config.schema import ModelConfig
 from first_stage.data import Sample
 from first_stage.data.sources import ListSource
-from first_stage.config.schema import ModelConfig
 from first_stage.models.families import family_named
 from latent_tools import LatentDataset
 from latent_tools.build.launch import precompute

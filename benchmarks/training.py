@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from benchmarks.floor import matrix_rate, random_batch, step_flops
 from benchmarks.steps import one_pass_step, two_pass_step
 from benchmarks.timing import Stopwatch, peak_memory, show_turn, spread, synchronise, text
-from first_stage.config.schema import Config, parse_config
+from first_stage.config import Config, parse_config
 from first_stage.data import Batch, StepSampler
 from first_stage.distributed.processes import Processes
 from first_stage.losses.pretrained import VGG16Features
@@ -192,7 +192,7 @@ class Variant:
 
     def __init__(self, name: str, config: Config):
         self.name = name
-        accelerator = make_accelerator(config)
+        accelerator = make_accelerator(config.train, config.output_dir)
         self.trainer = Trainer(config, accelerator, Processes())
         self.batch = random_batch(self.trainer).to(accelerator.device)
         self.done = 0
@@ -251,12 +251,14 @@ def as_usual(trainer: Trainer) -> None:
 def data_rate(config: Config, seconds: float) -> float:
     """Images per second of the recipe's own loader, with nothing beside it."""
     processes = Processes()
-    source, _ = open_data(config, processes)
-    trainer = Trainer(config, make_accelerator(config), processes)
-    stream = open_stream(config, source, trainer.first_stage.network)
+    sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
+    folder = Path(config.output_dir)
+    source, _ = open_data(config.data, folder=folder, processes=processes, **sizes)
+    trainer = Trainer(config, make_accelerator(config.train, config.output_dir), processes)
+    stream = open_stream(source, config.data, trainer.first_stage.network, **sizes)
     size = config.train.batch_size
     sampler = StepSampler(size, size, 0, config.train.max_steps, 0, 1)
-    batches = iter(open_loader(config, stream, sampler, pin_memory=False))
+    batches = iter(open_loader(stream, sampler, workers=config.data.workers, pin_memory=False))
     next(batches)
     began, count = time.perf_counter(), 0
     for _ in itertools.takewhile(lambda _: time.perf_counter() - began < seconds, batches):

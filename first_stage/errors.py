@@ -24,7 +24,7 @@ class DataError(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message; its type where it has none."""
+    """The first line of what an error says, or its kind when it says nothing."""
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 

@@ -17,13 +17,13 @@ from torch import Tensor
 from experiments.objectives.measures import LocalFeatures, Scores, score
 from experiments.objectives.rows import START, Budget, row_config, warmup_config
 from experiments.objectives.stripes import critic_ratios
-from first_stage.config.schema import Config, to_dict
+from first_stage.config.parsing import to_dict
+from first_stage.config.schema import Config
 from first_stage.data import (
     Batch,
     Source,
     StepSampler,
     TrainingStream,
-    View,
     fingerprint,
     training_loader,
 )
@@ -226,7 +226,7 @@ class Experiment:
     def _batches(self, trainer: Trainer, config: Config, sampler: StepSampler) -> Iterator[Batch]:
         stream = TrainingStream(
             self.photos.training,
-            View(config.data.resolution, config.view_resize),
+            config.data.view(config.data.resolution),
             trainer.first_stage.network.in_channels,
             config.seed,
         )

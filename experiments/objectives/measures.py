@@ -10,7 +10,7 @@ from first_stage.metrics import images as metrics
 from first_stage.metrics.feature_networks import EfficientNetLite0, as_rgb
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
 from first_stage.metrics.spectrum import SharpnessSums
-from first_stage.models.first_stage import FirstStage, reconstruct
+from first_stage.models.first_stage import reconstruct
 
 BLOCK = 5
 """Which inverted residual block's output is the local feature: 40 channels per 8 x 8 pixels."""
@@ -70,7 +70,8 @@ def score(
         network: Gives the local features.
         batch_size: Images at a time; it does not change the result.
     """
-    device = next(vae.parameters()).device
+    stage = FirstStage(vae)
+    device = stage.device
     sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)]
     statistics: list[GaussianStatistics] = []
     sharpness = SharpnessSums()

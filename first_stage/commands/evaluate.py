@@ -8,8 +8,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from first_stage.config.images import ImagesConfig
 from first_stage.config.parsing import read_options
-from first_stage.data import View, open_source, spare_workers
+from first_stage.config.types import NonNegativeInt, PositiveInt
+from first_stage.data import spare_workers
 from first_stage.data.builtin import NAMES
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError
@@ -36,24 +38,16 @@ _SEVERAL = {
 
 
 @dataclass(frozen=True)
-class DataArguments:
+class EvaluationData(ImagesConfig):
     """The images to reconstruct."""
 
     path: str = ""
-    """A folder of images (nested or not), a folder written by datasets' save_to_disk, parquet or
-    WebDataset (.tar) shards or a folder of them, a built-in set (photos, digits), or a data set id
-    on the hub."""
-    resolution: int | None = None
+    resolution: PositiveInt | None = None
     """Side of a centre crop, in pixels; null: whole images in their own sizes."""
-    resize: int | None = None
-    """Shorter side before the crop, in pixels (bicubic, antialiased); null: the resolution; 0:
-    images keep their size."""
-    image_column: str | None = None
-    """Column with the images, for data sets that have columns; null: found by its type."""
     split: str | None = None
     """Which split of a hub or saved data set; of a built-in set: train, validation or all. null:
     train, or all of a built-in set."""
-    workers: int | None = None
+    workers: NonNegativeInt | None = None
     """Decoding processes per process; null: one per core left over, at most 8; 0: none."""
 
 
@@ -64,19 +58,19 @@ class Arguments:
     first_stage: list[str] | None = None
     output: str = ""
     """Folder for metrics.json, report.html and the report's pictures."""
-    data: DataArguments = field(default_factory=DataArguments)
-    num_images: int | None = None
+    data: EvaluationData = field(default_factory=EvaluationData)
+    num_images: PositiveInt | None = None
     """How many images at most, chosen by the seed; null: all."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Images per forward pass of one process."""
-    seed: int = 0
-    """Seed of the choice of images; >= 0."""
+    seed: NonNegativeInt = 0
+    """Seed of the choice of images."""
     features: list[str] | None = None
     lpips: bool = False
     """Measure LPIPS (AlexNet); needs the package lpips and its weights."""
-    pairs: int = 12
+    pairs: NonNegativeInt = 12
     """How many images the report shows beside their reconstructions."""
-    probed_images: int = 64
+    probed_images: NonNegativeInt = 64
     """On how many images the latents are flipped, turned and scaled, and their histograms taken."""
     overwrite: bool = False
     """Replace an evaluation that is already in the output folder."""
@@ -146,19 +140,6 @@ def _problems(a: Arguments) -> Iterator[str]:
         yield f"--data.split is {a.data.split!r}; {a.data.path} has train, validation and all"
     if not a.output:
         yield "--output is missing: name a folder for metrics.json and report.html"
-    least = {
-        "batch_size": (a.batch_size, 1),
-        "num_images": (1 if a.num_images is None else a.num_images, 1),
-        "data.resolution": (1 if a.data.resolution is None else a.data.resolution, 1),
-        "data.resize": (a.data.resize or 0, 0),
-        "data.workers": (a.data.workers or 0, 0),
-        "seed": (a.seed, 0),
-        "pairs": (a.pairs, 0),
-        "probed_images": (a.probed_images, 0),
-    }
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            yield f"--{name} is {value}; it must be at least {minimum}"
     if a.data.resize and a.data.resolution is None:
         yield (
             f"--data.resize {a.data.resize} without --data.resolution: say what to crop, too "
@@ -178,16 +159,12 @@ class _Images:
     def __init__(self, a: Arguments):
         split = a.data.split
         part: Any = split if split in ("train", "validation", "all") else "all"
-        self.source = open_source(a.data.path, a.data.image_column, part, split or "train")
+        self.source = a.data.open(part)
         self.arguments = a
 
     def __call__(self, channels: int) -> EvaluationImages:
-        data = self.arguments.data
-        view = None
-        if data.resolution is not None:
-            resize = data.resolution if data.resize is None else (data.resize or None)
-            view = View(data.resolution, resize)
         a = self.arguments
+        view = None if a.data.resolution is None else a.data.view(a.data.resolution)
         return EvaluationImages(self.source, channels, view, a.num_images, a.seed)
 
 

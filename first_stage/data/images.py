@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from first_stage.errors import DataError
+from first_stage.errors import DataError, first_line
 
 CHANNELS = (1, 3, 4)
 """The channel counts that image files can be read into."""
@@ -71,8 +71,7 @@ def open_image(file: bytes | str | Path | Image.Image, channels: int) -> Image.I
     except UnidentifiedImageError:
         raise BrokenImage("not an image that Pillow can read") from None
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error) or type(error).__name__
-        raise BrokenImage(reason.splitlines()[0]) from None
+        raise BrokenImage(first_line(error)) from None
 
 
 def _with_channels(image: Image.Image, channels: int) -> Image.Image:

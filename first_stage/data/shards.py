@@ -24,7 +24,7 @@ from first_stage.data.sources import (
     find_image_column,
     shard_files,
 )
-from first_stage.errors import DataError
+from first_stage.errors import DataError, first_line
 from first_stage.files import write_json
 
 _KINDS = (".parquet", ".tar")
@@ -90,7 +90,7 @@ def _remote_shards(path: str) -> list[str]:
             place = place.rstrip("/") + "/*"
         return [system.unstrip_protocol(name) for name in system.glob(place)]
     except Exception as error:
-        raise DataError(f"data.path {path!r} cannot be listed: {_first_line(error)}") from error
+        raise DataError(f"data.path {path!r} cannot be listed: {first_line(error)}") from error
 
 
 def _hub_shards(path: str, split: str) -> list[str]:
@@ -103,16 +103,12 @@ def _hub_shards(path: str, split: str) -> list[str]:
     except Exception as error:
         raise DataError(
             f"data.path {path!r} is no file or folder here and could not be found on the hub: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if not files or split not in files:
         there = ", ".join(files or ()) or "none"
         raise DataError(f"data.split is {split!r}, but {path!r} has the splits: {there}")
     return [str(name) for name in files[split]]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _open(url: str) -> Any:
@@ -157,7 +153,7 @@ def count_rows(urls: Sequence[str], memory: Path | None = None) -> list[Shard]:
         except DataError:
             raise
         except Exception as error:
-            raise DataError(f"the shard {url!r} cannot be read: {_first_line(error)}") from error
+            raise DataError(f"the shard {url!r} cannot be read: {first_line(error)}") from error
 
     with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
         shards = list(pool.map(count, urls))
@@ -310,7 +306,7 @@ class ShardedRows:
             found = list(islice(rows, last - first))
         except Exception as error:
             self._cursors.pop(cursor, None)
-            raise DataError(f"the shard {url!r} cannot be read: {_first_line(error)}") from error
+            raise DataError(f"the shard {url!r} cannot be read: {first_line(error)}") from error
         if len(found) < last - first:
             raise DataError(f"the shard {url!r} is shorter than when its rows were counted")
         self._cursors[cursor] = (shard, last - base, rows)

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from first_stage.data import builtin
-from first_stage.errors import DataError
+from first_stage.errors import DataError, first_line
 from first_stage.seeding import Purpose, generator
 
 Split = Literal["train", "validation", "all"]
@@ -347,7 +347,7 @@ def _shard_source(path: str, shards: Sequence[Path], image_column: str | None) -
         try:
             dataset = datasets.load_dataset(shard_builder(shards), data_files=files, split="train")
         except Exception as error:
-            raise DataError(f"data.path {path!r} cannot be read: {_first_line(error)}") from error
+            raise DataError(f"data.path {path!r} cannot be read: {first_line(error)}") from error
     return DatasetSource(dataset, path, image_column)
 
 
@@ -357,7 +357,7 @@ def _saved_source(path: str, image_column: str | None, hub_split: str) -> Source
     try:
         dataset = datasets.load_from_disk(path)
     except Exception as error:
-        raise DataError(f"data.path {path!r} cannot be read: {_first_line(error)}") from error
+        raise DataError(f"data.path {path!r} cannot be read: {first_line(error)}") from error
     if isinstance(dataset, datasets.DatasetDict):
         if hub_split not in dataset:
             raise DataError(
@@ -380,13 +380,9 @@ def _hub_source(path: str, image_column: str | None, hub_split: str) -> Source:
             raise DataError(
                 f"data.path {path!r} is no folder or file here, is not one of the built-in sets "
                 f"({', '.join(builtin.NAMES)}), and could not be loaded from the hub: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
     return DatasetSource(dataset, path, image_column)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class _quiet_datasets:

@@ -11,12 +11,11 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from first_stage.config.schema import Config
+from first_stage.config.schema import DataConfig, TrainConfig
 from first_stage.data import (
     Batch,
     Source,
     TrainingStream,
-    View,
     fingerprint,
     is_builtin,
     open_source,
@@ -35,21 +34,25 @@ from first_stage.training.run_folder import SHARDS
 from first_stage.training.step import Trainer
 
 
-def make_accelerator(config: Config) -> Accelerator:
+def make_accelerator(train: TrainConfig, output_dir: str) -> Accelerator:
     """The accelerator, which joins the job's processes.
+
+    Args:
+        train: Says the precision and the tracker.
+        output_dir: Where the tracker writes.
 
     Raises:
         ConfigError: When precision or tracker cannot be had here.
     """
-    tracker, remark = tracker_of(config.train.tracker)
+    tracker, remark = tracker_of(train.tracker)
     # What torch offers instead would still copy buffers at the start, which is as good here, but
     # versions before 2.13 do not have it.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     try:
         accelerator = Accelerator(
-            mixed_precision=config.train.precision,
+            mixed_precision=train.precision,
             log_with=tracker,
-            project_dir=config.output_dir,
+            project_dir=output_dir,
             # Buffers never differ between processes, and copying them in the critic's second
             # forward pass would change what its first one saved for the backward pass.
             kwargs_handlers=[
@@ -57,9 +60,7 @@ def make_accelerator(config: Config) -> Accelerator:
             ],
         )
     except ValueError as error:
-        raise ConfigError(
-            f"train.precision {config.train.precision!r} cannot be used: {error}"
-        ) from error
+        raise ConfigError(f"train.precision {train.precision!r} cannot be used: {error}") from error
     if remark and accelerator.is_main_process:
         print(remark, flush=True)
     if accelerator.device.type == "cpu":
@@ -69,14 +70,23 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def open_data(config: Config, processes: Processes | None = None) -> tuple[Source, Source | None]:
+def open_data(
+    data: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    folder: Path,
+    processes: Processes | None = None,
+) -> tuple[Source, Source | None]:
     """The samples to train on, and the held-out ones if there are any.
 
     Args:
-        config: The run's configuration.
+        data: Which, and how they are divided.
+        seed: Of the division.
+        batch_size: Images per step; a stream holds as many rows ready.
+        folder: The run's, which remembers the rows of a stream's shards.
         processes: The first one counts the rows of a stream's shards for all.
     """
-    data = config.data
 
     def opened(path: str, split: Any) -> Source:
         return open_source(path, data.image_column, split, data.split)
@@ -85,7 +95,8 @@ def open_data(config: Config, processes: Processes | None = None) -> tuple[Sourc
     if data.validation_path is not None:
         held_out = opened(data.validation_path, "validation")
     if data.streaming:
-        rows = _open_shards(config, processes or Processes())
+        counted = _count_shards(data, folder, processes or Processes())
+        rows = ShardedRows(data.path, counted, data.image_column, batch_size)
         share = data.validation_share if held_out is None else 0.0
         training, spread = split_stream(rows, share)
         return training, spread if held_out is None else held_out
@@ -96,24 +107,22 @@ def open_data(config: Config, processes: Processes | None = None) -> tuple[Sourc
     source = opened(data.path, "all")
     if data.validation_share == 0:
         return source, None
-    return split_source(source, data.validation_share, config.seed)
+    return split_source(source, data.validation_share, seed)
 
 
-def _open_shards(config: Config, processes: Processes) -> ShardedRows:
-    data = config.data
+def _count_shards(data: DataConfig, folder: Path, processes: Processes) -> list[Shard]:
     shards: list[Shard] = []
 
     def count() -> None:
-        urls, folder = find_shards(data.path, data.split), Path(config.output_dir)
+        urls = find_shards(data.path, data.split)
         with writing(folder, lambda: "Nothing was trained yet"):
             shards.extend(count_rows(urls, folder / SHARDS))
 
     on_main(processes, count)
-    counted = processes.gather(shards)[0]
-    return ShardedRows(data.path, counted, data.image_column, max(config.train.batch_size, 1))
+    return list(processes.gather(shards)[0])
 
 
-def agreed_fingerprint(config: Config, source: Source, processes: Processes) -> str:
+def agreed_fingerprint(source: Source, processes: Processes) -> str:
     """The data's fingerprint; on several machines each may have its own copy.
 
     Raises:
@@ -123,42 +132,48 @@ def agreed_fingerprint(config: Config, source: Source, processes: Processes) -> 
     for rank, other in enumerate(prints):
         if other != prints[0]:
             raise DataError(
-                f"data.path {config.data.path!r} is not the same everywhere: process {rank} sees "
+                f"data.path {source.name!r} is not the same everywhere: process {rank} sees "
                 "other samples than process 0. Give all machines the same files"
             )
     return str(prints[0])
 
 
-def open_stream(config: Config, source: Source, channels: int) -> TrainingStream:
+def open_stream(
+    source: Source, data: DataConfig, *, channels: int, seed: int, batch_size: int
+) -> TrainingStream:
     """The stream of training samples, for a first stage.
 
     Args:
-        config: The run's configuration.
         source: The samples, from `open_data`.
+        data: How they are seen.
         channels: To read files into.
+        seed: Of order, crops and flips.
+        batch_size: Images per step.
     """
-    view = View(config.data.resolution, config.view_resize)
-    random_crop, flip = config.data.crop == "random", config.data.flip
+    view = data.view(data.resolution)
+    random_crop = data.crop == "random"
     if isinstance(source, StreamSource):
         return ShardStream(
-            source, view, channels, config.seed, config.train.batch_size,
-            config.data.shuffle_buffer, random_crop, flip,
-        )  # fmt: skip
-    return TrainingStream(source, view, channels, config.seed, random_crop, flip)
+            source, view, channels, seed, batch_size, data.shuffle_buffer, random_crop, data.flip
+        )
+    return TrainingStream(source, view, channels, seed, random_crop, data.flip)
 
 
 def open_loader(
-    config: Config, stream: TrainingStream, positions: Iterable[list[int]], pin_memory: bool
+    stream: TrainingStream,
+    positions: Iterable[list[int]],
+    *,
+    workers: int | None,
+    pin_memory: bool,
 ) -> Iterable[Batch]:
     """Decode the samples at these positions, one list per micro-batch, in workers.
 
     Args:
-        config: The run's configuration.
         stream: From `open_stream`.
         positions: Those of this process.
+        workers: How many; `None`: one per core left over.
         pin_memory: Copy batches to page-locked memory, for a GPU.
     """
-    workers = config.data.workers
     if workers is None:
         workers = spare_workers()
     if isinstance(stream, ShardStream):
@@ -167,7 +182,7 @@ def open_loader(
     return training_loader(stream, positions, workers, pin_memory)
 
 
-def introduction(trainer: Trainer, micro: int, samples: int, held_out: int) -> str:
+def introduction(trainer: Trainer, *, micro: int, samples: int, held_out: int) -> str:
     """What a run says of itself before it begins.
 
     Args:
@@ -187,14 +202,14 @@ def introduction(trainer: Trainer, micro: int, samples: int, held_out: int) -> s
         f"{config.train.batch_size} in micro-batches of {micro}\n"
         f"{samples:,} images to train on, {held_out:,} held out, from {config.data.path}\n"
         f"{sizes}, f{stage.downsample_factor}, {stage.latent_channels} latent channels"
-        f"{_phases(config)}"
+        f"{_phases(config.train)}"
     )
 
 
-def _phases(config: Config) -> str:
+def _phases(train: TrainConfig) -> str:
     """From where on only the decoder learns; nothing where the encoder does to the end."""
-    steps = config.train.encoder_steps
-    if steps is None or steps >= config.train.max_steps:
+    steps = train.encoder_steps
+    if steps is None or steps >= train.max_steps:
         return ""
     return f"; the decoder learns alone {f'from step {steps:,} on' if steps else 'from the start'}"
 

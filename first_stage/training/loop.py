@@ -9,7 +9,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from torch import Tensor
 
-from first_stage.config.schema import Config, factor_problems, micro_batch_size, to_dict
+from first_stage.config.checks import check, factor_problems, micro_batch_size
+from first_stage.config.parsing import to_dict
+from first_stage.config.schema import Config
 from first_stage.data import (
     Batch,
     BrokenFiles,
@@ -101,9 +103,10 @@ def train(config: Config) -> Outcome:
         UserError: For anything in the configuration, data or files that cannot work, and when
             another process of the job ended before its time.
     """
+    check(config)
     end_with_launcher()
     with StopRequest() as stop:
-        accelerator = make_accelerator(config)
+        accelerator = make_accelerator(config.train, config.output_dir)
         processes = Processes(config.train.process_timeout)
         with processes.together(), files.locked(Path(config.output_dir), processes.is_main):
             outcome = Run(config, accelerator, processes, stop).fit()
@@ -130,14 +133,17 @@ class Run:
         self.micro = micro_batch_size(config, processes.world)
         resume = config.resume is not None
         on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
-        self.source, held_out = open_data(config, processes)
-        self.fingerprint = agreed_fingerprint(config, self.source, processes)
+        sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
+        self.source, held_out = open_data(
+            config.data, folder=self.folder, processes=processes, **sizes
+        )
+        self.fingerprint = agreed_fingerprint(self.source, processes)
         self.held_out = len(held_out) if held_out is not None else 0
         self.trainer = Trainer(config, accelerator, processes)
         stage = self.trainer.first_stage.network
         for problem in factor_problems(config, stage.downsample_factor):
             raise ConfigError(problem)
-        self.stream = open_stream(config, self.source, stage.in_channels)
+        self.stream = open_stream(self.source, config.data, channels=stage.in_channels, **sizes)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
             View(*config.validation_view),
@@ -150,7 +156,14 @@ class Run:
         self.resumed_at = self._resume()
         self.saved = self.resumed_at or 0
         self.logbook = self._open_logbook()
-        self._say(introduction(self.trainer, self.micro, len(self.source), self.held_out))
+        self._say(
+            introduction(
+                self.trainer,
+                micro=self.micro,
+                samples=len(self.source),
+                held_out=self.held_out,
+            )
+        )
 
     def fit(self) -> Outcome:
         """Train to the last step, or until a signal asks to stop; then export.
@@ -204,7 +217,8 @@ class Run:
 
     def _load(self, positions: Iterable[list[int]]) -> Generator[Batch, None, None]:
         pin = self.accelerator.device.type == "cuda"
-        return start_loader(open_loader(self.config, self.stream, positions, pin))
+        workers = self.config.data.workers
+        return start_loader(open_loader(self.stream, positions, workers=workers, pin_memory=pin))
 
     def _next(
         self, batches: Iterator[Batch], progress: Progress
@@ -369,7 +383,11 @@ class Run:
             return None
         snapshot = load_checkpoint(path)
         changes = check_resumable(
-            self.config, self.fingerprint, len(self.source), snapshot, str(path)
+            self.config,
+            snapshot,
+            checkpoint=str(path),
+            fingerprint=self.fingerprint,
+            samples=len(self.source),
         )
         if changes:
             self._say(f"changed since the checkpoint was written:\n{changes}")

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from first_stage.config.types import Precision
 from first_stage.data import CHANNELS
 from first_stage.errors import first_line
 from first_stage.models.first_stage import FirstStage
-from latent_tools.build.options import Precision
 from latent_tools.format.files import CacheError
 
 _PROBE_SIDE = 128  # a multiple of every published image autoencoder's downsample factor

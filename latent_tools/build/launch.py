@@ -185,7 +185,11 @@ class _Work:
         )
         splitter = BatchSplitter(encoder, options.batch_size, is_padded=options.compile)
         units = UnitEncoder(
-            splitter, self.launch.representation, options.dtype, options.flip, options.seed
+            splitter,
+            representation=self.launch.representation,
+            dtype=options.dtype,
+            flip=options.flip,
+            seed=options.seed,
         )
         own = {unit.number for unit in self.own}
         progress = Progress(self.folder, self.left, own, is_shown=self.process.rank == 0)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 from tqdm import tqdm
 
+from first_stage.config.types import misfits
 from first_stage.data import BrokenImage, Source
 from first_stage.files import TEMPORARY
 from latent_tools.build.encoder import LatentEncoder
@@ -95,11 +96,8 @@ def describe_launch(source: Source, encoder: LatentEncoder, options: CacheOption
 
 
 def _check_options(options: CacheOptions, encoder: LatentEncoder) -> list[Shape] | None:
-    for field, value in (("batch_size", options.batch_size), ("resolution", options.resolution)):
-        if value < 1:
-            raise CacheError(f"{field} is {value}; it must be at least 1")
-    if options.unit_size < 0 or options.workers < 0:
-        raise CacheError("unit_size and data.workers must not be negative")
+    for problem in misfits(options):
+        raise CacheError(problem)
     if options.representation in ("moments", "sample") and not encoder.has_posterior:
         raise CacheError(
             f"representation is {options.representation!r}, but this first stage has no posterior: "

@@ -11,12 +11,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
-from latent_tools.format.files import CacheError, read_json, write_json
+from first_stage.files import write_json
+from latent_tools.format.files import CacheError, read_json
 
 if TYPE_CHECKING:  # reading a cache needs no diffusers, whose import takes seconds in every worker
     from first_stage.models.first_stage import FirstStage
@@ -24,6 +25,9 @@ if TYPE_CHECKING:  # reading a cache needs no diffusers, whose import takes seco
 FILE = "manifest.json"
 FORMAT = "first-stage latent cache"
 VERSION = 1
+
+Representation = Literal["moments", "mean", "sample"]
+"""What is stored: mean and log-variance of the posterior, its mean, or one draw from it."""
 
 # What an autoencoder uses after the latents: changing it changes no latent. A codebook is among
 # them because `VQModel.encode` gives the latents before they are quantised.
@@ -108,9 +112,9 @@ class Manifest:
     statistics: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def representation(self) -> str:
-        """`moments`, `mean` or `sample`."""
-        return str(self.store["representation"])
+    def representation(self) -> Representation:
+        """What the shards hold."""
+        return cast(Representation, self.store["representation"])
 
     @property
     def tensor_name(self) -> str:

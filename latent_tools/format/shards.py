@@ -17,7 +17,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import safetensors
@@ -25,13 +25,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from latent_tools.format.files import CacheError, read_json, write_bytes, write_json
+from first_stage.files import write_json
+from latent_tools.format.files import CacheError, read_json, write_bytes
 from latent_tools.format.plan import Shape
 from latent_tools.format.statistics import ChannelSums
 
 SHARDS, COMMITS = "shards", "commits"
 LABEL_COLUMNS = ("label", "labels", "cls")
-DTYPES = {
+Dtype = Literal["float16", "bfloat16", "float32", "uint8"]
+"""What latents are stored as."""
+DTYPES: dict[Dtype, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -49,7 +52,7 @@ def commit_path(folder: Path, unit: int) -> Path:
     return folder / COMMITS / f"u{unit:06d}.json"
 
 
-def pack(values: Tensor, dtype: str, name: str) -> dict[str, Tensor]:
+def pack(values: Tensor, dtype: Dtype, name: str) -> dict[str, Tensor]:
     """Latents as they are stored.
 
     Args:
@@ -130,7 +133,7 @@ class EncodedUnit:
     batch_size: int = 0
 
 
-def write_unit(folder: Path, unit: EncodedUnit, dtype: str, channels: int) -> dict[str, Any]:
+def write_unit(folder: Path, unit: EncodedUnit, dtype: Dtype, channels: int) -> dict[str, Any]:
     """Write a unit's shard, then its commit; both atomic, in this order.
 
     Equal units give equal bytes, which is why everything beside the tensors goes into ONE metadata
@@ -180,7 +183,7 @@ def write_unit(folder: Path, unit: EncodedUnit, dtype: str, channels: int) -> di
             "sha256": hashlib.sha256(content).hexdigest(),
             "bytes": len(content),
         }
-    write_json(commit_path(folder, unit.unit), commit)
+    write_json(commit_path(folder, unit.unit), commit, indent=None)
     return commit
 
 

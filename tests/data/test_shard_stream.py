@@ -14,7 +14,7 @@ from conftest import arguments
 from shards import KINDS, ROWS, TOTAL, write_shards
 from shards import folder as folder  # a fixture
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.data import shards, start_loader
 from first_stage.data.images import View
 from first_stage.data.shard_stream import (

@@ -11,7 +11,6 @@ from torch import nn
 
 from first_stage.data import FixedImages, View, open_source
 from first_stage.errors import UserError
-from first_stage.models.first_stage import as_first_stage, pad, reconstruct
 from first_stage.evaluation import (
     EvaluationImages,
     HeldImages,
@@ -26,6 +25,7 @@ from first_stage.evaluation.pictures import choose_pairs
 from first_stage.evaluation.table import remarks
 from first_stage.metrics import images as metrics
 from first_stage.metrics.feature_networks import FeatureNetwork
+from first_stage.models.first_stage import as_first_stage, pad, reconstruct
 
 EVERY = [tiny_kl, tiny_vq, tiny_taesd, tiny_dc]
 

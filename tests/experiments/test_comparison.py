@@ -12,10 +12,9 @@ from experiments.objectives.experiment import Experiment, Photos, Result
 from experiments.objectives.measures import LocalFeatures, Scores, score
 from experiments.objectives.photos import packaged_photos, shrunk, tiles
 from experiments.objectives.rows import BUDGETS, START, VGG, Budget, row_config, row_names
-from first_stage.config.schema import ConfigError
 from first_stage.data import Sample
 from first_stage.data.sources import ListSource
-from first_stage.errors import UserError
+from first_stage.errors import ConfigError, UserError
 from first_stage.models.critic import PatchCritic
 from first_stage.training.step import make_first_stage
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from autoencoders import build_autoencoder
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 from first_stage.data import open_source
 from first_stage.models.bottlenecks import Gaussian
 from first_stage.models.families import Family, register_family
-from autoencoders import build_autoencoder
 from latent_tools import CacheOptions, Outcome, precompute
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.training.checkpoint import checkpoint_folder, load_checkpoint
 from first_stage.training.loop import train
 from first_stage.training.step import Trainer
@@ -31,9 +31,7 @@ def samples_of(trainer, batches):
     return [
         [name, digest(pixels), digest(noise)]
         for batch in batches
-        for name, pixels, noise in zip(
-            batch.ids, batch.pixels, trainer.noise(batch), strict=True
-        )
+        for name, pixels, noise in zip(batch.ids, batch.pixels, trainer.noise(batch), strict=True)
     ]
 
 

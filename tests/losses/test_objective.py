@@ -216,7 +216,9 @@ def adversarial_only(**adversarial: object) -> Objective:
 
 def test_prior_samples_count_as_fakes_for_both_players():
     objective = adversarial_only(kind="hinge", prior_samples=True)
-    outputs = outputs_of(0.0, 0.0, -2.0, 0.0, 3.0, 0.0)  # 2 reals, 2 reconstructions, 2 of the prior
+    outputs = outputs_of(
+        0.0, 0.0, -2.0, 0.0, 3.0, 0.0
+    )  # 2 reals, 2 reconstructions, 2 of the prior
     loss, _ = objective.critic.loss(outputs)
     assert loss.item() == pytest.approx(1.0 + (0 + 1 + 4 + 1) / 4)
 

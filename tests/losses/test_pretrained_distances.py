@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from first_stage.config.schema import ConfigError, PretrainedConfig
+from first_stage.config.schema import PretrainedConfig
+from first_stage.errors import ConfigError
 from first_stage.losses.learned import gram_matrix
 from first_stage.losses.pretrained import PretrainedDistances, VGG16Features
 

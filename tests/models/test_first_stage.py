@@ -2,9 +2,8 @@ import json
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
-
 from autoencoders import build_autoencoder
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
 
 from first_stage.errors import UserError
 from first_stage.models.bottlenecks import Gaussian

@@ -20,7 +20,7 @@ def reference(trainer: Trainer, batch: Batch) -> dict[str, list]:
     config = trainer.config.loss
     stage, critic = trainer.first_stage.network, trainer.critic.network
     images = images_from_pixels(batch.pixels)
-    reconstruction, code, _ = stage(images, trainer.noise(batch))
+    reconstruction = stage(images, trainer.noise(batch)).images
     pixel = (reconstruction - images).abs().mean()
     with torch.no_grad():
         reals = critic(images)
@@ -112,7 +112,10 @@ def test_parameters_optimizers_and_ema_are_float32_and_move_under_bf16(tiny):
     tensors = [*trainer.first_stage.network.model.parameters(), *trainer.ema.shadow_params]
     tensors += [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")]
     assert all(t.dtype == torch.float32 for t in tensors)
-    moved = [not torch.equal(p, b) for p, b in zip(trainer.first_stage.network.model.parameters(), before, strict=True)]
+    moved = [
+        not torch.equal(p, b)
+        for p, b in zip(trainer.first_stage.network.model.parameters(), before, strict=True)
+    ]
     assert all(moved)
     pairs = zip(trainer.ema.shadow_params, averaged, strict=True)
     assert all(not torch.equal(p, b) for p, b in pairs)
@@ -152,11 +155,16 @@ def test_bf16_gradients_are_as_near_as_the_plain_form_comes(tiny):
 
 def test_after_its_steps_the_encoder_stays_as_its_average(tiny):
     trainer = make_trainer(tiny(train__max_steps=5, train__encoder_steps=2, train__ema_decay=0.9))
-    encoder, decoder = trainer.first_stage.network.model.encoder, trainer.first_stage.network.model.decoder
+    encoder, decoder = (
+        trainer.first_stage.network.model.encoder,
+        trainer.first_stage.network.model.decoder,
+    )
     for step in range(2):
         trainer.training_step(step, [batch_of(trainer, 4, seed=step)])
     resting = averaged(trainer).state_dict()
-    assert not all(torch.equal(resting[n], p) for n, p in trainer.first_stage.network.model.named_parameters())
+    assert not all(
+        torch.equal(resting[n], p) for n, p in trainer.first_stage.network.model.named_parameters()
+    )
     for step in range(2, 5):
         batch = batch_of(trainer, 4, seed=step)
         found = gradients_of(trainer, step, [batch])["first_stage"]
@@ -175,7 +183,9 @@ def test_after_its_steps_the_encoder_stays_as_its_average(tiny):
 def test_the_decoder_alone_computes_in_the_same_precision(tiny):
     trainer = make_trainer(tiny(train__encoder_steps=1, train__precision="bf16"))
     seen = []
-    trainer.first_stage.network.model.decoder.conv_in.register_forward_hook(lambda *a: seen.append(a[-1].dtype))
+    trainer.first_stage.network.model.decoder.conv_in.register_forward_hook(
+        lambda *a: seen.append(a[-1].dtype)
+    )
     for step in range(3):
         trainer.training_step(step, [batch_of(trainer, 4, seed=step)])
     assert seen == [torch.bfloat16] * 3

@@ -209,6 +209,10 @@ class Unknown(Family):
         self._label = name
         self._factor, self._channels = self._probe(model)
 
+    def to_images(self, model: Any, latents: Tensor) -> Tensor:
+        """The field `sample` of what `decode` gives."""
+        return model.decode(latents).sample
+
     def build(self, config: ModelConfig, sample_size: int) -> Any:
         """Not possible."""
         raise UserError(f"{self._label!r}: its class is none that the trainer builds")

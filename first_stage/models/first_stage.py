@@ -153,16 +153,20 @@ class FirstStage(nn.Module):
         return Reconstruction(images, code, latents)
 
 
-def as_first_stage(model: Any, name: str) -> FirstStage:
-    """A loaded diffusers autoencoder as a first stage; one that is one already gets the name.
+def as_first_stage(model: Any, name: str | None = None) -> FirstStage:
+    """A loaded diffusers autoencoder as a first stage; what is one already stays as it is.
+
+    Args:
+        model: The autoencoder, or a `FirstStage`.
+        name: How users know it, for messages; `None` leaves the name it has.
 
     Raises:
         UserError: When it does not turn images into latents and back.
     """
-    if isinstance(model, FirstStage):
-        model.name = name
-        return model
-    return FirstStage(model, name=name)
+    if not isinstance(model, FirstStage):
+        return FirstStage(model, name=name or "the first stage")
+    model.name = name or model.name
+    return model
 
 
 def pad(images: Tensor, factor: int) -> Tensor:

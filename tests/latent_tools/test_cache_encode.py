@@ -567,7 +567,7 @@ class TestContinuing:
         child = context.Process(target=_hold_lock, args=(tmp_path / "c", taken, done))
         child.start()
         assert taken.wait(20)
-        with pytest.raises(UserError, match=f"another launch .process {child.pid} on"):
+        with pytest.raises(UserError, match=f"another launch .pid {child.pid} on"):
             cache(tmp_path / "data", tmp_path / "c")
         done.set()
         child.join(20)

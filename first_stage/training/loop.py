@@ -1,6 +1,7 @@
 """A training run, from its configuration to its export."""
 
 import contextlib
+import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -108,8 +109,13 @@ def train(config: Config) -> Outcome:
     with StopRequest() as stop:
         accelerator = make_accelerator(config.train, config.output_dir)
         processes = Processes(config.train.process_timeout)
-        with processes.together(), files.locked(Path(config.output_dir), processes.is_main):
-            outcome = Run(config, accelerator, processes, stop).fit()
+        folder = Path(config.output_dir)
+        with processes.together(), files.locked(folder, processes.is_main):
+            try:
+                outcome = Run(config, accelerator, processes, stop).fit()
+            finally:
+                if processes.is_main and (told := files.ended(folder)):
+                    print(told, file=sys.stderr, flush=True)
         accelerator.end_training()
     return outcome
 
@@ -324,6 +330,7 @@ class Run:
                 save_checkpoint(self.folder, snapshot, self.trainer.ema_weights, keep)
                 frames = [(f"step {done}", file) for done, file in files.list_frames(self.folder)]
                 save_gif(frames, self.shown.pixels.shape[1], self.folder / files.GIF)
+                files.first_saved(self.folder)
         self.processes.wait()
         self.saved = step
 

@@ -42,11 +42,11 @@ class WriteError(UserError):
 
 
 @contextlib.contextmanager
-def writing(folder: Path, what_is_saved: Callable[[], str]) -> Iterator[None]:
+def writing(folder: Path | None, what_is_saved: Callable[[], str]) -> Iterator[None]:
     """Tell a disk that cannot be written in words.
 
     Args:
-        folder: What is being written to, for the message.
+        folder: What is being written to, for the message; `None` where only the error knows.
         what_is_saved: Says what the user still has, and how to go on.
 
     Raises:
@@ -57,13 +57,16 @@ def writing(folder: Path, what_is_saved: Callable[[], str]) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        file = f" ({error.filename})" if error.filename else ""
+        if folder is None:
+            folder = Path(error.filename or "the disk")
+        file = f" ({error.filename})" if error.filename not in (None, str(folder)) else ""
         raise WriteError(_write_problem(folder, error.errno, file, what_is_saved())) from error
     except SafetensorError as error:
         # Its Rust code hides the number of the system's error in the text: "(os error 28)".
         for number in _DISK:
             if f"(os error {number})" in str(error):
-                raise WriteError(_write_problem(folder, number, "", what_is_saved())) from error
+                where = folder or Path("the disk")
+                raise WriteError(_write_problem(where, number, "", what_is_saved())) from error
         raise
 
 

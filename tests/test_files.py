@@ -10,7 +10,6 @@ from first_stage import files
 from first_stage.files import remove_folder, remove_leftovers, standing, write_folder
 
 
-
 @pytest.fixture
 def place(tmp_path):
     return tmp_path / "run" / "export"

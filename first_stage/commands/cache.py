@@ -17,7 +17,7 @@ from first_stage.config.types import NonNegativeInt, PositiveInt, Share
 from first_stage.data import Source, spare_workers
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.errors import ConfigError
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.models.loading import load_autoencoder, training_resolution
 from latent_tools.build.launch import Outcome, Process, precompute
 from latent_tools.build.options import CacheOptions, EncodingOptions
 from latent_tools.build.parquet import ParquetStream
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     count = process.world
     say(f"{count} process{'es' if count > 1 else ''} on {process.device.type}")
-    autoencoder = load_autoencoder(options.first_stage, options.revision)
+    autoencoder = load_autoencoder(options.first_stage, options.revision, "--first_stage")
     source = _open(options.data)
     cache_options = _cache_options(options, autoencoder, process)
     try:
@@ -164,10 +164,11 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
     data = options.data
     resolution = data.resolution
     if resolution is None:
-        resolution = getattr(autoencoder.config, "sample_size", None)
-        if not isinstance(resolution, int) or resolution < 1:
+        resolution = training_resolution(options.first_stage, autoencoder)
+        if resolution is None:
             raise ConfigError(
-                "--data.resolution is missing, and the first stage's config has no sample_size"
+                "--data.resolution is missing, and the first stage does not say what it was "
+                "trained on"
             )
     return CacheOptions(
         resolution=resolution,

@@ -77,6 +77,10 @@ class Family(ABC):
         """Channels of the images."""
         return int(model.config.in_channels)
 
+    def layout(self, model: Any) -> dict[str, Any]:
+        """The fields of `ModelConfig` that describe a model, as a recipe would have them."""
+        return {"in_channels": self.in_channels(model)}
+
     @abstractmethod
     def last_layer(self, model: Any) -> Tensor:
         """Weight of the decoder's last convolution, where VQGAN balances its losses."""
@@ -180,6 +184,19 @@ class KL(Family):
     def downsample_factor(self, model: Any) -> int:
         """Each level but the last halves."""
         return int(2 ** (len(model.config.block_out_channels) - 1))
+
+    def layout(self, model: Any) -> dict[str, Any]:
+        """All that `build` asks for."""
+        config = model.config
+        return {
+            "in_channels": config.in_channels,
+            "latent_channels": config.latent_channels,
+            "block_out_channels": tuple(config.block_out_channels),
+            "layers_per_block": config.layers_per_block,
+            "norm_num_groups": config.norm_num_groups,
+            "mid_block_attention": config.get("mid_block_add_attention", True),
+            "quant_conv": config.get("use_quant_conv", True),
+        }
 
     def last_layer(self, model: Any) -> Tensor:
         """Of the decoder's `conv_out`."""

@@ -155,9 +155,9 @@ tags: [autoencoder, latent-diffusion, first-stage]
 # First stage with standard latents
 
 `{public_name(options.first_stage)}` with the statistics of its latents folded into the 1x1
-convolutions around them. Reconstructions are the same; every latent channel has mean 0 and variance 1 over the images
-measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the two are not
-interchangeable: z here is (z there - mean) / std.
+convolutions around them. Reconstructions are the same; every latent channel has mean 0 and variance
+1 over the images measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the
+two are not interchangeable: z here is (z there - mean) / std.
 
 ```python
 from diffusers import AutoencoderKL

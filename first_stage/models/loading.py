@@ -238,7 +238,7 @@ def _load(place: _Place, cls: Any) -> Any:
             model, info = _from_pretrained(cls, folder, None, {})
         if not _misfits(info):
             _LOG.warning(
-                "%s %r: the prefix %s of all weights' names is left out",
+                "%s %r: the prefix %s of its weights' names is left out",
                 place.field, place.name, prefix,
             )  # fmt: skip
     if misfits := _misfits(info):
@@ -306,7 +306,7 @@ def _common_prefix(names: Iterable[str]) -> str:
 def _write_without_prefix(place: _Place, cls: Any, prefix: str, folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    weights = {}
+    weights: dict[str, torch.Tensor] = {}
     for file in _weight_files(place):
         weights |= {key.removeprefix(prefix): value for key, value in load_file(file).items()}
     save_file(weights, folder / "diffusion_pytorch_model.safetensors")

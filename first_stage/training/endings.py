@@ -1,13 +1,15 @@
 """How a run ends: at its last step, when asked to, or by an accident that is told in words."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from first_stage.config.schema import Config, micro_batch_size
+from first_stage.config.checks import micro_batch_size
+from first_stage.config.schema import Config
 from first_stage.distributed.memory import is_out_of_memory
 from first_stage.errors import UserError
+from first_stage.training.checkpoint import list_checkpoints
 from first_stage.training.run_folder import resume_command
 
 
@@ -45,6 +47,22 @@ class Ending:
 
 class TrainingDiverged(UserError):
     """A loss or gradient stopped being a number."""
+
+
+def diverged(folder: Path, step: int, names: Sequence[str]) -> TrainingDiverged:
+    """What to say when values stopped being finite.
+
+    Args:
+        folder: The run's folder.
+        step: The first step with such a value.
+        names: Of these values.
+    """
+    saved = list_checkpoints(folder)
+    kept = f"the last good checkpoint is {saved[-1][1]}" if saved else "no checkpoint was due yet"
+    return TrainingDiverged(
+        f"{', '.join(names)} stopped being finite at step {step}; {kept}. Lower "
+        "train.learning_rate or the weight of that term, or use train.precision no"
+    )
 
 
 class OutOfMemory(UserError):

@@ -1,7 +1,6 @@
 """A training run, from its configuration to its export."""
 
 import contextlib
-import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import replace
@@ -38,7 +37,6 @@ from first_stage.metrics.training import Watch, derived
 from first_stage.models.loading import fingerprint_weights, load_autoencoder
 from first_stage.training import run_folder as files
 from first_stage.training.checkpoint import (
-    list_checkpoints,
     read_checkpoint,
     save_checkpoint,
     set_aside,
@@ -52,13 +50,7 @@ from first_stage.training.data import (
     open_loader,
     open_stream,
 )
-from first_stage.training.endings import (
-    Ending,
-    Outcome,
-    TrainingDiverged,
-    memory_told,
-    what_is_saved,
-)
+from first_stage.training.endings import Ending, Outcome, diverged, memory_told, what_is_saved
 from first_stage.training.finish import hand_over
 from first_stage.training.log import Logbook, Progress
 from first_stage.training.resume import as_saved, check_resumable, find_start, lasting, recipe
@@ -101,14 +93,14 @@ def _train(
     def saved() -> str:
         return run.saved_so_far() if run is not None else what_is_saved(folder, 0, 1)
 
-    with processes.together(), files.locked(folder, processes.is_main):
-        try:
-            with memory_told(config, processes.world, saved):
-                run = Run(config, accelerator, processes, stop)
-                return run.fit()
-        finally:
-            if processes.is_main and (told := files.ended(folder)):
-                print(told, file=sys.stderr, flush=True)
+    with (
+        processes.together(),
+        files.locked(folder, processes.is_main),
+        files.earlier_run_kept(folder, processes.is_main),
+        memory_told(config, processes.world, saved),
+    ):
+        run = Run(config, accelerator, processes, stop)
+        return run.fit()
 
 
 class Run:
@@ -307,17 +299,7 @@ class Run:
         found = self.trainer.meter.first_bad(self.processes.minimum)
         if found is None:
             return
-        step, names = found
-        saved = list_checkpoints(self.folder)
-        raise TrainingDiverged(
-            f"{', '.join(names)} stopped being finite at step {step}; "
-            + (
-                f"the last good checkpoint is {saved[-1][1]}"
-                if saved
-                else "no checkpoint was due yet"
-            )
-            + ". Lower train.learning_rate or the weight of that term, or use train.precision no"
-        )
+        raise diverged(self.folder, *found)
 
     def _save(self, step: int) -> None:
         self._check_finite()

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shlex
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,6 +80,21 @@ def prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:
 def first_saved(folder: Path) -> None:
     """Delete the run that this one replaces: from here on this one can go on by itself."""
     earlier.let_go(folder)
+
+
+@contextlib.contextmanager
+def earlier_run_kept(folder: Path, wanted: bool = True) -> Iterator[None]:
+    """Put the run back that this one was to replace, if this one ends before it saved anything.
+
+    Args:
+        folder: The run's folder.
+        wanted: Do nothing when false: one process of a job does it for all.
+    """
+    try:
+        yield
+    finally:
+        if wanted and (told := ended(folder)):
+            print(told, file=sys.stderr, flush=True)
 
 
 def ended(folder: Path) -> str | None:

@@ -1,11 +1,7 @@
-import json
-
 import pytest
 import torch
 from autoencoders import build_autoencoder
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
 
-from first_stage.errors import UserError
 from first_stage.models.bottlenecks import Gaussian
 from first_stage.models.first_stage import (
     FirstStage,

@@ -12,7 +12,7 @@ from conftest import arguments
 from moments import moments
 from test_checkpoint import save
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.errors import UserError
 from first_stage.training.checkpoint import list_checkpoints, load_checkpoint
 from first_stage.training.loop import train

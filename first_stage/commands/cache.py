@@ -17,6 +17,7 @@ from first_stage.config.types import NonNegativeInt, PositiveInt, Share
 from first_stage.data import Source, spare_workers
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.errors import ConfigError
+from first_stage.files import writing
 from first_stage.models.loading import load_autoencoder, training_resolution
 from latent_tools.build.launch import Outcome, Process, precompute
 from latent_tools.build.options import CacheOptions, EncodingOptions
@@ -119,10 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     autoencoder = load_autoencoder(options.first_stage, options.revision, "--first_stage")
     source = _open(options.data)
     cache_options = _cache_options(options, autoencoder, process)
+    kept = "Complete units are kept: start the same command to go on"
     try:
-        outcome = precompute(
-            autoencoder, options.first_stage, source, options.output, cache_options, process, say
-        )
+        with writing(Path(options.output), lambda: kept):
+            outcome = precompute(
+                autoencoder, options.first_stage, source, options.output, cache_options, process,
+                say,
+            )  # fmt: skip
     except KeyboardInterrupt:
         say("stopped; the units that are complete are kept: start the same command to go on")
         sys.exit(130)

@@ -234,6 +234,8 @@ def preview(
     picture = np.concatenate(lines)
     if picture.shape[2] == 1:
         picture = picture[:, :, 0]
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise CacheError(f"output {str(output)!r} does not end as a picture does: name a .png")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(output, lambda path: Image.fromarray(picture).save(path))
     return names

@@ -22,31 +22,6 @@ from first_stage.training.run_folder import locked
 from first_stage.training.step import Trainer
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """Mounts small file systems; `disk(kilobytes, options)` is the folder."""
-    mounted: list[Path] = []
-
-    def mount(kilobytes: int) -> Path:
-        folder = tmp_path / f"disk{len(mounted)}"
-        folder.mkdir()
-        options = f"size={kilobytes}k"
-        try:
-            done = subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True
-            )
-        except OSError as error:
-            pytest.skip(f"no small file system can be mounted here: {error}")
-        if done.returncode:
-            pytest.skip(f"no small file system can be mounted here: {done.stderr.decode()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 def one_line(error: pytest.ExceptionInfo) -> str:
     text = str(error.value)
     assert "\n" not in text

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from first_stage.config.parsing import parser_class, with_values
 from first_stage.config.types import NonNegativeInt, PositiveInt
 from first_stage.errors import ConfigError, run_command
+from first_stage.files import writing
 from latent_tools import maintenance as tools
 from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
@@ -164,13 +165,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import jsonargparse
 
     given = list(sys.argv[1:] if arguments is None else arguments)
-    jsonargparse.auto_cli(
-        [info, verify, stats, preview, gc, export],
-        args=with_values(given, _SWITCHES),
-        parser_class=parser_class(),
-        prog="python -m latent_tools",
-        as_positional=True,
-    )
+    with writing(None, lambda: "Nothing of the cache is lost by it"):
+        jsonargparse.auto_cli(
+            [info, verify, stats, preview, gc, export],
+            args=with_values(given, _SWITCHES),
+            parser_class=parser_class(),
+            prog="python -m latent_tools",
+            as_positional=True,
+        )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from first_stage.data import (
     pixels_from_images,
 )
 from first_stage.errors import UserError
-from first_stage.files import TEMPORARY, sha256
+from first_stage.files import TEMPORARY, sha256, write_atomic
 from latent_tools.build.finalize import INDEX
 from latent_tools.build.images import PortionReader, Preprocessing, content_hash, file_of
 from latent_tools.build.parquet import ParquetStream
@@ -234,7 +234,10 @@ def preview(
     picture = np.concatenate(lines)
     if picture.shape[2] == 1:
         picture = picture[:, :, 0]
-    Image.fromarray(picture).save(output)
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise CacheError(f"output {str(output)!r} does not end as a picture does: name a .png")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, lambda path: Image.fromarray(picture).save(path))
     return names
 
 

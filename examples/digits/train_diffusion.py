@@ -28,7 +28,7 @@ from first_stage.config.parsing import read_options
 from first_stage.errors import ConfigError, run_command
 from first_stage.files import write_folder
 from first_stage.handover.folding import fold_statistics
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.models.loading import load_autoencoder
 from first_stage.seeding import Purpose, generator
 from first_stage.training.checkpoint import (
     Snapshot,

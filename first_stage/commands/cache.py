@@ -17,7 +17,8 @@ from first_stage.config.types import NonNegativeInt, PositiveInt, Share
 from first_stage.data import Source, spare_workers
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.errors import ConfigError
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.files import writing
+from first_stage.models.loading import load_autoencoder, training_resolution
 from latent_tools.build.launch import Outcome, Process, precompute
 from latent_tools.build.options import CacheOptions, EncodingOptions
 from latent_tools.build.parquet import ParquetStream
@@ -116,13 +117,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     count = process.world
     say(f"{count} process{'es' if count > 1 else ''} on {process.device.type}")
-    autoencoder = load_autoencoder(options.first_stage, options.revision)
+    autoencoder = load_autoencoder(options.first_stage, options.revision, "--first_stage")
     source = _open(options.data)
     cache_options = _cache_options(options, autoencoder, process)
+    kept = "Complete units are kept: start the same command to go on"
     try:
-        outcome = precompute(
-            autoencoder, options.first_stage, source, options.output, cache_options, process, say
-        )
+        with writing(Path(options.output), lambda: kept):
+            outcome = precompute(
+                autoencoder, options.first_stage, source, options.output, cache_options, process,
+                say,
+            )  # fmt: skip
     except KeyboardInterrupt:
         say("stopped; the units that are complete are kept: start the same command to go on")
         sys.exit(130)
@@ -164,10 +168,11 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
     data = options.data
     resolution = data.resolution
     if resolution is None:
-        resolution = getattr(autoencoder.config, "sample_size", None)
-        if not isinstance(resolution, int) or resolution < 1:
+        resolution = training_resolution(options.first_stage, autoencoder)
+        if resolution is None:
             raise ConfigError(
-                "--data.resolution is missing, and the first stage's config has no sample_size"
+                "--data.resolution is missing, and the first stage does not say what it was "
+                "trained on"
             )
     return CacheOptions(
         resolution=resolution,

@@ -25,7 +25,8 @@ from first_stage.metrics.feature_networks import (
     load_feature_network,
     load_lpips,
 )
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import load_autoencoder
 from first_stage.report import REPORT, write_report
 
 _SEVERAL = {
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say = print if processes.is_main else _nothing
     first_stages = a.first_stage or []
     _writable(Path(a.output))
+    _check(first_stages)
     say(f"{processes.world} process(es) on {accelerator.device.type}, float32", flush=True)
     options = Options(
         batch_size=a.batch_size,
@@ -170,7 +172,26 @@ class _Images:
 
 def _first_stages(names: Sequence[str], device: Any) -> Iterator[tuple[str, Any]]:
     for name, label in zip(names, short_names(names), strict=True):
-        yield label, load_autoencoder(name).to(device)
+        yield label, load_autoencoder(name, field="--first_stage").to(device)
+
+
+def _check(names: Sequence[str]) -> None:
+    """Load every first stage once before the first is measured, which may take hours.
+
+    Raises:
+        UserError: When one cannot be loaded, or takes other images than the first.
+    """
+    if len(names) < 2:
+        return
+    channels: dict[str, int] = {}
+    for name in names:
+        stage = FirstStage(load_autoencoder(name, field="--first_stage"), name=name)
+        channels[name] = stage.in_channels
+        if channels[name] != channels[names[0]]:
+            raise ConfigError(
+                f"--first_stage {name!r} takes images of {channels[name]} channels, but "
+                f"{names[0]!r} of {channels[names[0]]}: evaluate them separately"
+            )
 
 
 def short_names(names: Sequence[str]) -> list[str]:

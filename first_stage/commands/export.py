@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -15,10 +16,17 @@ from first_stage.config.types import PositiveInt
 from first_stage.data import fixed_images, images_from_pixels
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError
-from first_stage.files import write_folder
-from first_stage.handover.export import STATISTICS_FILE, measure_latents
+from first_stage.files import write_folder, write_json
+from first_stage.handover.export import measure_latents
 from first_stage.handover.folding import fold_statistics
-from first_stage.models.first_stage import FirstStage, load_autoencoder, require_kl
+from first_stage.handover.public import public_name
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import (
+    STATISTICS_FILE,
+    load_autoencoder,
+    require_kl,
+    training_resolution,
+)
 from latent_tools import LatentDataset
 
 _AT_ONCE = 16
@@ -60,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
     if Path(options.output).exists():
         raise ConfigError(f"output {options.output!r} is already there: give another folder")
-    vae = require_kl(load_autoencoder(options.first_stage), options.first_stage)
+    vae = load_autoencoder(options.first_stage, field="--first_stage")
+    vae = require_kl(vae, options.first_stage)
     mean, std = statistics(options, vae)
     folded = fold_statistics(vae, mean, std)
     print("channel   mean      std       are now 0 and 1")
@@ -72,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def write(folder: Path) -> None:
         folded.save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").write_text(card(options, mean, std), encoding="utf-8")
+        standard: dict[str, Any] = {"mean": [0.0] * len(mean), "std": [1.0] * len(std)}
+        standard["resolution"] = training_resolution(options.first_stage, vae)
+        write_json(folder / STATISTICS_FILE, standard)
 
     write_folder(Path(options.output), write)
     print(
@@ -95,7 +107,7 @@ def statistics(options: Options, vae: AutoencoderKL) -> tuple[list[float], list[
         cached = LatentDataset(options.latents, expect=vae).stats
         return list(cached["mean"]), list(cached["std"])
     if options.data.path is not None:
-        measured = measure_latents(vae, images(options.data, vae), Processes())
+        measured = measure_latents(FirstStage(vae), images(options, vae), Processes())
         return measured.mean, measured.std
     ours = Path(options.first_stage) / STATISTICS_FILE
     if ours.is_file():
@@ -110,10 +122,14 @@ def statistics(options: Options, vae: AutoencoderKL) -> tuple[list[float], list[
     return list(mean), list(std)
 
 
-def images(data: ExportData, vae: AutoencoderKL) -> Iterator[torch.Tensor]:
+def images(options: Options, vae: AutoencoderKL) -> Iterator[torch.Tensor]:
     """Batches of images `(B, C, H, W)` in [-1, 1] to measure on."""
-    factor = FirstStage(vae).downsample_factor
-    resolution = data.resolution or int(vae.config.sample_size)
+    factor, data = FirstStage(vae).downsample_factor, options.data
+    resolution = data.resolution or training_resolution(options.first_stage, vae)
+    if resolution is None:
+        raise ConfigError(
+            "data.resolution is missing, and the first stage does not say what it was trained on"
+        )
     if resolution % factor:
         raise ConfigError(
             f"data.resolution is {resolution}; it must be a multiple of the downsample factor "
@@ -138,10 +154,10 @@ tags: [autoencoder, latent-diffusion, first-stage]
 
 # First stage with standard latents
 
-`{options.first_stage}` with the statistics of its latents folded into the 1x1 convolutions around
-them. Reconstructions are the same; every latent channel has mean 0 and variance 1 over the images
-measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the two are not
-interchangeable: z here is (z there - mean) / std.
+`{public_name(options.first_stage)}` with the statistics of its latents folded into the 1x1
+convolutions around them. Reconstructions are the same; every latent channel has mean 0 and variance
+1 over the images measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the
+two are not interchangeable: z here is (z there - mean) / std.
 
 ```python
 from diffusers import AutoencoderKL

@@ -21,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not PartialState().is_main_process:
         return
     folder = Path(config.output_dir)
+    if not outcome.finished and outcome.step == 0:
+        print("stopped before a step was done; nothing is lost. Start the same command again")
+        return
     if not outcome.finished:
         print(
             f"stopped after step {outcome.step} of {config.train.max_steps}; everything is saved. "

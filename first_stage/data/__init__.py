@@ -4,6 +4,7 @@
 """
 
 from first_stage.data.broken import BrokenFiles
+from first_stage.data.faults import loader_fault
 from first_stage.data.images import (
     CHANNELS,
     BrokenImage,
@@ -29,7 +30,6 @@ from first_stage.data.stream import (
     collate,
     fingerprint,
     fixed_images,
-    loader_fault,
     spare_workers,
     start_loader,
     training_loader,

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import os
 import signal
-import socket
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from first_stage.data.images import BrokenImage, View, open_image, pixels_of
 from first_stage.data.sources import Sample, Source
-from first_stage.errors import DataError, UserError
+from first_stage.errors import DataError
 from first_stage.seeding import Purpose, generator
 
 _CONTENT_SAMPLES = 256
@@ -270,31 +269,6 @@ def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
 
 def _deliver(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
     yield from batches
-
-
-def loader_fault(error: Exception, rank: int) -> UserError | None:
-    """What a failing loader has to say in one line; `None` when it is not the loader's fault.
-
-    Args:
-        error: What was raised where a batch was asked for.
-        rank: This process.
-    """
-    if isinstance(error, UserError):
-        # From a worker, torch raises the same class with a whole traceback for its message.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        last = lines[-1]
-        return DataError(last.partition("Error: ")[2] or last if len(lines) > 1 else last)
-    told_by_torch = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
-    # A worker that dies while it hands over a batch breaks the connection first.
-    cut_off = isinstance(error, ConnectionError | EOFError) or (
-        isinstance(error, FileNotFoundError) and error.filename is None
-    )
-    if not told_by_torch and (not cut_off or "Caught " in str(error)):
-        return None
-    return DataError(
-        f"a data worker of process {rank} (on {socket.gethostname()}) was killed, most often "
-        "because memory ran out: fewer data.workers need less"
-    )
 
 
 @dataclass

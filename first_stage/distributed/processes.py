@@ -22,6 +22,10 @@ process of a job, and the launcher passes on what it got."""
 _PR_SET_PDEATHSIG = 1
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked to end while there was nothing to finish or to save."""
+
+
 class ProcessLost(UserError):
     """Another process of the job ended; the message names it.
 
@@ -131,6 +135,9 @@ class Processes:
             yield
         except ProcessLost:
             raise
+        except KeyboardInterrupt:
+            self._watch.tell("it was asked to stop")
+            raise
         except Exception as error:
             if not isinstance(error, UserError) and _is_broken_connection(error):
                 message, told_by = self._watch.roll_call()
@@ -166,10 +173,14 @@ class StopRequest:
     A second signal of the same kind acts at once, for those who cannot wait, unless it comes right
     after the first: then it is the same request, passed on by a launcher. Use it as a context
     manager: the handlers that were there before come back.
+
+    Args:
+        at_once: Until `defer`, the first signal acts at once too: it raises `Stopped`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool = False) -> None:
         self.signal: signal.Signals | None = None
+        self._at_once = at_once
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
@@ -185,9 +196,16 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def defer(self) -> None:
+        """From here on the first signal is a request: there is something to finish and to save."""
+        self._at_once = False
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is None:
             self._since = time.monotonic()
+            if self._at_once:
+                self.signal = signal.Signals(number)
+                raise Stopped(f"stopped by {self.signal.name}")
         elif self.signal == number and time.monotonic() - self._since > _SAME_SIGNAL:
             signal.signal(number, self._before.get(number) or signal.SIG_DFL)
             signal.raise_signal(number)

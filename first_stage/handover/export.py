@@ -14,9 +14,10 @@ from first_stage.distributed.processes import Processes
 from first_stage.files import write_folder, write_json
 from first_stage.metrics.moments import ChannelMoments, merged
 from first_stage.models.first_stage import FirstStage, as_first_stage
+from first_stage.models.loading import STATISTICS_FILE
 
-STATISTICS_FILE = "latent_statistics.json"
-"""Beside an export's config: the fields of `LatentStatistics`."""
+_TILE = 512
+"""Least side in pixels of the tiles that diffusers cuts large images into, where it is asked to."""
 _HALF_MAX = 65504.0
 _HALF_HEADROOM = 4.0
 _LEAST_STD = 1e-6
@@ -34,6 +35,8 @@ class LatentStatistics:
         overall_std: Over all channels together, around that mean: 1 / `scaling_factor`.
         images: How many images were measured.
         largest_activation: Largest magnitude that any layer of encoder or decoder put out.
+        resolution: Side of the images, in pixels: what it was trained on. The config cannot say
+            it, because diffusers takes its `sample_size` for the size of a tile.
     """
 
     mean: list[float]
@@ -42,6 +45,7 @@ class LatentStatistics:
     overall_std: float
     images: int
     largest_activation: float
+    resolution: int | None = None
 
     @property
     def scaling_and_shift(self) -> tuple[float, float]:
@@ -73,12 +77,13 @@ def measure_latents(
     first_stage = as_first_stage(first_stage)
     device = first_stage.device
     found = ChannelMoments(first_stage.latent_channels)
-    peak = torch.zeros((), device=device)
+    peak, side = torch.zeros((), device=device), 0
     with _largest_output(first_stage.model, peak):
         for batch in batches:
             encoded = first_stage.encode(batch.to(device))
             first_stage.decode(encoded.latents)
             found.update(encoded.latents, encoded.logvar)
+            side = batch.shape[-1]
     total = merged(processes.gather(found), first_stage.latent_channels)
     overall_mean, overall_std = total.overall
     return LatentStatistics(
@@ -88,6 +93,7 @@ def measure_latents(
         overall_std=max(overall_std, _LEAST_STD),
         images=total.images,
         largest_activation=processes.maximum(peak).item(),
+        resolution=max(processes.gather(side)) or None,
     )
 
 
@@ -131,7 +137,12 @@ def write_export(
     model = first_stage.model
     first_stage.family.carrier.write(model, scaling, shift)
     if "force_upcast" in model.config:
-        model.register_to_config(force_upcast=statistics.needs_float32)
+        model.register_to_config(force_upcast=needs_float32(model, statistics))
+    if "sample_size" in model.config:
+        # As large as a training crop, diffusers' tiles would show as a grid (`enable_tiling`).
+        factor = first_stage.downsample_factor
+        tile = max(_TILE, model.config["sample_size"] or 0)
+        model.register_to_config(sample_size=-(-tile // factor) * factor)
     if kept is None and "latents_mean" in model.config:
         # Only Stable Diffusion XL's pipeline reads these, multiplies by them on top of the scaling
         # factor, and breaks where there are not four channels. They are in a file of their own.
@@ -147,6 +158,11 @@ def write_export(
                 (temporary / name).write_text(content, encoding="utf-8")
 
     write_folder(folder, write)
+
+
+def needs_float32(model: Any, statistics: LatentStatistics) -> bool:
+    """`force_upcast`: once a first stage was found to need it, small crops are no proof against."""
+    return statistics.needs_float32 or bool(model.config.get("force_upcast", False))
 
 
 def load_snippet(folder: str) -> str:
@@ -169,6 +185,7 @@ def model_card(
     downsample_factor: int,
     picture: str | None,
     kept: tuple[float, float] | None = None,
+    force_upcast: bool | None = None,
 ) -> str:
     """The export's README: what it is, how to load it, how good it is, what made it.
 
@@ -182,6 +199,7 @@ def model_card(
         downsample_factor: Pixels per latent along a side.
         picture: File name of the grid beside the README.
         kept: Scaling and shift of the first stage whose encoder it kept; `None`: as measured.
+        force_upcast: What the config says; `None`: as measured.
 
     Returns:
         Markdown.
@@ -202,6 +220,7 @@ def model_card(
             "Only the decoder was trained: latents are those of the first\nstage it was made from, "
             f"and so are `scaling_factor` {scaling:.6f} and `shift_factor` {shift:.6f}."
         )
+    upcast = statistics.needs_float32 if force_upcast is None else force_upcast
     shown = f"\n![Originals above, reconstructions below]({picture})\n" if picture else ""
     return f"""---
 library_name: diffusers
@@ -234,7 +253,7 @@ Per channel (also in `latent_statistics.json`):
 |---|---|---|
 {ranges}
 
-`force_upcast` is {str(statistics.needs_float32).lower()}: the largest activation measured was
+`force_upcast` is {str(upcast).lower()}: the largest activation measured was
 {statistics.largest_activation:.1f}, and float16 ends at 65,504.
 
 ## Held-out images

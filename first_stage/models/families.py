@@ -78,6 +78,10 @@ class Family(ABC):
         """Channels of the images."""
         return int(model.config.in_channels)
 
+    def layout(self, model: Any) -> dict[str, Any]:
+        """The fields of `ModelConfig` that describe a model, as a recipe would have them."""
+        return {"in_channels": self.in_channels(model)}
+
     @abstractmethod
     def last_layer(self, model: Any) -> Tensor:
         """Weight of the decoder's last convolution, where VQGAN balances its losses."""

@@ -25,6 +25,7 @@ from first_stage.data import (
 )
 from first_stage.data.shard_stream import ShardLoader, ShardStream, StreamSource, split_stream
 from first_stage.data.shards import Shard, ShardedRows, count_rows, find_shards
+from first_stage.distributed.accelerator import make_plain_accelerator
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError, DataError, UserError
@@ -49,8 +50,8 @@ def make_accelerator(train: TrainConfig, output_dir: str) -> Accelerator:
     # versions before 2.13 do not have it.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     try:
-        accelerator = Accelerator(
-            mixed_precision=train.precision,
+        accelerator = make_plain_accelerator(
+            train.precision,
             log_with=tracker,
             project_dir=output_dir,
             # Buffers never differ between processes, and copying them in the critic's second

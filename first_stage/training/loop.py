@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -22,18 +22,22 @@ from first_stage.data import (
     loader_fault,
     start_loader,
 )
-from first_stage.distributed.processes import Processes, StopRequest, end_with_launcher
+from first_stage.distributed.processes import (
+    Processes,
+    Stopped,
+    StopRequest,
+    end_with_launcher,
+)
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.evaluation import HeldImages, Options, evaluate
-from first_stage.evaluation.grids import save_gif, save_png
+from first_stage.evaluation.grids import save_png
 from first_stage.files import write_text, writing
 from first_stage.handover.export import measure_latents
 from first_stage.metrics.training import Watch, derived
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.models.loading import fingerprint_weights, load_autoencoder
 from first_stage.training import run_folder as files
 from first_stage.training.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
+    read_checkpoint,
     save_checkpoint,
     set_aside,
 )
@@ -46,47 +50,12 @@ from first_stage.training.data import (
     open_loader,
     open_stream,
 )
+from first_stage.training.endings import Ending, Outcome, diverged, memory_told, what_is_saved
 from first_stage.training.finish import hand_over
 from first_stage.training.log import Logbook, Progress
-from first_stage.training.resume import check_resumable, lasting, recipe
+from first_stage.training.resume import as_saved, check_resumable, find_start, lasting, recipe
 from first_stage.training.step import Trainer
 from first_stage.training.validation import draw_grid, validate
-
-
-class TrainingDiverged(UserError):
-    """A loss or gradient stopped being a number."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        finished: Whether all steps were done; otherwise a signal stopped it.
-        step: Steps done.
-        metrics: Of the held-out images, when it finished.
-        held_out: Number of held-out images.
-        processes: How many took part.
-    """
-
-    finished: bool
-    step: int
-    metrics: dict[str, float]
-    held_out: int
-    processes: int
-
-
-@dataclass(frozen=True)
-class Ending:
-    """Whether the loop ends before its last step.
-
-    Attributes:
-        now: It does.
-        fault: What went wrong, in some process; `None` when a signal asked.
-    """
-
-    now: bool
-    fault: UserError | None = None
 
 
 def train(config: Config) -> Outcome:
@@ -105,13 +74,33 @@ def train(config: Config) -> Outcome:
     """
     check(config)
     end_with_launcher()
-    with StopRequest() as stop:
-        accelerator = make_accelerator(config.train, config.output_dir)
-        processes = Processes(config.train.process_timeout)
-        with processes.together(), files.locked(Path(config.output_dir), processes.is_main):
-            outcome = Run(config, accelerator, processes, stop).fit()
+    with StopRequest(at_once=True) as stop:
+        try:
+            accelerator = make_accelerator(config.train, config.output_dir)
+            processes = Processes(config.train.process_timeout)
+            outcome = _train(config, accelerator, processes, stop)
+        except Stopped:
+            return Outcome(False, 0, {}, 0, 1)
         accelerator.end_training()
     return outcome
+
+
+def _train(
+    config: Config, accelerator: Accelerator, processes: Processes, stop: StopRequest
+) -> Outcome:
+    folder, run = Path(config.output_dir), None
+
+    def saved() -> str:
+        return run.saved_so_far() if run is not None else what_is_saved(folder, 0, 1)
+
+    with (
+        processes.together(),
+        files.locked(folder, processes.is_main),
+        files.earlier_run_kept(folder, processes.is_main),
+        memory_told(config, processes.world, saved),
+    ):
+        run = Run(config, accelerator, processes, stop)
+        return run.fit()
 
 
 class Run:
@@ -133,16 +122,25 @@ class Run:
         self.micro = micro_batch_size(config, processes.world)
         resume = config.resume is not None
         on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
+        start, remarks = find_start(config, processes)
+        for remark in remarks:
+            self._say(remark)
         sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
         self.source, held_out = open_data(
             config.data, folder=self.folder, processes=processes, **sizes
         )
         self.fingerprint = agreed_fingerprint(self.source, processes)
         self.held_out = len(held_out) if held_out is not None else 0
-        self.trainer = Trainer(config, accelerator, processes)
+        self.trainer = Trainer(as_saved(config, start), accelerator, processes)
         stage = self.trainer.first_stage.network
         for problem in factor_problems(config, stage.downsample_factor):
             raise ConfigError(problem)
+        self.origin: str | None = None
+        if config.model.pretrained is not None:
+            layout = {"family": stage.family.name, **stage.family.layout(stage.model)}
+            self.config = replace(config, model=replace(config.model, **layout))
+            if start is None and processes.is_main:  # which saves it for all
+                self.origin = fingerprint_weights(stage.model)
         self.stream = open_stream(self.source, config.data, channels=stage.in_channels, **sizes)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
@@ -153,7 +151,7 @@ class Run:
         )
         self.watch = Watch()
         self.broken = BrokenFiles(self.folder / files.BROKEN, config.data.max_broken)
-        self.resumed_at = self._resume()
+        self.resumed_at = self._resume(start)
         self.saved = self.resumed_at or 0
         self.logbook = self._open_logbook()
         self._say(
@@ -174,6 +172,7 @@ class Run:
         """
         train = self.config.train
         metrics = self._validate(0) if self.resumed_at is None else {}
+        self.stop.defer()  # until here there is nothing to save
         done, ending = self.saved, Ending(False)
         batches = self._load(self._positions(done))
         progress = Progress(done, train.max_steps, train.batch_size, self.processes.is_main)
@@ -196,7 +195,7 @@ class Run:
         if done != self.saved:
             self._save(done)
         if ending.fault is not None:
-            raise type(ending.fault)(f"{ending.fault}. {self._what_is_saved()}")
+            raise type(ending.fault)(f"{ending.fault}. {self.saved_so_far()}")
         finished = done == train.max_steps
         if finished:
             metrics = metrics or self._measure()
@@ -300,13 +299,7 @@ class Run:
         found = self.trainer.meter.first_bad(self.processes.minimum)
         if found is None:
             return
-        step, names = found
-        saved = find_checkpoint(self.folder, "latest")[0]
-        raise TrainingDiverged(
-            f"{', '.join(names)} stopped being finite at step {step}; "
-            + (f"the last good checkpoint is {saved}" if saved else "no checkpoint was due yet")
-            + ". Lower train.learning_rate or the weight of that term, or use train.precision no"
-        )
+        raise diverged(self.folder, *found)
 
     def _save(self, step: int) -> None:
         self._check_finite()
@@ -316,26 +309,23 @@ class Run:
             "data_fingerprint": self.fingerprint,
             "samples": len(self.source),
             "broken": self.broken.state_dict(),
+            "pretrained_fingerprint": self.origin,
         }
         if self.logbook is not None:
             with self._writing():
                 self.logbook.sync()
                 keep = self.config.train.keep_checkpoints
                 save_checkpoint(self.folder, snapshot, self.trainer.ema_weights, keep)
-                frames = [(f"step {done}", file) for done, file in files.list_frames(self.folder)]
-                save_gif(frames, self.shown.pixels.shape[1], self.folder / files.GIF)
+                files.first_saved(self.folder)
         self.processes.wait()
         self.saved = step
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return writing(self.folder, self._what_is_saved)
+        return writing(self.folder, self.saved_so_far)
 
-    def _what_is_saved(self) -> str:
+    def saved_so_far(self) -> str:
         """How the user goes on after an accident."""
-        if self.saved == 0:
-            return "No step had been saved yet"
-        command = files.resume_command(self.folder, self.processes.world)
-        return f"Everything up to step {self.saved} is saved; go on with: {command}"
+        return what_is_saved(self.folder, self.saved, self.processes.world)
 
     def _hand_over(self, metrics: dict[str, float]) -> None:
         """Measure latents and reconstructions once more, and write the export and the report."""
@@ -351,7 +341,8 @@ class Run:
             )
             if self.processes.is_main:
                 with self._writing():
-                    hand_over(self.config, stage, statistics, metrics, found)
+                    cell = self.shown.pixels.shape[1]
+                    hand_over(self.config, stage, statistics, metrics, found, cell)
         self.processes.wait()
 
     def _first_images(self, count: int) -> Iterator[Tensor]:
@@ -363,25 +354,13 @@ class Run:
 
     # -- before the loop ---------------------------------------------------------------------
 
-    def _resume(self) -> int | None:
-        """Restore the checkpoint that `resume` names; returns the steps done."""
-        if self.config.resume is None:
-            return None
-        found: tuple[Path | None, list[str]] = (None, [])
-
-        def find() -> None:
-            nonlocal found
-            found = find_checkpoint(self.folder, str(self.config.resume))
-
-        on_main(self.processes, find)
-        path, remarks = self.processes.gather(found)[0]
-        for remark in remarks:
-            self._say(remark)
+    def _resume(self, path: Path | None) -> int | None:
+        """Restore a checkpoint that was verified; returns the steps done."""
         if path is None:
-            self._say(f"no checkpoint in {self.folder} yet: starting at step 0")
-            self.broken.load_state_dict(self.broken.state_dict(), write=self.processes.is_main)
+            if self.config.resume is not None:
+                self.broken.load_state_dict(self.broken.state_dict(), write=self.processes.is_main)
             return None
-        snapshot = load_checkpoint(path)
+        snapshot = read_checkpoint(path)
         changes = check_resumable(
             self.config,
             snapshot,
@@ -392,6 +371,7 @@ class Run:
         if changes:
             self._say(f"changed since the checkpoint was written:\n{changes}")
         self.trainer.restore(snapshot, load_autoencoder(str(path / "ema")))
+        self.origin = snapshot.state.get("pretrained_fingerprint")
         self.broken.load_state_dict(snapshot.state["broken"], write=self.processes.is_main)
         self._say(f"resuming at step {snapshot.step} from {path}")
         if self.processes.is_main:

@@ -27,7 +27,8 @@ from first_stage.models.critic import (
     update_average,
 )
 from first_stage.models.families import family_named, trainable_family_of
-from first_stage.models.first_stage import FirstStage, load_autoencoder
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import load_autoencoder
 from first_stage.seeding import Purpose
 from first_stage.spans import span
 from first_stage.training.checkpoint import Snapshot, flatten_optimizer, restore_optimizer
@@ -113,7 +114,7 @@ def _make_critic(config: CriticConfig, first_stage: FirstStage) -> Critic:
 
 
 def _pretrained(config: ModelConfig, name: str) -> FirstStage:
-    model = load_autoencoder(name)
+    model = load_autoencoder(name, field="model.pretrained")
     family = trainable_family_of(model, name)
     stage = FirstStage(model, family, family.bottleneck(model, config), name)
     if stage.in_channels != config.in_channels:
@@ -405,7 +406,12 @@ class Trainer:
             restore_optimizer(self.critic.optimizer, tensors["optimizers"], "critic")
         averaged = tensors.get("bottleneck_ema", {})
         shadow = [*ema.parameters(), *(averaged[str(n)] for n in range(len(averaged)))]
-        self.ema.shadow_params = [p.detach().clone().to(device) for p in shadow]
+        # Files hold row-major tensors; beside weights that lie otherwise in memory the average of a
+        # step takes half as long again.
+        self.ema.shadow_params = [
+            torch.empty_like(weight, requires_grad=False).copy_(average.detach())
+            for weight, average in zip(self.first_stage.network.parameters(), shadow, strict=True)
+        ]
         self.ema.optimization_step = snapshot.state["ema_steps"]
         if self.accelerator.scaler is not None and snapshot.state["scaler"]:
             self.accelerator.scaler.load_state_dict(snapshot.state["scaler"])

@@ -28,18 +28,29 @@ def validate(
         batch_size: Images per forward pass.
 
     Returns:
-        `psnr` in dB, `ssim`, and `l1` on the [-1, 1] scale.
+        `psnr` in dB, `ssim`, and `l1` on the [-1, 1] scale. Images that are rebuilt exactly have
+        no finite PSNR: they are left out of its mean and counted as `identical_images`; where all
+        are, there is no `psnr`.
     """
     device = stage.device
-    totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+    totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
     for batch in _share(images.pixels, processes, batch_size):
         originals = images_from_pixels(batch.to(device))
         rebuilt = metrics.eight_bit(reconstruct(stage, originals)[0])
         originals = metrics.eight_bit(originals)
+        totals[-1] += (originals == rebuilt).flatten(1).all(1).sum()
         for place, metric in enumerate(METRICS.values()):
-            totals[place] += metric(originals, rebuilt).sum().to(totals)
-    means = processes.sum(totals) / len(images)
-    return dict(zip(METRICS, means.tolist(), strict=True))
+            values = metric(originals, rebuilt)
+            totals[place] += values[values != torch.inf].sum().to(totals)
+    *sums, identical = processes.sum(totals).tolist()
+    result = {name: total / len(images) for name, total in zip(METRICS, sums, strict=True)}
+    if identical:
+        different = len(images) - identical
+        result["psnr"] *= len(images) / max(different, 1)
+        if not different:
+            del result["psnr"]
+        result["identical_images"] = identical
+    return result
 
 
 def _share(pixels: Tensor, processes: Processes, batch_size: int) -> Iterator[Tensor]:

@@ -13,7 +13,8 @@ from first_stage.config import parse_config
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.files import read_log
 from first_stage.models.first_stage import FirstStage
-from first_stage.training.loop import TrainingDiverged, train
+from first_stage.training.endings import TrainingDiverged
+from first_stage.training.loop import train
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 

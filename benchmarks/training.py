@@ -23,7 +23,7 @@ from benchmarks.timing import Stopwatch, peak_memory, show_turn, spread, synchro
 from first_stage.config import Config, parse_config
 from first_stage.data import Batch, StepSampler
 from first_stage.distributed.processes import Processes
-from first_stage.losses.pretrained import VGG16Features
+from first_stage.models.vgg import VGG16Features
 from first_stage.training.data import make_accelerator, open_data, open_loader, open_stream
 from first_stage.training.step import Trainer
 
@@ -220,11 +220,12 @@ class Variant:
         """Share of the time that each part of our step takes."""
         clock = Stopwatch()
         trainer, objective, critic = self.trainer, self.trainer.objective, self.trainer.critic
+        network = next(iter(objective.surroundings.networks), None)
         with (
             clock.around(trainer.first_stage.module, "forward", "first-stage forward"),
             clock.around(critic.module if critic else None, "forward", "critic forward"),
-            clock.around(objective.pretrained, "forward", "pretrained forward"),
-            clock.around(objective, "_learned_distance", "learned distance forward"),
+            clock.around(network, "forward", "pretrained forward"),
+            clock.around(objective.terms.get("learned"), "value", "learned distance forward"),
             clock.around(objective.balance, "weighted", "balance"),
             clock.around(objective, "gradient", "losses down to the pixels"),
             clock.around(trainer.accelerator, "backward", "backward of both players"),
@@ -238,8 +239,8 @@ def as_usual(trainer: Trainer) -> None:
     """What public trainers leave at its default: mode, memory layout, optimizer, moving average."""
     trainer.first_stage.network.train()
     trainer.ema.foreach = False
-    if trainer.objective.pretrained is not None:
-        trainer.objective.pretrained.to(memory_format=torch.contiguous_format)
+    for network in trainer.objective.surroundings.networks:
+        network.to(memory_format=torch.contiguous_format)
     for player in [p for p in (trainer.first_stage, trainer.critic) if p is not None]:
         player.network.to(memory_format=torch.contiguous_format)
         group = player.optimizer.param_groups[0]

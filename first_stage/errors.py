@@ -25,7 +25,7 @@ class DataError(UserError):
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its kind when it says nothing."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from first_stage.metrics import images as metrics
 from first_stage.metrics.feature_networks import EfficientNetLite0, as_rgb
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
 from first_stage.metrics.spectrum import SharpnessSums
-from first_stage.models.first_stage import reconstruct
+from first_stage.models.first_stage import FirstStage, reconstruct
 
 BLOCK = 5
 """Which inverted residual block's output is the local feature: 40 channels per 8 x 8 pixels."""

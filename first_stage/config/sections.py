@@ -6,6 +6,7 @@ resume like every other.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
@@ -43,23 +44,25 @@ def with_sections(config: type) -> type:
         config: A frozen dataclass with the fields `model` and `loss`.
 
     Returns:
-        `config` itself while nothing is registered, else a subclass of it.
+        `config` itself while nothing is registered, else a subclass of it: the same one as long as
+        the same sections are registered, so that configurations can be compared.
     """
-    changed: list[tuple[str, type, Any]] = []
-    for parent, sections in _SECTIONS.items():
-        if not sections:
-            continue
+    registered = tuple((parent, *each.items()) for parent, each in _SECTIONS.items() if each)
+    return _extended(config, registered) if registered else config
+
+
+@functools.cache
+def _extended(config: type, registered: tuple[Any, ...]) -> type:
+    fields: list[tuple[str, type, Any]] = []
+    for parent, *sections in registered:
         kind = next(f for f in dataclasses.fields(config) if f.name == parent).type
         assert isinstance(kind, type)  # annotations are not strings in this package
-        extended = _subclass(kind, [(name, each) for name, each in sections.items()])
-        changed.append((parent, extended, dataclasses.field(default_factory=extended)))
-    if not changed:
-        return config
-    return _made(config, changed)
+        fields.append(_field(parent, _made(kind, [_field(*each) for each in sections])))
+    return _made(config, fields)
 
 
-def _subclass(kind: type, sections: list[tuple[str, type]]) -> type:
-    return _made(kind, [(n, each, dataclasses.field(default_factory=each)) for n, each in sections])
+def _field(name: str, kind: type) -> tuple[str, type, Any]:
+    return name, kind, dataclasses.field(default_factory=kind)
 
 
 def _made(kind: type, fields: list[tuple[str, type, Any]]) -> type:

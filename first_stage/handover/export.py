@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from first_stage.distributed.processes import Processes
 from first_stage.files import write_folder, write_json
 from first_stage.metrics.moments import ChannelMoments, merged
-from first_stage.models.first_stage import FirstStage
+from first_stage.models.first_stage import FirstStage, as_first_stage
 from first_stage.models.loading import STATISTICS_FILE
 
 _TILE = 512
@@ -60,20 +60,21 @@ class LatentStatistics:
 
 @torch.no_grad()
 def measure_latents(
-    first_stage: FirstStage, batches: Iterable[Tensor], processes: Processes
+    first_stage: FirstStage | Any, batches: Iterable[Tensor], processes: Processes
 ) -> LatentStatistics:
     """Measure the latents of images.
 
     No sampling: the moments of draws follow exactly from the posteriors.
 
     Args:
-        first_stage: In float32.
+        first_stage: A first stage, or a loaded diffusers autoencoder, in float32.
         batches: This process's share of the images, `(B, C, H, W)` in [-1, 1].
         processes: The processes that share the images.
 
     Returns:
         The statistics over all processes' images, summed in float64.
     """
+    first_stage = as_first_stage(first_stage)
     device = first_stage.device
     found = ChannelMoments(first_stage.latent_channels)
     peak, side = torch.zeros((), device=device), 0
@@ -114,7 +115,7 @@ def _largest_output(model: nn.Module, peak: Tensor) -> Iterator[None]:
 
 
 def write_export(
-    first_stage: FirstStage,
+    first_stage: FirstStage | Any,
     statistics: LatentStatistics,
     folder: Path,
     extras: dict[str, str | Path],
@@ -123,13 +124,15 @@ def write_export(
     """Write a folder that stock diffusers loads, with the measured statistics.
 
     Args:
-        first_stage: What to hand over. Its model's config takes up scaling and shift.
+        first_stage: What to hand over, or a loaded diffusers autoencoder. Its model's config
+            takes up scaling and shift.
         statistics: From `measure_latents`.
         folder: The folder; one that is there is replaced.
         extras: More files by name: their text, or a file to copy.
         kept: Scaling and shift of the first stage whose encoder it kept, on which a diffusion model
             counts; `None`: as measured.
     """
+    first_stage = as_first_stage(first_stage)
     scaling, shift = kept or statistics.scaling_and_shift
     model = first_stage.model
     first_stage.family.carrier.write(model, scaling, shift)

@@ -78,8 +78,19 @@ class Bottleneck(nn.Module):
         """Handed-over latents `(B, C, h, w)` as the decoder takes them: quantized, if they are."""
         return latents
 
-    def finish_step(self, processes: Processes) -> None:
-        """Called on every process after each update of the weights, before they are averaged."""
+    def finish_step(self, step: int, processes: Processes, seed: int) -> Mapping[str, Tensor]:
+        """Called on every process after each update of the weights, before they are averaged.
+
+        Args:
+            step: Steps done before this one.
+            processes: Those of the job.
+            seed: The run's seed.
+
+        Returns:
+            Rows of its parameters that jumped, by the parameter's name: a mask `(rows,)`. The
+            average of the weights takes these rows as they are.
+        """
+        return {}
 
     def bake(self, model: nn.Module) -> None:
         """Write what this bottleneck has learned into the diffusers model, before it is saved."""

@@ -5,15 +5,14 @@ constructor, its two halves, which of its weights are the encoder's. The *bottle
 encoder's output into latents (`bottlenecks`). The *carrier* says where scaling and shift are kept
 (`carriers`). Training, evaluation, export and cache know none of them, only `FirstStage`.
 
-A new family is a class and a line, `register_family(MyFamily())`, in one file: see
-`docs/extend/autoencoder.md`.
+The built-in families are in `built_in`. A new one is a class and a line,
+`register_family(MyFamily())`, in one file: see `docs/extend/autoencoder.md`.
 """
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from first_stage.config.schema import ModelConfig
@@ -35,6 +34,7 @@ class Family(ABC):
         section: A dataclass with the family's own fields of the recipe, found under
             `model.<name>`; `None` where the common ones do.
         carrier: Where its scaling and shift are kept.
+        encoded_as: What of `model.encode(images)` a diffusion model trains on, as code.
         checkpointing_problem: Why gradient checkpointing is refused; `None` where it works.
     """
 
@@ -42,6 +42,7 @@ class Family(ABC):
     model_class: ClassVar[type[nn.Module]]
     section: ClassVar[type | None] = None
     carrier: ClassVar[Carrier] = ScalingAndShift()
+    encoded_as: ClassVar[str] = "latents"
     checkpointing_problem: ClassVar[str | None] = None
 
     @abstractmethod
@@ -78,8 +79,20 @@ class Family(ABC):
         return int(model.config.in_channels)
 
     def layout(self, model: Any) -> dict[str, Any]:
-        """The fields of `ModelConfig` that describe a model, as a recipe would have them."""
-        return {"in_channels": self.in_channels(model)}
+        """The fields of `ModelConfig` in `LAYOUT` that describe a model, as a recipe has them."""
+        config = model.config
+        widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        found = {
+            "family": self.name,
+            "in_channels": self.in_channels(model),
+            "latent_channels": self.latent_channels(model),
+            "block_out_channels": tuple(widths) if widths else None,
+            "layers_per_block": config.get("layers_per_block"),
+            "norm_num_groups": config.get("norm_num_groups"),
+            "mid_block_attention": config.get("mid_block_add_attention"),
+            "quant_conv": config.get("use_quant_conv"),
+        }
+        return {name: value for name, value in found.items() if value is not None}
 
     @abstractmethod
     def last_layer(self, model: Any) -> Tensor:
@@ -91,6 +104,11 @@ class Family(ABC):
         return [part for part in parts if part is not None]
 
 
+LAYOUT = (
+    *("family", "in_channels", "latent_channels", "block_out_channels", "layers_per_block"),
+    *("norm_num_groups", "mid_block_attention", "quant_conv"),
+)
+"""Fields of the recipe that a pretrained model decides itself."""
 FAMILIES: dict[str, Family] = {}
 """The families by name; `register_family` adds one."""
 
@@ -145,64 +163,6 @@ def trainable_family_of(model: Any, name: str) -> Family:
     )
 
 
-class KL(Family):
-    """`AutoencoderKL`: the first stage of Stable Diffusion (Rombach et al. 2022)."""
-
-    name = "kl"
-    model_class = AutoencoderKL
-
-    def build(self, config: ModelConfig, sample_size: int) -> AutoencoderKL:
-        """Levels of residual blocks, each but the last followed by a halving."""
-        levels = len(config.block_out_channels)
-        return AutoencoderKL(
-            in_channels=config.in_channels,
-            out_channels=config.in_channels,
-            down_block_types=("DownEncoderBlock2D",) * levels,
-            up_block_types=("UpDecoderBlock2D",) * levels,
-            block_out_channels=config.block_out_channels,
-            layers_per_block=config.layers_per_block,
-            latent_channels=config.latent_channels,
-            norm_num_groups=config.norm_num_groups,
-            sample_size=sample_size,
-            # Until an export measures them, the latents are handed over as they are.
-            scaling_factor=1.0,
-            shift_factor=0.0,
-            force_upcast=False,
-            use_quant_conv=config.quant_conv,
-            use_post_quant_conv=config.quant_conv,
-            mid_block_add_attention=config.mid_block_attention,
-        )
-
-    def bottleneck(self, model: Any, config: ModelConfig | None = None) -> Bottleneck:
-        """A Gaussian posterior."""
-        return Gaussian()
-
-    def to_code(self, model: Any, images: Tensor) -> Tensor:
-        """The moments `(B, 2C, h, w)`: mean and log-variance, not clamped."""
-        return model.encode(images, return_dict=False)[0].parameters
-
-    def downsample_factor(self, model: Any) -> int:
-        """Each level but the last halves."""
-        return int(2 ** (len(model.config.block_out_channels) - 1))
-
-    def layout(self, model: Any) -> dict[str, Any]:
-        """All that `build` asks for."""
-        config = model.config
-        return {
-            "in_channels": config.in_channels,
-            "latent_channels": config.latent_channels,
-            "block_out_channels": tuple(config.block_out_channels),
-            "layers_per_block": config.layers_per_block,
-            "norm_num_groups": config.norm_num_groups,
-            "mid_block_attention": config.get("mid_block_add_attention", True),
-            "quant_conv": config.get("use_quant_conv", True),
-        }
-
-    def last_layer(self, model: Any) -> Tensor:
-        """Of the decoder's `conv_out`."""
-        return model.decoder.conv_out.weight
-
-
 class Unknown(Family):
     """Any other class with `encode` and `decode`: measured and cached, but not trained.
 
@@ -225,6 +185,10 @@ class Unknown(Family):
             )
         self._label = name
         self._factor, self._channels = self._probe(model)
+
+    def to_images(self, model: Any, latents: Tensor) -> Tensor:
+        """The field `sample` of what `decode` gives."""
+        return model.decode(latents).sample
 
     def build(self, config: ModelConfig, sample_size: int) -> Any:
         """Not possible."""
@@ -291,6 +255,3 @@ class Unknown(Family):
             f"{self._label!r} ({type(model).__name__}) does not encode and decode images "
             f"(B, {channels}, H, W): {problem}"
         )
-
-
-register_family(KL())

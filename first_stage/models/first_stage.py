@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from first_stage.errors import UserError
+from first_stage.models import built_in  # noqa: F401  # its families register themselves
 from first_stage.models.bottlenecks import Bottleneck, Code, Encoded
 from first_stage.models.families import Family, family_of
 
@@ -150,16 +151,20 @@ class FirstStage(nn.Module):
         return Reconstruction(images, code, latents)
 
 
-def as_first_stage(model: Any, name: str) -> FirstStage:
-    """A loaded diffusers autoencoder as a first stage; one that is one already gets the name.
+def as_first_stage(model: Any, name: str | None = None) -> FirstStage:
+    """A loaded diffusers autoencoder as a first stage; what is one already stays as it is.
+
+    Args:
+        model: The autoencoder, or a `FirstStage`.
+        name: How users know it, for messages; `None` leaves the name it has.
 
     Raises:
         UserError: When it does not turn images into latents and back.
     """
-    if isinstance(model, FirstStage):
-        model.name = name
-        return model
-    return FirstStage(model, name=name)
+    if not isinstance(model, FirstStage):
+        return FirstStage(model, name=name or "the first stage")
+    model.name = name or model.name
+    return model
 
 
 def pad(images: Tensor, factor: int) -> Tensor:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -273,11 +273,23 @@ class Trainer:
         if scaler is not None:
             scaler.update()
         network = self.first_stage.network
-        network.bottleneck.finish_step(self.processes)
+        jumped = network.bottleneck.finish_step(step, self.processes, self.config.seed)
         self.ema.step(network.parameters())
+        self._follow(jumped)
         if "critic" in players:
             self._after_critic(step, players["critic"].network)
         self.objective.finish_step(self.processes.average)
+
+    def _follow(self, jumped: Mapping[str, Tensor]) -> None:
+        """Let the average take rows that jumped as they are: halfway it would mean neither."""
+        if not jumped:
+            return
+        bottleneck = self.first_stage.network.bottleneck
+        averaged = self.ema.shadow_params[-len(list(bottleneck.parameters())) :]
+        for (name, value), average in zip(bottleneck.named_parameters(), averaged, strict=True):
+            if (rows := jumped.get(name)) is not None:
+                mask = rows.view(-1, *[1] * (value.ndim - 1))
+                average.copy_(torch.where(mask, value.detach(), average))
 
     def _after_critic(self, step: int, critic: Critic) -> None:
         """What follows an update of the critic: bounds on its weights, and its average."""

@@ -19,16 +19,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from first_stage.files import write_json
+from first_stage.metrics.moments import ChannelMoments
 from latent_tools.format.files import CacheError, read_json, write_bytes
 from latent_tools.format.plan import Shape
-from latent_tools.format.statistics import ChannelSums
 
 SHARDS, COMMITS = "shards", "commits"
 LABEL_COLUMNS = ("label", "labels", "cls")
@@ -162,12 +161,12 @@ def write_unit(folder: Path, unit: EncodedUnit, dtype: Dtype, channels: int) -> 
         "failures": [{"id": name, "reason": reason} for name, reason in unit.failures],
         "retried_in_float32": unit.retried,
         "batch_size": unit.batch_size,
-        "sums": ChannelSums.empty(channels).to_json(),
+        "sums": ChannelMoments(channels).to_json(),
     }
     if unit.latents is not None:
         tensors = pack(unit.latents, dtype, unit.name)
         kept = _unpack_all(tensors, unit.name)
-        commit["sums"] = _sums(kept, channels).to_json()
+        commit["sums"] = _moments(kept, channels).to_json()
         commit["storage_error"] = _storage_error(unit.latents, kept)
         if unit.flipped is not None:
             tensors |= pack(unit.flipped, dtype, f"{unit.name}_flip")
@@ -296,11 +295,12 @@ def _unpack_all(tensors: dict[str, Tensor], name: str) -> Tensor:
     return unpack(tensors[name], tensors.get(f"{name}_scale"), tensors.get(f"{name}_offset"))
 
 
-def _sums(kept: Tensor, channels: int) -> ChannelSums:
-    values: np.ndarray = kept.numpy()
-    if values.shape[1] == channels:
-        return ChannelSums.of(values, None)
-    return ChannelSums.of(values[:, :channels], values[:, channels:])
+def _moments(kept: Tensor, channels: int) -> ChannelMoments:
+    total = ChannelMoments(channels)
+    has_posterior = kept.shape[1] > channels
+    for sample in kept.split(1):  # a unit's latents in float64 would not be small
+        total.update(sample[:, :channels], sample[:, channels:] if has_posterior else None)
+    return total
 
 
 def _storage_error(values: Tensor, kept: Tensor) -> dict[str, float]:

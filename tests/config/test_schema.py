@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import yaml
-from conftest import arguments, run_script
+from conftest import ROOT, arguments, run_script
 
 from first_stage.config import Config, parse_config
 from first_stage.config.checks import micro_batch_size
@@ -38,6 +38,13 @@ def test_every_field_has_a_docstring():
     texts = {action.dest: action.help for action in parser._actions}
     for name in fields_of(Config):
         assert texts[name], name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_valid(path):
+    assert (
+        parse_config(["--config", str(path), "--data.path", "somewhere"]).data.path == "somewhere"
+    )
 
 
 def test_scientific_notation_is_a_float(tmp_path):

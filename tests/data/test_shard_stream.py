@@ -40,7 +40,7 @@ def opened(folder: Path, column=None) -> ShardedRows:
 
 def stream_of(folder: Path, source: StreamSource | None = None, buffer: int = 12) -> ShardStream:
     source = source or StreamSource(opened(folder))
-    return ShardStream(source, View(8, None), 3, 0, (4, 4, 4), BATCH, buffer)
+    return ShardStream(source, View(8, None), 3, 0, BATCH, buffer)
 
 
 def trained_on(folder, world, workers, start, stop, micro=1, **more):

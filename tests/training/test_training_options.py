@@ -9,6 +9,7 @@ from stepping import assert_close, averaged, batch_of, gradients_of, make_traine
 from first_stage.data import Batch, images_from_pixels
 from first_stage.losses.adversarial import PAIRS
 from first_stage.losses.penalties import gradient_penalty, zero_centered_penalty
+from first_stage.losses.terms import Inputs
 from first_stage.metrics.training import derived
 from first_stage.training.loop import train
 
@@ -216,11 +217,11 @@ def test_the_learned_distance_gives_the_critic_nothing_and_both_halves_something
     trainer.training_step(0, [batch_of(trainer, 4, 0)])
     batch = batch_of(trainer, 4, 1)
     images, reconstruction, _ = forwards(trainer, batch)
-    leaf = reconstruction.detach().requires_grad_()
-    judged = trainer._judge(trainer.critic, images, leaf)
+    decoded = reconstruction.detach().requires_grad_()
+    inputs = Inputs(1, images, decoded, trainer._look(trainer.critic, images, decoded))
     last = trainer.first_stage.network.last_layer
-    gradient, _, _ = trainer.objective.gradient(1, images, reconstruction, leaf, judged, last)
-    (reconstruction * gradient).sum().backward()
+    gradient = trainer.objective.gradient(inputs, reconstruction, last)
+    (reconstruction * gradient.decoder).sum().backward()
     assert all(p.grad is None for p in trainer.critic.network.parameters())
     if trainer.critic_ema is not None:
         assert all(not p.requires_grad for p in trainer.critic_ema.parameters())
@@ -229,7 +230,7 @@ def test_the_learned_distance_gives_the_critic_nothing_and_both_halves_something
     assert named["model.decoder.conv_in.weight"].grad.abs().max() > 0
 
 
-def test_the_average_is_the_yardstick_and_moves_slowly(tiny):
+def test_the_average_measures_and_moves_slowly(tiny):
     trainer = make_trainer(tiny(loss__learned__ema_decay=0.9))
     before = copy.deepcopy(trainer.critic_ema.state_dict())
     trainer.training_step(0, [batch_of(trainer, 4, 0)])

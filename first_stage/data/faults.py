@@ -1,11 +1,37 @@
 """What a failing loader has to say: which worker ended, how, and what helps."""
 
+import multiprocessing.queues
+import os
 import signal
 import socket
+import traceback
+from typing import Any
 
 from first_stage.errors import DataError, UserError
 
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE)
+_NO_ROOM = 74
+"""Exit code of a worker that found no room in shared memory."""
+
+
+def end_where_batches_cannot_be_handed_over() -> None:
+    """Have a worker end when a batch does not reach the training process, which waits for it.
+
+    Batches are put into shared memory by a thread of the queue, which prints what goes wrong there,
+    forgets the batch and goes on: the training would wait for ever. To be called in the worker.
+    """
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore
+
+
+def _end(error: Exception, _batch: Any) -> None:
+    if _is_about_shared_memory(error):
+        os._exit(_NO_ROOM)
+    traceback.print_exception(error)
+    os._exit(1)
+
+
+def _is_about_shared_memory(error: BaseException) -> bool:
+    return any(words in str(error) for words in ("shared memory", "unable to resize file"))
 
 
 def loader_fault(error: Exception, rank: int) -> UserError | None:
@@ -20,8 +46,8 @@ def loader_fault(error: Exception, rank: int) -> UserError | None:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         last = lines[-1]
         return DataError(last.partition("Error: ")[2] or last if len(lines) > 1 else last)
-    if "shared memory" in str(error) or "unable to resize file" in str(error):
-        return DataError(_no_shared_memory(rank))  # told by the worker itself, before it died of it
+    if _is_about_shared_memory(error):
+        return DataError(no_shared_memory(rank))  # told by the worker itself, before it died of it
     told_by_torch = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
     # A worker that dies while it hands over a batch breaks the connection first.
     cut_off = isinstance(error, ConnectionError | EOFError) or (
@@ -31,8 +57,8 @@ def loader_fault(error: Exception, rank: int) -> UserError | None:
         return None
     who = f"a data worker of process {rank} (on {socket.gethostname()})"
     codes = [code for code in _exit_codes(error) if code]
-    if -signal.SIGBUS in codes:
-        return DataError(_no_shared_memory(rank))
+    if -signal.SIGBUS in codes or _NO_ROOM in codes:
+        return DataError(no_shared_memory(rank))
     if codes and codes[0] > 0:
         return DataError(f"{who} ended with exit code {codes[0]}; data.workers 0 shows why")
     crashes = {-number for number in _CRASHES}
@@ -46,7 +72,8 @@ def loader_fault(error: Exception, rank: int) -> UserError | None:
     )
 
 
-def _no_shared_memory(rank: int) -> str:
+def no_shared_memory(rank: int) -> str:
+    """What to do where workers have no room to hand over batches."""
     return (
         f"a data worker of process {rank} (on {socket.gethostname()}) found no room in /dev/shm, "
         "over which batches come: give the container more (docker run --shm-size 8g), or lower "

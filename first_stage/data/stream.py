@@ -8,6 +8,7 @@ comes round again.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from first_stage.data.faults import end_where_batches_cannot_be_handed_over, no_shared_memory
 from first_stage.data.images import BrokenImage, View, open_image, pixels_of
 from first_stage.data.sources import Sample, Source
 from first_stage.errors import DataError
@@ -237,6 +239,7 @@ def prepare_worker(_: int) -> None:
     finish its step, and needs its workers for that; it ends them itself.
     """
     torch.set_num_threads(1)
+    end_where_batches_cannot_be_handed_over()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -261,7 +264,12 @@ def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
         The batches. Closing it ends the workers.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DataError(no_shared_memory(int(os.environ.get("RANK", "0")))) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     return _deliver(batches)

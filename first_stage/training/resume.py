@@ -13,6 +13,7 @@ from first_stage.config.schema import Config
 from first_stage.config.types import changeable
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.models.families import LAYOUT
 from first_stage.models.loading import fingerprint_weights, load_autoencoder
 from first_stage.training.checkpoint import Snapshot, find_checkpoint
 from first_stage.training.data import on_main
@@ -116,8 +117,8 @@ def check_resumable(
     if config.model.pretrained is not None and before["model"]["pretrained"] is not None:
         _check_origin(config.model.pretrained, before["model"]["pretrained"], state, checkpoint)
         # The layout is that of the weights, whatever the recipe says of it.
-        kept = {"gradient_checkpointing": before["model"]["gradient_checkpointing"]}
-        before = {**before, "model": {**now["model"], **kept}}
+        same = {name: now["model"][name] for name in (*LAYOUT, "pretrained")}
+        before = {**before, "model": {**before["model"], **same}}
     changes = changed_fields(before, now, to_dict(type(config)()), checkpoint)
     if state["data_fingerprint"] != fingerprint:
         raise DataError(

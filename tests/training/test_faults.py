@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import arguments
+from launching import TRAIN, finish, start
 
 from first_stage.config import parse_config
 from first_stage.errors import UserError
@@ -103,6 +105,23 @@ def test_a_data_worker_that_dies_ends_in_words_with_every_step_saved(
     assert "--resume latest" in text
     lines = read_log(tmp_path / "run" / "log.jsonl")
     assert max(line["step"] for line in lines) == step
+
+
+@pytest.mark.parametrize("size", [8, 48])  # no room for the queues, and none for batches
+def test_shared_memory_that_is_too_small_is_told(tmp_path, images, size):
+    """As in a container that was given the usual 64 MiB."""
+    output = tmp_path / "output.txt"
+    small = f"mount -t tmpfs -o size={size}k tmpfs /dev/shm"
+    fields = {"data.workers": 1, "train.max_steps": 400, "data.resolution": 32}
+    line = [sys.executable, str(TRAIN), *arguments(tmp_path / "run", images, **fields)]
+    if subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True).returncode:
+        pytest.skip("/dev/shm cannot be replaced here")
+    process = start(["unshare", "-m", "sh", "-c", f"{small} && exec {shlex.join(line)}"], output)
+    text = finish(process, output, 120)
+    assert process.returncode == 2, text
+    assert "error: a data worker of process 0" in text
+    assert "found no room in /dev/shm" in text
+    assert "--shm-size" in text
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from first_stage.config.parsing import read_options
-from first_stage.data import Source, open_source, spare_workers
+from first_stage.config.schema import reading_problems
+from first_stage.data import Reading, Source, open_source, spare_workers
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.errors import ConfigError
 from first_stage.models.first_stage import load_autoencoder
@@ -47,11 +48,26 @@ class DataOptions:
     streaming: bool = False
     """Read parquet files where they are, a row group at a time, instead of copying them: for data
     larger than the disk. path may then be any address that fsspec knows (hf://, s3://)."""
+    channels: tuple[int, ...] | None = None
+    """Which of the stored channels are used, counted from 0, as in [3,2,1]; null: all of them, and
+    colors become the channels of the first
+    stage by the usual rules (gray, RGB, alpha)."""
+    value_range: tuple[float, float] | None = None
+    """Stored values that become -1 and 1, as in [0,4095] for 12 bits or [-1024,3071] for Hounsfield
+    units; values outside are clipped. null: the range of 8-bit and unsigned 16-bit integers."""
+    color: Literal["srgb", "keep"] = "srgb"
+    """Embedded color profiles: srgb converts to sRGB, keep takes the numbers as they are."""
+    max_pixels: int = 100_000_000
+    """Images of more pixels are not decoded, and listed: a small file can unpack to gigabytes."""
     workers: int | None = None
     """Decoding processes per encoding process; null: one per core left over, at most 8; 0: none."""
     max_broken: float = 0.05
     """Share of samples that may be unreadable before the launch stops; they are listed in
     failures.parquet."""
+
+    def reading(self, channels: int) -> Reading:
+        """How files are read into so many channels."""
+        return Reading(channels, self.channels, self.value_range, self.color, self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -198,7 +214,11 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
     resize = options.data.resize
     if not 0.0 <= options.data.max_broken <= 1.0:
         raise ConfigError(f"data.max_broken is {options.data.max_broken}; a share lies in [0, 1]")
+    reading = options.data.reading(int(getattr(autoencoder.config, "in_channels", 3)))
+    for problem in reading_problems(reading):
+        raise ConfigError(problem)
     return CacheOptions(
+        reading=reading,
         resolution=resolution,
         resize=resolution if resize is None else (resize or None),
         representation=options.representation,

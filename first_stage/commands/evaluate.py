@@ -4,12 +4,13 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 
 from first_stage.config.parsing import read_options
-from first_stage.data import View, open_source, spare_workers
+from first_stage.config.schema import reading_problems
+from first_stage.data import Reading, View, open_source, spare_workers
 from first_stage.data.builtin import NAMES
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError
@@ -53,8 +54,23 @@ class DataArguments:
     split: str | None = None
     """Which split of a hub or saved data set; of a built-in set: train, validation or all. null:
     train, or all of a built-in set."""
+    channels: tuple[int, ...] | None = None
+    """Which of the stored channels are used, counted from 0, as in [3,2,1]; null: all of them, and
+    colors become the channels of the first
+    stage by the usual rules (gray, RGB, alpha)."""
+    value_range: tuple[float, float] | None = None
+    """Stored values that become -1 and 1, as in [0,4095] for 12 bits or [-1024,3071] for Hounsfield
+    units; values outside are clipped. null: the range of 8-bit and unsigned 16-bit integers."""
+    color: Literal["srgb", "keep"] = "srgb"
+    """Embedded color profiles: srgb converts to sRGB, keep takes the numbers as they are."""
+    max_pixels: int = 100_000_000
+    """Images of more pixels are not decoded, and listed: a small file can unpack to gigabytes."""
     workers: int | None = None
     """Decoding processes per process; null: one per core left over, at most 8; 0: none."""
+
+    def reading(self, channels: int) -> Reading:
+        """How files are read into so many channels."""
+        return Reading(channels, self.channels, self.value_range, self.color, self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pairs=a.pairs,
     )
     images = _Images(a)
-    say(f"{len(images(3)):,} of {len(images.source):,} images from {a.data.path}", flush=True)
+    count = min(a.num_images or len(images.source), len(images.source))
+    say(f"{count:,} of {len(images.source):,} images from {a.data.path}", flush=True)
     evaluation = evaluate(
         _first_stages(first_stages, accelerator.device),
         images,
@@ -188,7 +205,10 @@ class _Images:
             resize = data.resolution if data.resize is None else (data.resize or None)
             view = View(data.resolution, resize)
         a = self.arguments
-        return EvaluationImages(self.source, channels, view, a.num_images, a.seed)
+        reading = data.reading(channels)
+        for problem in reading_problems(reading):
+            raise ConfigError(problem)
+        return EvaluationImages(self.source, reading, view, a.num_images, a.seed)
 
 
 def _first_stages(names: Sequence[str], device: Any) -> Iterator[tuple[str, Any]]:

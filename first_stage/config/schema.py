@@ -19,7 +19,7 @@ from first_stage.config.losses import (
     loss_problems,
 )
 from first_stage.config.parsing import read_options
-from first_stage.data.images import CHANNELS
+from first_stage.data.decode import Reading
 from first_stage.data.sources import is_builtin
 from first_stage.errors import ConfigError
 
@@ -59,8 +59,9 @@ class DataConfig:
     images keep their size. An image smaller than the crop is always enlarged to fit."""
     crop: Literal["random", "center"] = "random"
     """Where the crop is taken in training; validation always takes the centre."""
-    flip: bool = True
-    """Mirror half of the training images left to right."""
+    flip: bool | Literal["none", "horizontal", "both", "dihedral"] = True
+    """Mirror images in training, all equally often: none; horizontal (or true), left to right;
+    both, top to bottom too; dihedral, the eight of a square, quarter turns among them."""
     image_column: str | None = None
     """Column with the images, for data sets that have columns; null: found by its type."""
     split: str = "train"
@@ -78,8 +79,22 @@ class DataConfig:
     shuffle_buffer: int = 8192
     """Samples that a stream shuffles at a time, over all processes; they are held in memory, still
     encoded."""
+    channels: tuple[int, ...] | None = None
+    """Which of the stored channels are used, counted from 0, as in [3,2,1]; null: all of them, and
+    colors become model.in_channels channels by the usual rules (gray, RGB, alpha)."""
+    value_range: tuple[float, float] | None = None
+    """Stored values that become -1 and 1, as in [0,4095] for 12 bits or [-1024,3071] for Hounsfield
+    units; values outside are clipped. null: the range of 8-bit and unsigned 16-bit integers."""
+    color: Literal["srgb", "keep"] = "srgb"
+    """Embedded color profiles: srgb converts to sRGB, keep takes the numbers as they are."""
+    max_pixels: int = 100_000_000
+    """Images of more pixels are not decoded, and listed: a small file can unpack to gigabytes."""
     workers: int | None = None
     """Decoding processes per training process; null: one per core left over, at most 8; 0: none."""
+
+    def reading(self, channels: int) -> Reading:
+        """How files are read into so many channels."""
+        return Reading(channels, self.channels, self.value_range, self.color, self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -90,7 +105,7 @@ class ModelConfig:
     """Fine-tune this first stage (a diffusers folder, a pipeline's folder, or a hub id); the fields
     of the layout below are then taken from it. null: train a new one."""
     in_channels: int = 3
-    """Channels of the images: 1 (gray), 3 (RGB) or 4 (RGBA)."""
+    """Channels of the images: 1 (gray), 3 (RGB), 4 (RGBA), or as many as the files have."""
     latent_channels: int = 4
     """Channels of the latents."""
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -291,6 +306,7 @@ def _range_problems(c: Config) -> Iterator[str]:
         "validation.images": c.validation.images,
         "validation.pictures": c.validation.pictures,
         "export.images": c.export.images,
+        "model.in_channels": c.model.in_channels,
         "model.latent_channels": c.model.latent_channels,
         "model.layers_per_block": c.model.layers_per_block,
     }
@@ -320,9 +336,31 @@ def _range_problems(c: Config) -> Iterator[str]:
         yield f"data.max_broken is {c.data.max_broken}; it is a share, from 0 to 1"
 
 
+def reading_problems(reading: Reading, name: str = "data") -> Iterator[str]:
+    """What cannot work in how files are read.
+
+    Args:
+        reading: How.
+        name: The section's name in the configuration.
+    """
+    if reading.select is not None:
+        given = list(reading.select)
+        if not given or min(given) < 0:
+            yield f"{name}.channels is {given}; channels are counted from 0"
+        elif len(given) != reading.channels:
+            yield (
+                f"{name}.channels {given} chooses {len(given)}, but model.in_channels is "
+                f"{reading.channels}: make them equal"
+            )
+    if reading.value_range is not None and not reading.value_range[0] < reading.value_range[1]:
+        yield f"{name}.value_range is {list(reading.value_range)}; give [low, high] with low < high"
+    if reading.max_pixels < 1:
+        yield f"{name}.max_pixels is {reading.max_pixels}; it must be above 0"
+
+
 def _layout_problems(c: Config) -> Iterator[str]:
-    if c.model.in_channels not in CHANNELS:
-        yield f"model.in_channels is {c.model.in_channels}; images are read into 1, 3 or 4 channels"
+    if c.model.pretrained is None:
+        yield from reading_problems(c.data.reading(c.model.in_channels))
     if c.model.pretrained is None:
         for width in c.model.block_out_channels:
             if width % c.model.norm_num_groups:

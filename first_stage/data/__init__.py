@@ -1,17 +1,18 @@
 """Data sets of images as batches: the only place that knows pixels and files.
 
-`sources` lists samples, `pixels` decodes them, `loader` turns them into batches.
+`sources` lists samples, `decode` opens them, `images` turns them into pixels, `stream` makes
+batches.
 """
 
-from first_stage.data.broken import BrokenFiles
+from first_stage.data.broken import BrokenFiles, BrokenImage, too_many
+from first_stage.data.decode import Encoded, Picture, Reading, open_image, picture_size, read_bytes
 from first_stage.data.images import (
-    CHANNELS,
-    BrokenImage,
+    Mirror,
     View,
     images_from_pixels,
-    open_image,
     pixels_from_images,
     pixels_of,
+    size_of,
 )
 from first_stage.data.sources import (
     Sample,
@@ -36,11 +37,14 @@ from first_stage.data.stream import (
 )
 
 __all__ = [
-    "CHANNELS",
     "Batch",
     "BrokenFiles",
     "BrokenImage",
+    "Encoded",
     "FixedImages",
+    "Mirror",
+    "Picture",
+    "Reading",
     "Sample",
     "Source",
     "StepSampler",
@@ -55,10 +59,14 @@ __all__ = [
     "loader_fault",
     "open_image",
     "open_source",
+    "picture_size",
     "pixels_from_images",
     "pixels_of",
+    "read_bytes",
+    "size_of",
     "spare_workers",
     "split_source",
     "start_loader",
+    "too_many",
     "training_loader",
 ]

@@ -25,10 +25,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from first_stage.data.decode import Reading
 from first_stage.data.images import View
 from first_stage.data.shards import ShardedRows
 from first_stage.data.sources import Sample
-from first_stage.data.stream import Batch, TrainingStream, collate, prepare_worker
+from first_stage.data.stream import Batch, Flip, TrainingStream, collate, prepare_worker
 from first_stage.errors import DataError
 from first_stage.seeding import Purpose, generator
 
@@ -196,28 +197,28 @@ class ShardStream(TrainingStream):
     Args:
         source: The samples.
         view: Resize and crop.
-        channels: Channels to read files into.
+        reading: How files are read, or just into how many channels.
         seed: The run's seed.
         latent_shape: `(C, h, w)` of one sample's posterior noise.
         slots: The global batch size.
         buffer: Samples that are held, still encoded, and shuffled together, over all processes.
         random_crop: Random crops; centre crops otherwise.
-        flip: Mirror half of the views left to right.
+        flip: Which mirror images of the views are drawn; true: horizontal.
     """
 
     def __init__(
         self,
         source: StreamSource,
         view: View,
-        channels: int,
+        reading: Reading | int,
         seed: int,
         latent_shape: tuple[int, int, int],
         slots: int,
         buffer: int,
         random_crop: bool = True,
-        flip: bool = True,
+        flip: Flip | bool = True,
     ):
-        super().__init__(source, view, channels, seed, latent_shape, random_crop, flip)
+        super().__init__(source, view, reading, seed, latent_shape, random_crop, flip)
         self.shards = source
         self.order = StreamOrder(source.shard_starts(), seed, slots, buffer)
         self._held: dict[int, tuple[tuple[int, int], dict[int, Sample]]] = {}

@@ -16,17 +16,22 @@ import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from first_stage.data.images import BrokenImage, View, open_image, pixels_of
+from first_stage.data.broken import BrokenImage
+from first_stage.data.decode import Reading, as_reading, open_image, read_bytes
+from first_stage.data.images import Mirror, View, pixels_of
 from first_stage.data.sources import Sample, Source
 from first_stage.errors import DataError, UserError
 from first_stage.seeding import Purpose, generator
+
+Flip = Literal["none", "horizontal", "both", "dihedral"]
+"""Mirror images: none; left to right; top to bottom too; the eight of a square."""
 
 _CONTENT_SAMPLES = 256
 _LOOK_FURTHER = 100
@@ -79,26 +84,27 @@ class TrainingStream(Dataset[Example]):
     Args:
         source: The samples.
         view: Resize and crop.
-        channels: Channels to read files into.
+        reading: How files are read, or just into how many channels.
         seed: The run's seed.
         latent_shape: `(C, h, w)` of one sample's posterior noise.
         random_crop: Random crops; centre crops otherwise.
-        flip: Mirror half of the views left to right.
+        flip: Which mirror images of the views are drawn, all equally often; true: horizontal.
     """
 
     def __init__(
         self,
         source: Source,
         view: View,
-        channels: int,
+        reading: Reading | int,
         seed: int,
         latent_shape: tuple[int, int, int],
         random_crop: bool = True,
-        flip: bool = True,
+        flip: Flip | bool = True,
     ):
-        self.source, self.view, self.channels, self.seed = source, view, channels, seed
+        self.source, self.view, self.seed = source, view, seed
+        self.reading = as_reading(reading)
         self.latent_shape = latent_shape
-        self.random_crop, self.flip = random_crop, flip
+        self.random_crop, self.flip = random_crop, flip_named(flip)
         self._order: tuple[int, np.ndarray] | None = None
 
     def sample_at(self, position: int) -> tuple[int, int]:
@@ -149,11 +155,28 @@ class TrainingStream(Dataset[Example]):
         return self.source.read(index)
 
     def _decode(self, epoch: int, index: int, sample: Sample) -> np.ndarray:
-        image = open_image(sample.image, self.channels)
-        draw = generator(self.seed, Purpose.VIEW, epoch, index).random(3)
+        image = open_image(sample.image, self.reading)
+        draw = generator(self.seed, Purpose.VIEW, epoch, index).random(5)
         u, v = (float(draw[0]), float(draw[1])) if self.random_crop else (None, None)
-        image, _ = self.view.apply(image, u, v, flip=self.flip and bool(draw[2] < 0.5))
-        return pixels_of(image, self.channels)
+        image, _ = self.view.apply(image, u, v, flip=_drawn(self.flip, draw[2:]))
+        return pixels_of(image, self.reading)
+
+
+def flip_named(flip: Flip | bool) -> Flip:
+    """The name of a choice of mirror images; true and false are `horizontal` and `none`."""
+    if isinstance(flip, bool):
+        return "horizontal" if flip else "none"
+    return flip
+
+
+def _drawn(flip: Flip, draw: np.ndarray) -> Mirror:
+    """One of the mirror images, from three uniform numbers."""
+    heads = [bool(number < 0.5) for number in draw]
+    return Mirror(
+        horizontal=flip != "none" and heads[0],
+        vertical=flip in ("both", "dihedral") and heads[1],
+        transposed=flip == "dihedral" and heads[2],
+    )
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -323,13 +346,15 @@ class FixedImages:
         return len(self.ids)
 
 
-def fixed_images(source: Source, view: View, channels: int, count: int, seed: int) -> FixedImages:
+def fixed_images(
+    source: Source, view: View, reading: Reading | int, count: int, seed: int
+) -> FixedImages:
     """Decode a fixed choice of samples at centre crops.
 
     Args:
         source: The samples.
         view: Resize and crop.
-        channels: Channels to read files into.
+        reading: How files are read, or just into how many channels.
         count: How many at most; fewer when the source has fewer that can be decoded.
         seed: Seed of the choice among more samples than `count`; the source's order is kept.
 
@@ -341,17 +366,21 @@ def fixed_images(source: Source, view: View, channels: int, count: int, seed: in
     """
     chosen = generator(seed, Purpose.SPLIT, 1).permutation(len(source))
     found: list[tuple[int, str, np.ndarray]] = []
+    problem = ""
     for index in chosen:
         if len(found) == count:
             break
         sample = source.read(int(index))
         try:
-            image = open_image(sample.image, channels)
-        except BrokenImage:
+            image = open_image(sample.image, reading)
+        except BrokenImage as error:
+            problem = problem or f" (first: {sample.id}: {error})"
             continue
-        found.append((int(index), sample.id, pixels_of(view.apply(image)[0], channels)))
+        found.append((int(index), sample.id, pixels_of(view.apply(image)[0], reading)))
     if not found:
-        raise DataError(f"none of the {len(source)} samples of {source.name!r} can be decoded")
+        raise DataError(
+            f"none of the {len(source)} samples of {source.name!r} can be decoded{problem}"
+        )
     found.sort(key=lambda entry: entry[0])
     dtype = np.result_type(*[pixels for _, _, pixels in found])
     stacked = np.stack([pixels.astype(dtype, copy=False) for _, _, pixels in found])
@@ -376,7 +405,7 @@ def fingerprint(source: Source) -> str:
     for index in np.unique(np.linspace(0, count - 1, _CONTENT_SAMPLES).round().astype(int)):
         image = source.read(int(index)).image
         if isinstance(image, Path):
-            with contextlib.suppress(OSError):  # a broken file is the loader's to report
-                image = image.read_bytes()
+            with contextlib.suppress(BrokenImage):  # the loader's to report
+                image = read_bytes(image)
         digest.update(hashlib.sha256(image).digest() if isinstance(image, bytes) else b"")
     return digest.hexdigest()[:16]

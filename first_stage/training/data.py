@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
-from first_stage.config.schema import Config
+from first_stage.config.schema import Config, reading_problems
 from first_stage.data import (
     Batch,
     Source,
@@ -140,15 +140,16 @@ def open_stream(config: Config, source: Source, stage: FirstStage) -> TrainingSt
     """
     view = View(config.data.resolution, config.view_resize)
     latent_shape = stage.latent_shape(config.data.resolution)
+    reading = config.data.reading(stage.in_channels)
+    for problem in reading_problems(reading):
+        raise ConfigError(problem)
     random_crop, flip = config.data.crop == "random", config.data.flip
     if isinstance(source, StreamSource):
         return ShardStream(
-            source, view, stage.in_channels, config.seed, latent_shape, config.train.batch_size,
+            source, view, reading, config.seed, latent_shape, config.train.batch_size,
             config.data.shuffle_buffer, random_crop, flip,
         )  # fmt: skip
-    return TrainingStream(
-        source, view, stage.in_channels, config.seed, latent_shape, random_crop, flip
-    )
+    return TrainingStream(source, view, reading, config.seed, latent_shape, random_crop, flip)
 
 
 def open_loader(

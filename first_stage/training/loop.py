@@ -141,7 +141,7 @@ class Run:
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
             View(*config.validation_view),
-            stage.in_channels,
+            config.data.reading(stage.in_channels),
             config.validation.images,
             config.seed,
         )
@@ -184,6 +184,8 @@ class Run:
             self._save(done)
         if ending.fault is not None:
             raise type(ending.fault)(f"{ending.fault}. {self._what_is_saved()}")
+        if summary := self.broken.summary():
+            self._say(summary)
         finished = done == train.max_steps
         if finished:
             metrics = metrics or self._measure()

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from first_stage.data import CHANNELS
 from latent_tools.build.options import Precision
 from latent_tools.format.files import CacheError
 
@@ -50,11 +49,6 @@ class Encoder:
         self.precision: Precision = "no" if self.is_upcast else precision
         self.device = device
         self.in_channels = int(config.get("in_channels", 3))
-        if self.in_channels not in CHANNELS:
-            raise CacheError(
-                f"the first stage {name!r} has {self.in_channels} input channels; image files are "
-                "read into 1, 3 or 4"
-            )
         self._autoencoder = autoencoder.to(device).eval().requires_grad_(False)
         # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
         self._autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

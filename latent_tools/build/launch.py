@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from first_stage.data import Source
+from first_stage.data import Reading, Source
 from latent_tools.build.encode import Pass, UnitEncoder
 from latent_tools.build.encoder import BatchSplitter, Encoder
 from latent_tools.build.finalize import finalize
@@ -166,7 +166,7 @@ class _Work:
     def _encode(self, source: Source, ids: pa.Array, encoder: Encoder) -> None:
         options, device = self.options, self.process.device
         preprocessing = Preprocessing(
-            channels=encoder.in_channels,
+            reading=options.reading or Reading(encoder.in_channels),
             resolution=options.resolution,
             resize=options.resize,
             has_buckets=self.launch.preprocessing["buckets"] is not None,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from first_stage.data import Reading
+
 Representation = Literal["moments", "mean", "sample"]
 Dtype = Literal["float16", "bfloat16", "float32", "uint8"]
 Precision = Literal["no", "bf16", "fp16"]
@@ -15,6 +17,7 @@ class CacheOptions:
     Attributes:
         resolution: Side of the square centre crop, or of the square whose area buckets have.
         resize: Shorter side after resizing; `None` keeps sizes.
+        reading: How files are read; `None`: plainly, into the first stage's channels.
         representation: `None` stores moments where the first stage has a posterior, else latents.
         dtype: What latents are stored as.
         flip: Encode the flipped pixels too.
@@ -35,6 +38,7 @@ class CacheOptions:
 
     resolution: int
     resize: int | None
+    reading: Reading | None = None
     representation: Representation | None = None
     dtype: Dtype = "float16"
     flip: bool = False

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from first_stage.data import BrokenImage, Source
+from first_stage.data import BrokenImage, Reading, Source, picture_size
 from first_stage.files import TEMPORARY
 from latent_tools.build.encoder import Encoder
-from latent_tools.build.images import content_hash, file_of, picture_size
+from latent_tools.build.images import content_hash, file_of
 from latent_tools.build.options import CacheOptions
 from latent_tools.format.files import CacheError, LaunchLock
 from latent_tools.format.manifest import (
@@ -75,7 +75,7 @@ def describe_launch(
             autoencoder, name, encoder.latent_channels, encoder.factor, options.revision
         ),
         preprocessing=describe_preprocessing(
-            encoder.in_channels,
+            options.reading or Reading(encoder.in_channels),
             options.resolution,
             options.resize if buckets is None else None,
             [list(shape) for shape in buckets] if buckets is not None else None,

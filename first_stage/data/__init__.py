@@ -14,11 +14,12 @@ from first_stage.data.images import (
     pixels_of,
     size_of,
 )
+from first_stage.data.inventory import Inventory, take_inventory
+from first_stage.data.sample import Sample, Source
 from first_stage.data.sources import (
-    Sample,
-    Source,
     SubsetSource,
     is_builtin,
+    open_inventory,
     open_source,
     split_source,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "BrokenImage",
     "Encoded",
     "FixedImages",
+    "Inventory",
     "Mirror",
     "Picture",
     "Reading",
@@ -58,6 +60,7 @@ __all__ = [
     "is_builtin",
     "loader_fault",
     "open_image",
+    "open_inventory",
     "open_source",
     "picture_size",
     "pixels_from_images",
@@ -67,6 +70,7 @@ __all__ = [
     "spare_workers",
     "split_source",
     "start_loader",
+    "take_inventory",
     "too_many",
     "training_loader",
 ]

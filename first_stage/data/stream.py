@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from first_stage.data.broken import BrokenImage
 from first_stage.data.decode import Reading, as_reading, open_image, read_bytes
 from first_stage.data.images import Mirror, View, pixels_of
-from first_stage.data.sources import Sample, Source
+from first_stage.data.sample import Sample, Source
 from first_stage.errors import DataError, UserError
 from first_stage.seeding import Purpose, generator
 
@@ -367,16 +367,19 @@ def fixed_images(
     chosen = generator(seed, Purpose.SPLIT, 1).permutation(len(source))
     found: list[tuple[int, str, np.ndarray]] = []
     problem = ""
-    for index in chosen:
-        if len(found) == count:
-            break
-        sample = source.read(int(index))
-        try:
-            image = open_image(sample.image, reading)
-        except BrokenImage as error:
-            problem = problem or f" (first: {sample.id}: {error})"
-            continue
-        found.append((int(index), sample.id, pixels_of(view.apply(image)[0], reading)))
+    tried = 0
+    while len(found) < count and tried < len(chosen):
+        # As many as are missing, in the source's order, which costs a stream of files least.
+        more = np.sort(chosen[tried : tried + count - len(found)])
+        tried += len(more)
+        for index in more:
+            sample = source.read(int(index))
+            try:
+                image = open_image(sample.image, reading)
+            except BrokenImage as error:
+                problem = problem or f" (first: {sample.id}: {error})"
+                continue
+            found.append((int(index), sample.id, pixels_of(view.apply(image)[0], reading)))
     if not found:
         raise DataError(
             f"none of the {len(source)} samples of {source.name!r} can be decoded{problem}"
@@ -398,9 +401,10 @@ def fingerprint(source: Source) -> str:
     own = getattr(source, "fingerprint", None)
     if own is not None:
         return str(own())
-    digest = hashlib.sha256()
     count = len(source)
-    for index in range(count):
+    paths = getattr(source, "paths", None)
+    digest = paths.digest() if paths is not None else hashlib.sha256()
+    for index in range(count if paths is None else 0):
         digest.update(source.id(index).encode() + b"\n")
     for index in np.unique(np.linspace(0, count - 1, _CONTENT_SAMPLES).round().astype(int)):
         image = source.read(int(index)).image

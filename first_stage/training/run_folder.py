@@ -22,7 +22,7 @@ EVALUATION = "evaluation"
 CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
 TRACKER = "tracker"
-SHARDS = "shards.json"
+SHARDS = "shards"
 LOCK = ".lock"
 _ALL = (
     CONFIG,

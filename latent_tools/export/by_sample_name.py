@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from first_stage.data.sources import IMAGE_SUFFIXES
+from first_stage.data.files import IMAGE_SUFFIXES
 from latent_tools.export.cache import ExportCache, relative_path
 from latent_tools.export.writer import SmallFiles, npy, npz
 from latent_tools.format.files import CacheError

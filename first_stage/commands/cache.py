@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +13,8 @@ import torch
 
 from first_stage.config.parsing import read_options
 from first_stage.config.schema import reading_problems
-from first_stage.data import Reading, Source, open_source, spare_workers
+from first_stage.data import Reading, Source, open_inventory, spare_workers, take_inventory
+from first_stage.data.checks import value_remark
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.errors import ConfigError
 from first_stage.models.first_stage import load_autoencoder
@@ -160,8 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = process.world
     say(f"{count} process{'es' if count > 1 else ''} on {process.device.type}")
     autoencoder = load_autoencoder(options.first_stage, options.revision)
-    source = _open(options.data)
+    source = _open(options.data, say)
     cache_options = _cache_options(options, autoencoder, process)
+    if process.rank == 0 and (remark := value_remark(source, cache_options.reading)):
+        say(remark)
     try:
         outcome = precompute(
             autoencoder, options.first_stage, source, options.output, cache_options, process, say
@@ -172,10 +175,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _report(options, outcome, process)
 
 
-def _open(data: DataOptions) -> Source:
-    if data.streaming:
+def _open(data: DataOptions, say: Callable[[str], None]) -> Source:
+    inventory = None
+    if "://" not in data.path:
+        inventory = take_inventory(data.path, data.split)
+    if inventory is None or (data.streaming and inventory.kind in ("parquet", "hub")):
         return ParquetStream(data.path, data.image_column, data.split)
-    return open_source(data.path, data.image_column, "all", data.split)
+    return open_inventory(inventory, data.image_column, "all", data.split, say)
 
 
 def _this_process() -> Process:

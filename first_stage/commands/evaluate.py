@@ -10,9 +10,10 @@ from accelerate import Accelerator
 
 from first_stage.config.parsing import read_options
 from first_stage.config.schema import reading_problems
-from first_stage.data import Reading, View, open_source, spare_workers
+from first_stage.data import Reading, View, open_inventory, spare_workers, take_inventory
 from first_stage.data.builtin import NAMES
-from first_stage.distributed.processes import Processes
+from first_stage.data.checks import value_remark
+from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
 from first_stage.evaluation import Evaluation, Options, evaluate, save
 from first_stage.evaluation.files import METRICS
@@ -52,8 +53,9 @@ class DataArguments:
     image_column: str | None = None
     """Column with the images, for data sets that have columns; null: found by its type."""
     split: str | None = None
-    """Which split of a hub or saved data set; of a built-in set: train, validation or all. null:
-    train, or all of a built-in set."""
+    """Which split, where names of files or folders or the data set itself say splits; of a
+    built-in set: train, validation or all. null: the only one (of the hub: train), or all of a
+    built-in set."""
     channels: tuple[int, ...] | None = None
     """Which of the stored channels are used, counted from 0, as in [3,2,1]; null: all of them, and
     colors become the channels of the first
@@ -122,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         probed=a.probed_images,
         pairs=a.pairs,
     )
-    images = _Images(a)
+    images = _Images(a, processes, say)
     count = min(a.num_images or len(images.source), len(images.source))
     say(f"{count:,} of {len(images.source):,} images from {a.data.path}", flush=True)
     evaluation = evaluate(
@@ -192,11 +194,14 @@ def _problems(a: Arguments) -> Iterator[str]:
 class _Images:
     """The images for a number of channels; the source is opened once."""
 
-    def __init__(self, a: Arguments):
+    def __init__(self, a: Arguments, processes: Processes, say: Any):
         split = a.data.split
         part: Any = split if split in ("train", "validation", "all") else "all"
-        self.source = open_source(a.data.path, a.data.image_column, part, split or "train")
-        self.arguments = a
+        inventory = shared(processes, lambda: take_inventory(a.data.path, split))
+        self.source = open_inventory(inventory, a.data.image_column, part, split, say)
+        self.arguments, self.say, self.is_main = a, say, processes.is_main
+        if processes.is_main and inventory.kind in ("images", "parquet", "tar"):
+            inventory.write(Path(a.output) / "files.txt")
 
     def __call__(self, channels: int) -> EvaluationImages:
         data = self.arguments.data
@@ -208,6 +213,8 @@ class _Images:
         reading = data.reading(channels)
         for problem in reading_problems(reading):
             raise ConfigError(problem)
+        if self.is_main and (remark := value_remark(self.source, reading)):
+            self.say(remark)
         return EvaluationImages(self.source, reading, view, a.num_images, a.seed)
 
 

@@ -68,8 +68,11 @@ class DataConfig:
     """Which split of a hub or saved data set to train on."""
     validation_path: str | None = None
     """Held-out images, as for path; null: a share of the training data, or the built-in set's."""
+    validation_split: str | None = None
+    """Held-out images: this split of validation_path, or of path; null: as validation_path says."""
     validation_share: float = 0.05
-    """Share of the samples held out when validation_path is null, in [0, 1)."""
+    """Share of the samples held out when validation_path and validation_split are null, in
+    [0, 1)."""
     max_broken: float = 0.05
     """Share of samples that may be undecodable before the run stops; they are skipped and listed
     in broken_files.jsonl."""

@@ -250,6 +250,8 @@ def _put(left_out: dict[str, list[bytes]], reason: str, paths: Sequence[bytes]) 
 def _kind(path: str, listing: Listing) -> Literal["images", "parquet", "tar"]:
     images, tars = len(listing.images), len(listing.tars)
     tables = [p for p in listing.parquet if _holds_images(os.path.join(listing.root, p))]
+    if images and images >= _MANY * (tars + len(tables)):
+        return "images"
     if tars and tables:
         raise DataError(
             f"data.path {path!r} holds tar and parquet shards of images: say which with a pattern, "
@@ -260,8 +262,6 @@ def _kind(path: str, listing: Listing) -> Literal["images", "parquet", "tar"]:
         raise DataError(_nothing(path, listing))
     if shards and (not images or shards >= _MANY * images):
         return "tar" if tars else "parquet"
-    if images >= _MANY * shards:
-        return "images"
     kind = "tar" if tars else "parquet"
     raise DataError(
         f"data.path {path!r} holds {_counted(images, 'image')} and "

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -45,6 +45,7 @@ class Shard:
         name: What ids call it: its path below the data folder.
         index: Where its index is remembered, for a tar file; it is made anew where that is not.
         root: The folder that paths in its rows may lead into.
+        problem: What is wrong with a file that can be read in part.
     """
 
     url: str
@@ -53,6 +54,7 @@ class Shard:
     name: str = ""
     index: str | None = None
     root: str | None = None
+    problem: str = ""
 
     @property
     def is_tar(self) -> bool:
@@ -155,7 +157,6 @@ def count_rows(
     urls: Sequence[tuple[str, str]],
     memory: Path | None = None,
     root: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> list[Shard]:
     """How many samples each shard has.
 
@@ -164,29 +165,24 @@ def count_rows(
         memory: A folder that remembers what was counted, shard by shard: a count that is cut off
             goes on where it was. A file of another size is counted anew.
         root: The folder that paths in rows may lead into.
-        say: Called with lines for the user: what is wrong with a shard that can be read in part.
 
     Raises:
         DataError: Naming the shard that cannot be read.
     """
 
-    def count(entry: tuple[str, str]) -> tuple[Shard, str]:
+    def count(entry: tuple[str, str]) -> Shard:
         url, name = entry
         try:
             size = with_retries(lambda: size_of_url(url), url)
             rows, index, problem = _counted(url, size, memory)
-            return Shard(url, size, rows, name, index, root), problem
+            return Shard(url, size, rows, name, index, root, problem)
         except DataError:
             raise
         except Exception as error:
             raise DataError(f"the shard {url!r} cannot be read: {_first_line(error)}") from error
 
     with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
-        found = list(pool.map(count, urls))
-    for shard, problem in found:
-        if problem:
-            say(f"{shard.name or shard.url}: {problem}; the first {shard.rows:,} samples are used")
-    return [shard for shard, _ in found]
+        return list(pool.map(count, urls))
 
 
 def _counted(url: str, size: int, memory: Path | None) -> tuple[int, str | None, str]:

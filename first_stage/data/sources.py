@@ -210,7 +210,7 @@ def open_inventory(
         split: Which split of a hub or saved data set.
         say: Called with lines for the user.
     """
-    source = _opened(inventory, image_column, part, split, say)
+    source = _opened(inventory, image_column, part, split)
     for line in inventory.lines():
         say(line)
     return source
@@ -221,7 +221,6 @@ def _opened(
     image_column: str | None,
     part: Split,
     split: str | None,
-    say: Callable[[str], None],
 ) -> Source:
     path = inventory.path
     if inventory.kind == "builtin":
@@ -229,12 +228,17 @@ def _opened(
     if inventory.kind == "hub":
         return _hub_source(path, image_column, split or "train")
     if inventory.kind == "saved":
-        return _saved_source(path, image_column, split or "train")
+        return _saved_source(path, image_column, split)
     if inventory.kind == "images":
         return FolderSource(inventory)
     root = os.fsdecode(inventory.root)
     if inventory.kind == "tar":
-        shards = count_rows(shards_of(inventory), root=root, say=inventory.remarks.append)
+        shards = count_rows(shards_of(inventory), root=root)
+        inventory.remarks += [
+            f"{s.name}: {s.problem}; its first {s.rows:,} samples are used"
+            for s in shards
+            if s.problem
+        ]
         return RowSource(ShardedRows(path, shards, image_column))
     return _parquet_source(inventory, image_column, root)
 
@@ -281,20 +285,22 @@ def _parquet_source(inventory: Inventory, image_column: str | None, root: str) -
     return DatasetSource(dataset, inventory.path, column, [root], counts)
 
 
-def _saved_source(path: str, image_column: str | None, split: str) -> Source:
+def _saved_source(path: str, image_column: str | None, split: str | None) -> Source:
     import datasets
 
     dataset = _loaded(lambda: datasets.load_from_disk(path), f"data.path {path!r} cannot be read")
     if isinstance(dataset, datasets.DatasetDict):
         if split == "all":
             dataset = datasets.concatenate_datasets(list(dataset.values()))
+        elif split is None and len(dataset) == 1:
+            dataset = next(iter(dataset.values()))
         elif split not in dataset:
             raise DataError(
                 f"data.split is {split!r}, but {path!r} has the splits: {', '.join(dataset)}"
             )
         else:
             dataset = dataset[split]
-    elif split not in ("train", "all", str(dataset.split)):
+    elif split not in (None, "train", "all", str(dataset.split)):
         raise DataError(f"data.split is {split!r}, but {path!r} has no splits: leave it out")
     return DatasetSource(dataset, path, image_column, [path])
 

@@ -26,7 +26,9 @@ from torch.utils.data import DataLoader, Dataset
 from first_stage.data.broken import BrokenImage
 from first_stage.data.decode import Reading, as_reading, open_image, read_bytes
 from first_stage.data.images import Mirror, View, pixels_of
+from first_stage.data.paths import Paths
 from first_stage.data.sample import Sample, Source
+from first_stage.data.sources import SubsetSource
 from first_stage.errors import DataError, UserError
 from first_stage.seeding import Purpose, generator
 
@@ -401,11 +403,8 @@ def fingerprint(source: Source) -> str:
     own = getattr(source, "fingerprint", None)
     if own is not None:
         return str(own())
+    digest = hashlib.sha256(_digest_of_ids(source))
     count = len(source)
-    paths = getattr(source, "paths", None)
-    digest = paths.digest() if paths is not None else hashlib.sha256()
-    for index in range(count if paths is None else 0):
-        digest.update(source.id(index).encode() + b"\n")
     for index in np.unique(np.linspace(0, count - 1, _CONTENT_SAMPLES).round().astype(int)):
         image = source.read(int(index)).image
         if isinstance(image, Path):
@@ -413,3 +412,19 @@ def fingerprint(source: Source) -> str:
                 image = read_bytes(image)
         digest.update(hashlib.sha256(image).digest() if isinstance(image, bytes) else b"")
     return digest.hexdigest()[:16]
+
+
+def _digest_of_ids(source: Source) -> bytes:
+    """A hash over all ids in their order, by column where the source keeps them so."""
+    if isinstance(source, SubsetSource):
+        return hashlib.sha256(_digest_of_ids(source.source) + source.indices.tobytes()).digest()
+    own = getattr(source, "fingerprint", None)
+    if own is not None:
+        return str(own()).encode()
+    paths: Paths | None = getattr(source, "paths", None)
+    if paths is not None:
+        return paths.digest().digest()
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(source.id(index).encode() + b"\n")
+    return digest.digest()

@@ -127,7 +127,12 @@ def walk(url: str, size: int) -> TarIndex:
             with tarfile.open(fileobj=handle, mode="r:", errors="surrogateescape") as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # it would keep every header
-                    if member.isfile() and member.offset_data + member.size > size:
+                    is_sparse = member.issparse()
+                    if (
+                        member.isfile()
+                        and not is_sparse
+                        and member.offset_data + member.size > size
+                    ):
                         problem = "it is cut off"
                         break
                     name = member.name.encode("utf-8", "surrogateescape")
@@ -140,7 +145,7 @@ def walk(url: str, size: int) -> TarIndex:
                     ending = shown(match[2]).lower()
                     codes.append(known.setdefault(ending, len(known)))
                     offsets.append(member.offset_data)
-                    sizes.append(_SPARSE if member.issparse() else member.size)
+                    sizes.append(_SPARSE if is_sparse else member.size)
                 if not problem and not _ends_in_zeros(handle, tar.offset, size):
                     problem = "it is cut off or damaged"
         except tarfile.TarError as error:

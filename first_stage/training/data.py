@@ -14,26 +14,32 @@ from torch import nn
 from first_stage.config.schema import Config, reading_problems
 from first_stage.data import (
     Batch,
+    Inventory,
     Source,
     TrainingStream,
     View,
     fingerprint,
     is_builtin,
-    open_source,
+    open_inventory,
     spare_workers,
     split_source,
+    take_inventory,
     training_loader,
 )
+from first_stage.data.checks import refuse_shared
 from first_stage.data.shard_stream import ShardLoader, ShardStream, StreamSource, split_stream
-from first_stage.data.shards import Shard, ShardedRows, count_rows, find_shards
+from first_stage.data.shards import Shard, ShardedRows, count_rows, find_shards, shards_of
 from first_stage.distributed.memory import keep_freed_memory
-from first_stage.distributed.processes import Processes
-from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.distributed.processes import Processes, on_main, shared
+from first_stage.errors import ConfigError, DataError
 from first_stage.files import writing
 from first_stage.models.first_stage import FirstStage
 from first_stage.training.log import tracker_of
-from first_stage.training.run_folder import SHARDS
+from first_stage.training.run_folder import INVENTORY, SHARDS
 from first_stage.training.step import Trainer
+
+_ANY = None
+"""Of a data set of its own, the only split there is."""
 
 
 def make_accelerator(config: Config) -> Accelerator:
@@ -70,48 +76,96 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def open_data(config: Config, processes: Processes | None = None) -> tuple[Source, Source | None]:
+def open_data(
+    config: Config,
+    processes: Processes | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Source, Source | None]:
     """The samples to train on, and the held-out ones if there are any.
+
+    Files are listed and rows counted by the first process, for all.
 
     Args:
         config: The run's configuration.
-        processes: The first one counts the rows of a stream's shards for all.
+        processes: Those of the run.
+        say: Called with lines for the user: what was found, and what was left out.
+
+    Raises:
+        DataError: When there are no images, or held-out ones are trained on.
     """
-    data = config.data
-
-    def opened(path: str, split: Any) -> Source:
-        return open_source(path, data.image_column, split, data.split)
-
-    held_out = None
+    data, processes = config.data, processes or Processes()
+    opener = _Opener(config, processes, say)
+    held_out: Source | None = None
     if data.validation_path is not None:
-        held_out = opened(data.validation_path, "validation")
+        split = data.validation_split or _ANY
+        held_out = opener.open(data.validation_path, "validation", split, "held_out.txt")
+    elif data.validation_split is not None:
+        held_out = opener.open(data.path, "validation", data.validation_split, "held_out.txt")
+    share = data.validation_share if held_out is None else 0.0
+    training: Source
     if data.streaming:
-        rows = _open_shards(config, processes or Processes())
-        share = data.validation_share if held_out is None else 0.0
-        training, spread = split_stream(rows, share)
-        return training, spread if held_out is None else held_out
-    if held_out is not None:
-        return opened(data.path, "train"), held_out
-    if is_builtin(data.path):
-        return opened(data.path, "train"), opened(data.path, "validation")
-    source = opened(data.path, "all")
-    if data.validation_share == 0:
-        return source, None
-    return split_source(source, data.validation_share, config.seed)
+        training, spread = split_stream(opener.rows(data.path, data.split), share)
+        held_out = spread if held_out is None else held_out
+    elif is_builtin(data.path):
+        training = opener.open(data.path, "train", data.split, INVENTORY)
+        if held_out is None:
+            held_out = opener.open(data.path, "validation", data.split, INVENTORY)
+    else:
+        training = opener.open(data.path, "train", data.split, INVENTORY)
+        if share:
+            return split_source(training, share, config.seed)
+    if held_out is not None and share == 0.0 and not is_builtin(data.path):
+        found: Source = held_out
+        on_main(processes, lambda: refuse_shared(training, found))
+    return training, held_out
 
 
-def _open_shards(config: Config, processes: Processes) -> ShardedRows:
-    data = config.data
-    shards: list[Shard] = []
+class _Opener:
+    """Opens data for all processes.
 
-    def count() -> None:
-        urls, folder = find_shards(data.path, data.split), Path(config.output_dir)
-        with writing(folder, lambda: "Nothing was trained yet"):
-            shards.extend(count_rows(urls, folder / SHARDS))
+    Args:
+        config: The run's configuration.
+        processes: Those of the run.
+        say: Called with lines for the user.
+    """
 
-    on_main(processes, count)
-    counted = processes.gather(shards)[0]
-    return ShardedRows(data.path, counted, data.image_column, max(config.train.batch_size, 1))
+    def __init__(self, config: Config, processes: Processes, say: Callable[[str], None]):
+        self.config, self.processes, self.say = config, processes, say
+        self.folder = Path(config.output_dir)
+
+    def open(self, path: str, part: Any, split: str | None, file: str) -> Source:
+        """Samples that are read one by one; `file` of the run lists the files."""
+        inventory = shared(self.processes, lambda: take_inventory(path, split))
+        column = self.config.data.image_column
+        source = open_inventory(inventory, column, part, split, self.say)
+        if inventory.kind in ("images", "parquet", "tar"):
+            on_main(self.processes, lambda: self._write(inventory, file))
+        return source
+
+    def rows(self, path: str, split: str | None) -> ShardedRows:
+        """The rows of shards that are streamed."""
+        shards = shared(self.processes, lambda: self._count(path, split))
+        for shard in shards:
+            if shard.problem:
+                self.say(f"{shard.name}: {shard.problem}; its first {shard.rows:,} are used")
+        column = self.config.data.image_column
+        return ShardedRows(path, shards, column, max(self.config.train.batch_size, 1))
+
+    def _count(self, path: str, split: str | None) -> list[Shard]:
+        root: str | None = None
+        if "://" not in path and (inventory := take_inventory(path, split)).kind != "hub":
+            urls, root = shards_of(inventory), os.fsdecode(inventory.root)
+            self._write(inventory, INVENTORY)
+            for line in inventory.lines():
+                self.say(line)
+        else:
+            urls = find_shards(path, split)
+        with writing(self.folder, lambda: "Nothing was trained yet"):
+            return count_rows(urls, self.folder / SHARDS, root)
+
+    def _write(self, inventory: Inventory, file: str) -> None:
+        with writing(self.folder, lambda: "Nothing was trained yet"):
+            inventory.write(self.folder / file)
 
 
 def agreed_fingerprint(config: Config, source: Source, processes: Processes) -> str:
@@ -218,20 +272,3 @@ def _device(trainer: Trainer) -> str:
 
 def _millions(module: nn.Module) -> str:
     return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
-
-
-def on_main(processes: Processes, work: Callable[[], None]) -> None:
-    """Do something on the main process; what goes wrong there in words is raised on all.
-
-    Raises:
-        UserError: What the main process met.
-    """
-    problem: str | None = None
-    if processes.is_main:
-        try:
-            work()
-        except UserError as error:
-            problem = str(error)
-    told = processes.gather(problem)[0]
-    if told is not None:
-        raise UserError(told)

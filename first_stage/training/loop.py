@@ -21,6 +21,7 @@ from first_stage.data import (
     loader_fault,
     start_loader,
 )
+from first_stage.data.checks import value_remark
 from first_stage.distributed.processes import Processes, StopRequest, end_with_launcher
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.evaluation import HeldImages, Options, evaluate
@@ -130,7 +131,7 @@ class Run:
         self.micro = micro_batch_size(config, processes.world)
         resume = config.resume is not None
         on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
-        self.source, held_out = open_data(config, processes)
+        self.source, held_out = open_data(config, processes, self._say)
         self.fingerprint = agreed_fingerprint(config, self.source, processes)
         self.held_out = len(held_out) if held_out is not None else 0
         self.trainer = Trainer(config, accelerator, processes)
@@ -150,6 +151,10 @@ class Run:
         self.resumed_at = self._resume()
         self.saved = self.resumed_at or 0
         self.logbook = self._open_logbook()
+        if processes.is_main and (
+            remark := value_remark(self.source, config.data.reading(stage.in_channels))
+        ):
+            self._say(remark)
         self._say(introduction(self.trainer, self.micro, len(self.source), self.held_out))
 
     def fit(self) -> Outcome:

@@ -65,6 +65,9 @@ class DataArguments:
     units; values outside are clipped. null: the range of 8-bit and unsigned 16-bit integers."""
     color: Literal["srgb", "keep"] = "srgb"
     """Embedded color profiles: srgb converts to sRGB, keep takes the numbers as they are."""
+    display: tuple[int, ...] | None = None
+    """Which channels pictures show and networks for colors see, one or three, counted from 0 among
+    those that are used; null: the colors, or the first three."""
     max_pixels: int = 100_000_000
     """Images of more pixels are not decoded, and listed: a small file can unpack to gigabytes."""
     workers: int | None = None
@@ -72,7 +75,9 @@ class DataArguments:
 
     def reading(self, channels: int) -> Reading:
         """How files are read into so many channels."""
-        return Reading(channels, self.channels, self.value_range, self.color, self.max_pixels)
+        return Reading(
+            channels, self.channels, self.value_range, self.color, self.max_pixels, self.display
+        )
 
 
 @dataclass(frozen=True)

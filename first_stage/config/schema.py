@@ -90,6 +90,9 @@ class DataConfig:
     units; values outside are clipped. null: the range of 8-bit and unsigned 16-bit integers."""
     color: Literal["srgb", "keep"] = "srgb"
     """Embedded color profiles: srgb converts to sRGB, keep takes the numbers as they are."""
+    display: tuple[int, ...] | None = None
+    """Which channels pictures show and networks for colors see, one or three, counted from 0 among
+    those that are used; null: the colors, or the first three."""
     max_pixels: int = 100_000_000
     """Images of more pixels are not decoded, and listed: a small file can unpack to gigabytes."""
     workers: int | None = None
@@ -97,7 +100,9 @@ class DataConfig:
 
     def reading(self, channels: int) -> Reading:
         """How files are read into so many channels."""
-        return Reading(channels, self.channels, self.value_range, self.color, self.max_pixels)
+        return Reading(
+            channels, self.channels, self.value_range, self.color, self.max_pixels, self.display
+        )
 
 
 @dataclass(frozen=True)
@@ -357,6 +362,14 @@ def reading_problems(reading: Reading, name: str = "data") -> Iterator[str]:
             )
     if reading.value_range is not None and not reading.value_range[0] < reading.value_range[1]:
         yield f"{name}.value_range is {list(reading.value_range)}; give [low, high] with low < high"
+    if reading.display is not None and (
+        len(reading.display) not in (1, 3)
+        or not all(0 <= channel < reading.channels for channel in reading.display)
+    ):
+        yield (
+            f"{name}.display is {list(reading.display)}; give one or three channels, each from 0 "
+            f"to {reading.channels - 1}"
+        )
     if reading.max_pixels < 1:
         yield f"{name}.max_pixels is {reading.max_pixels}; it must be above 0"
 

@@ -9,6 +9,7 @@ from first_stage.data.decode import Encoded, Picture, Reading, open_image, pictu
 from first_stage.data.images import (
     Mirror,
     View,
+    displayed,
     images_from_pixels,
     pixels_from_images,
     pixels_of,
@@ -54,6 +55,7 @@ __all__ = [
     "TrainingStream",
     "View",
     "collate",
+    "displayed",
     "fingerprint",
     "fixed_images",
     "images_from_pixels",

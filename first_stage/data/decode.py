@@ -24,8 +24,7 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,6 +69,8 @@ class Reading:
             range of 8-bit and unsigned 16-bit integers.
         color: "srgb" converts embedded profiles to sRGB, "keep" takes the numbers as they are.
         max_pixels: Larger pictures are not decoded.
+        display: Which three channels (or one) pictures show; `None`: the first three, or the
+            colors.
     """
 
     channels: int
@@ -77,6 +78,7 @@ class Reading:
     value_range: tuple[float, float] | None = None
     color: Literal["srgb", "keep"] = "srgb"
     max_pixels: int = MAX_PIXELS
+    display: tuple[int, ...] | None = None
 
     @property
     def takes_values(self) -> bool:
@@ -380,14 +382,3 @@ def _from_values(values: np.ndarray, reading: Reading) -> np.ndarray:
         # One band may be gray for more channels: `pixels_of` repeats it.
         return arrays.to_pixels(values, reading)
     return arrays.to_pixels(arrays.chosen(values, reading), reading)
-
-
-def with_channels(reading: Reading, channels: int) -> Reading:
-    """The same reading for another number of channels."""
-    return replace(reading, channels=channels)
-
-
-def formats_in_words() -> Iterator[str]:
-    """The formats that can be read here."""
-    yield from known_formats()
-    yield from ("NPY", "NPZ")

@@ -36,6 +36,19 @@ def pixels_of(picture: Picture, reading: Reading | int) -> np.ndarray:
     return array
 
 
+def displayed(channels: int, display: tuple[int, ...] | None = None) -> list[int]:
+    """Which channels pictures and networks for colors are given.
+
+    Args:
+        channels: How many there are.
+        display: Those asked for, one or three; `None` takes gray, RGB and RGBA whole, the first
+            one of two, and the first three of more.
+    """
+    if display is not None:
+        return list(display)
+    return list(range({2: 1}.get(channels, channels if channels <= 4 else 3)))
+
+
 def size_of(picture: Picture) -> tuple[int, int]:
     """(height, width) of a picture."""
     if isinstance(picture, Image.Image):

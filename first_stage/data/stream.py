@@ -339,10 +339,12 @@ class FixedImages:
     Attributes:
         pixels: `(N, H, W, C)` in 0..255.
         ids: The samples' ids.
+        reading: How they were read.
     """
 
     pixels: Tensor
     ids: list[str]
+    reading: Reading | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -389,7 +391,8 @@ def fixed_images(
     found.sort(key=lambda entry: entry[0])
     dtype = np.result_type(*[pixels for _, _, pixels in found])
     stacked = np.stack([pixels.astype(dtype, copy=False) for _, _, pixels in found])
-    return FixedImages(torch.from_numpy(stacked), [name for _, name, _ in found])
+    ids = [name for _, name, _ in found]
+    return FixedImages(torch.from_numpy(stacked), ids, as_reading(reading))
 
 
 def fingerprint(source: Source) -> str:

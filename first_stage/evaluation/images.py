@@ -76,7 +76,7 @@ class EvaluationImages(Dataset[Item]):
             "images_available": len(source),
             "resize": _resize_words(view),
             "crop": f"centre, {view.resolution} x {view.resolution}" if view else "none",
-            "channels": self.reading.channels,
+            **self.reading.describe(),
         }
 
     def __len__(self) -> int:
@@ -105,13 +105,14 @@ class HeldImages(Dataset[Item]):
 
     def __init__(self, images: FixedImages, name: str, described: dict[str, Any] | None = None):
         self.images = images
+        self.reading = images.reading or Reading(int(images.pixels.shape[-1]))
         side = tuple(images.pixels.shape[1:3])
         self.described: dict[str, Any] = {
             "data": name,
             "images_available": len(images),
             "resize": "as given",
             "crop": f"centre, {side[1]} x {side[0]}",
-            "channels": images.pixels.shape[-1],
+            **self.reading.describe(),
             **(described or {}),
         }
 

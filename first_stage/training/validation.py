@@ -7,7 +7,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from first_stage.data import FixedImages, images_from_pixels
+from first_stage.data import FixedImages, displayed, images_from_pixels
 from first_stage.distributed.processes import Processes
 from first_stage.evaluation.grids import grid
 from first_stage.metrics import images as metrics
@@ -42,11 +42,13 @@ def validate(
         `psnr` in dB, `ssim`, and `l1` on the [-1, 1] scale.
     """
     device = next(vae.parameters()).device
+    is_measured = images.reading is not None and images.reading.value_range is not None
+    grade = metrics.clamped if is_measured else metrics.eight_bit
     totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
     for batch in _share(images.pixels, processes, batch_size):
         originals = images_from_pixels(batch.to(device))
-        rebuilt = metrics.eight_bit(reconstruct(vae, originals))
-        originals = metrics.eight_bit(originals)
+        rebuilt = grade(reconstruct(vae, originals))
+        originals = grade(originals)
         for place, metric in enumerate(METRICS.values()):
             totals[place] += metric(originals, rebuilt).sum().to(totals)
     means = processes.sum(totals) / len(images)
@@ -62,4 +64,6 @@ def draw_grid(vae: AutoencoderKL, images: FixedImages, count: int) -> Image.Imag
     """A grid of originals over reconstructions."""
     device = next(vae.parameters()).device
     originals = images_from_pixels(images.pixels[:count].to(device))
-    return grid([originals, reconstruct(vae, originals)])
+    display = images.reading.display if images.reading is not None else None
+    shown = displayed(originals.shape[1], display)
+    return grid([originals[:, shown], reconstruct(vae, originals)[:, shown]])

@@ -14,8 +14,9 @@ import torch
 from first_stage.config.parsing import read_options
 from first_stage.config.schema import reading_problems
 from first_stage.data import Reading, Source, open_inventory, spare_workers, take_inventory
-from first_stage.data.checks import value_remark
+from first_stage.data.checks import large_enough, only_large, value_remark
 from first_stage.distributed.memory import keep_freed_memory
+from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
 from first_stage.models.first_stage import load_autoencoder
 from latent_tools.build.launch import Outcome, Process, precompute
@@ -42,6 +43,9 @@ class DataOptions:
     """Shorter side after resizing, in pixels (bicubic, antialiased); null: the resolution; 0:
     images keep their size. An image smaller than the crop is always enlarged to fit. Buckets
     do not use it."""
+    min_side: int = 0
+    """Images with a shorter side below this many pixels are skipped and counted, instead of
+    enlarged; their headers are read first. 0: none are."""
     image_column: str | None = None
     """Column with the images, for data sets that have columns; null: found by its type."""
     split: str = "train"
@@ -176,12 +180,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _open(data: DataOptions, say: Callable[[str], None]) -> Source:
-    inventory = None
+    processes, inventory = Processes(), None
     if "://" not in data.path:
-        inventory = take_inventory(data.path, data.split)
+        inventory = shared(processes, lambda: take_inventory(data.path, data.split))
     if inventory is None or (data.streaming and inventory.kind in ("parquet", "hub")):
+        if data.min_side:
+            raise ConfigError("data.min_side needs all sizes first: set data.streaming to false")
         return ParquetStream(data.path, data.image_column, data.split)
-    return open_inventory(inventory, data.image_column, "all", data.split, say)
+    source = open_inventory(inventory, data.image_column, "all", data.split, say)
+    if data.min_side:
+        chosen = shared(processes, lambda: large_enough(source, data.min_side))
+        return only_large(source, chosen, data.min_side, say)
+    return source
 
 
 def _this_process() -> Process:

@@ -12,7 +12,7 @@ from first_stage.config.parsing import read_options
 from first_stage.config.schema import reading_problems
 from first_stage.data import Reading, View, open_inventory, spare_workers, take_inventory
 from first_stage.data.builtin import NAMES
-from first_stage.data.checks import value_remark
+from first_stage.data.checks import large_enough, only_large, value_remark
 from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
 from first_stage.evaluation import Evaluation, Options, evaluate, save
@@ -50,6 +50,9 @@ class DataArguments:
     resize: int | None = None
     """Shorter side before the crop, in pixels (bicubic, antialiased); null: the resolution; 0:
     images keep their size."""
+    min_side: int = 0
+    """Images with a shorter side below this many pixels are skipped and counted, instead of
+    enlarged; their headers are read first. 0: none are."""
     image_column: str | None = None
     """Column with the images, for data sets that have columns; null: found by its type."""
     split: str | None = None
@@ -176,6 +179,7 @@ def _problems(a: Arguments) -> Iterator[str]:
         "data.resolution": (1 if a.data.resolution is None else a.data.resolution, 1),
         "data.resize": (a.data.resize or 0, 0),
         "data.workers": (a.data.workers or 0, 0),
+        "data.min_side": (a.data.min_side, 0),
         "seed": (a.seed, 0),
         "pairs": (a.pairs, 0),
         "probed_images": (a.probed_images, 0),
@@ -204,6 +208,10 @@ class _Images:
         part: Any = split if split in ("train", "validation", "all") else "all"
         inventory = shared(processes, lambda: take_inventory(a.data.path, split))
         self.source = open_inventory(inventory, a.data.image_column, part, split, say)
+        if least := a.data.min_side:
+            source = self.source
+            chosen = shared(processes, lambda: large_enough(source, least))
+            self.source = only_large(source, chosen, least, say)
         self.arguments, self.say, self.is_main = a, say, processes.is_main
         if processes.is_main and inventory.kind in ("images", "parquet", "tar"):
             inventory.write(Path(a.output) / "files.txt")

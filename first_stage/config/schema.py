@@ -20,6 +20,7 @@ from first_stage.config.losses import (
 )
 from first_stage.config.parsing import read_options
 from first_stage.data.decode import Reading
+from first_stage.data.images import View
 from first_stage.data.sources import is_builtin
 from first_stage.errors import ConfigError
 
@@ -57,6 +58,12 @@ class DataConfig:
     resize: int | None = None
     """Shorter side after resizing, in pixels (bicubic, antialiased); null: the resolution; 0:
     images keep their size. An image smaller than the crop is always enlarged to fit."""
+    crop_shape: tuple[int, int] | None = None
+    """Height and width of the crop, in pixels, instead of a square, in training and validation:
+    images are resized until they just cover it, and resolution and resize do not matter."""
+    min_side: int = 0
+    """Images with a shorter side below this many pixels are skipped and counted, instead of
+    enlarged; their headers are read first. 0: none are."""
     crop: Literal["random", "center"] = "random"
     """Where the crop is taken in training; validation always takes the centre."""
     flip: bool | Literal["none", "horizontal", "both", "dihedral"] = True
@@ -231,6 +238,16 @@ class Config:
         return self.loss.learned.weight > 0 or self.loss.adversarial.weight > 0
 
     @property
+    def view(self) -> View:
+        """What training sees of an image."""
+        return View(self.data.resolution, self.view_resize, self.data.crop_shape)
+
+    @property
+    def held_out_view(self) -> View:
+        """What validation sees of an image."""
+        return View(*self.validation_view, self.data.crop_shape)
+
+    @property
     def view_resize(self) -> int | None:
         """Shorter side for training images, `None` to keep sizes (see `View.resize`)."""
         return _resize(self.data.resize, self.data.resolution)
@@ -288,13 +305,28 @@ def check(config: Config) -> None:
 def _problems(c: Config) -> Iterator[str]:
     yield from _range_problems(c)
     yield from _layout_problems(c)
-    yield from loss_problems(c.loss, c.critic, c.model.in_channels, c.data.resolution)
+    side = min(c.data.crop_shape or (c.data.resolution,))
+    yield from loss_problems(c.loss, c.critic, c.model.in_channels, side)
     yield from _schedule_problems(c)
 
 
 def _range_problems(c: Config) -> Iterator[str]:
     if not c.data.path:
         yield "data.path is empty: give a folder of images, a hub id, photos or digits"
+    if c.data.crop_shape is not None:
+        height, width = c.data.crop_shape
+        if min(height, width) < 1:
+            yield f"data.crop_shape is {[height, width]}; both sides must be above 0"
+        if c.data.flip == "dihedral" and height != width:
+            yield (
+                f"data.flip is dihedral, which turns crops, but data.crop_shape {[height, width]} "
+                "is no square: use both"
+            )
+    if c.data.streaming and c.data.min_side:
+        yield (
+            f"data.min_side is {c.data.min_side}, but a stream would have to be read whole to know "
+            "sizes: set it to 0, or data.streaming to false"
+        )
     if c.data.streaming and is_builtin(c.data.path):
         yield (
             f"data.streaming is true, but data.path {c.data.path!r} is a built-in set, which is in "
@@ -324,6 +356,7 @@ def _range_problems(c: Config) -> Iterator[str]:
     weights: dict[str, float] = {
         "seed": c.seed,
         "data.resize": c.data.resize or 0,
+        "data.min_side": c.data.min_side,
         "data.workers": c.data.workers or 0,
         "train.weight_decay": c.train.weight_decay,
         "train.warmup_steps": c.train.warmup_steps,
@@ -395,10 +428,14 @@ def _layout_problems(c: Config) -> Iterator[str]:
 
 def factor_problems(c: Config, factor: int) -> Iterator[str]:
     """Resolutions that a downsample factor does not divide."""
-    for name, side in {
+    sides = {
         "data.resolution": c.data.resolution,
         "validation.resolution": c.validation_view[0],
-    }.items():
+    }
+    if c.data.crop_shape is not None:
+        height, width = c.data.crop_shape
+        sides = {"data.crop_shape's height": height, "data.crop_shape's width": width}
+    for name, side in sides.items():
         if side % factor:
             yield (
                 f"{name} ({side}) is not a multiple of the downsample factor ({factor}): use "

@@ -6,15 +6,17 @@ Both look at a bounded number of samples, at a cost of seconds.
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from first_stage.data.broken import BrokenImage
-from first_stage.data.decode import Reading, open_image, read_bytes
+from first_stage.data.decode import Reading, open_image, picture_size, read_bytes
 from first_stage.data.folder import FolderSource
 from first_stage.data.sample import Source
+from first_stage.data.sources import SubsetSource
 from first_stage.errors import DataError
 
 _HELD_OUT_LOOKED_AT = 256
@@ -22,6 +24,7 @@ _TRAINING_LOOKED_AT = 200_000
 _SMALL = 2_000
 _VALUES_LOOKED_AT = 32
 _SMALL_PART = 1 / 8
+_HEADERS_AT_ONCE = 16
 
 
 def refuse_shared(training: Source, held_out: Source) -> None:
@@ -100,6 +103,42 @@ def _content(source: Source, index: int) -> bytes:
     if isinstance(content, bytes):
         return hashlib.blake2b(content, digest_size=16).digest() if content else b""
     return b""
+
+
+def large_enough(source: Source, min_side: int) -> np.ndarray:
+    """Places of the images whose shorter side is long enough, from their headers.
+
+    Those whose header cannot be read are among them: decoding will say what is wrong.
+
+    Args:
+        source: The samples.
+        min_side: Least shorter side, in pixels.
+    """
+
+    def is_large(index: int) -> bool:
+        side = min(picture_size(source.read(index).image))
+        return side == 0 or side >= min_side
+
+    with ThreadPoolExecutor(_HEADERS_AT_ONCE) as pool:
+        return np.flatnonzero(list(pool.map(is_large, range(len(source)), chunksize=64)))
+
+
+def only_large(
+    source: Source, chosen: np.ndarray, min_side: int, say: Callable[[str], None]
+) -> Source:
+    """The samples that `large_enough` found; says how many are skipped.
+
+    Raises:
+        DataError: When none is left.
+    """
+    if skipped := len(source) - len(chosen):
+        say(f"{skipped:,} of {len(source):,} images are smaller than data.min_side ({min_side})")
+    if not len(chosen):
+        raise DataError(
+            f"all {len(source):,} images of {source.name!r} are smaller than data.min_side "
+            f"({min_side}): lower it"
+        )
+    return SubsetSource(source, chosen)
 
 
 def value_remark(source: Source, reading: Reading | None) -> str:

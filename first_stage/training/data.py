@@ -17,7 +17,6 @@ from first_stage.data import (
     Inventory,
     Source,
     TrainingStream,
-    View,
     fingerprint,
     is_builtin,
     open_inventory,
@@ -26,7 +25,7 @@ from first_stage.data import (
     take_inventory,
     training_loader,
 )
-from first_stage.data.checks import refuse_shared
+from first_stage.data.checks import large_enough, only_large, refuse_shared
 from first_stage.data.shard_stream import ShardLoader, ShardStream, StreamSource, split_stream
 from first_stage.data.shards import Shard, ShardedRows, count_rows, find_shards, shards_of
 from first_stage.distributed.memory import keep_freed_memory
@@ -140,6 +139,9 @@ class _Opener:
         source = open_inventory(inventory, column, part, split, self.say)
         if inventory.kind in ("images", "parquet", "tar"):
             on_main(self.processes, lambda: self._write(inventory, file))
+        if least := self.config.data.min_side:
+            chosen = shared(self.processes, lambda: large_enough(source, least))
+            return only_large(source, chosen, least, self.say)
         return source
 
     def rows(self, path: str, split: str | None) -> ShardedRows:
@@ -192,8 +194,9 @@ def open_stream(config: Config, source: Source, stage: FirstStage) -> TrainingSt
         source: The samples, from `open_data`.
         stage: Says how many channels, and how much posterior noise.
     """
-    view = View(config.data.resolution, config.view_resize)
-    latent_shape = stage.latent_shape(config.data.resolution)
+    view = config.view
+    sides = [stage.latent_shape(side) for side in view.size]
+    latent_shape = (sides[0][0], sides[0][1], sides[1][2])
     reading = config.data.reading(stage.in_channels)
     for problem in reading_problems(reading):
         raise ConfigError(problem)

@@ -15,7 +15,6 @@ from first_stage.data import (
     Batch,
     BrokenFiles,
     StepSampler,
-    View,
     fixed_images,
     images_from_pixels,
     loader_fault,
@@ -141,7 +140,7 @@ class Run:
         self.stream = open_stream(config, self.source, stage)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
-            View(*config.validation_view),
+            config.held_out_view,
             config.data.reading(stage.in_channels),
             config.validation.images,
             config.seed,

@@ -217,6 +217,35 @@ def test_five_channels(tmp_path):
         everywhere.evaluate(tmp_path / "d", **{"data.display": "[7]"})
 
 
+def test_small_images_are_skipped_and_counted(everywhere, tmp_path):
+    put(tmp_path / "d", "a.png", "b.png", "c.png")
+    for name in ("d", "e"):
+        Image.new("RGB", (30, 12)).save(tmp_path / "d" / f"{name}.png")
+    (tmp_path / "d" / "broken.png").write_bytes(b"no")
+    fields = {"data.min_side": 16, "data.max_broken": 0.5}
+    for command in (everywhere.train, everywhere.cache):
+        words = "2 of 6 images are smaller than data.min_side (16)"
+        assert words in command(tmp_path / "d", **fields)
+    everywhere.evaluate(tmp_path / "d", **{"data.min_side": 16})
+    assert everywhere.evaluated() == everywhere.cached() == ["a.png", "b.png", "c.png"]
+    refused(everywhere, tmp_path / "d" / "d.png", "all 1 images .* are smaller",
+            **{"data.min_side": 16})  # fmt: skip
+
+
+def test_rectangular_crops(everywhere, tmp_path):
+    put(tmp_path / "d", "a.png", "b.png", "c.png")
+    everywhere.train(tmp_path / "d", **{"data.crop_shape": "[12,20]", "data.flip": "both"})
+    frames = sorted((tmp_path / "out" / "run" / "pictures").glob("*.png"))
+    width, height = Image.open(frames[0]).size
+    assert (width - 4) % 24 == 0
+    assert height == 2 * (12 + 4) + 4
+    for shape, words in (("[12,21]", "width"), ("[0,20]", "above 0")):
+        with pytest.raises(UserError, match=words):
+            everywhere.train(tmp_path / "d", **{"data.crop_shape": shape})
+    with pytest.raises(UserError, match="dihedral"):
+        everywhere.train(tmp_path / "d", **{"data.crop_shape": "[12,20]", "data.flip": "dihedral"})
+
+
 def test_figures_are_those_of_each_channel(tmp_path):
     """By hand: an autoencoder that shifts channel k by a known amount."""
     import torch

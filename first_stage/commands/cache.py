@@ -1,5 +1,6 @@
 """The command `cache_latents`: reads its options, precomputes, and says what to do next."""
 
+import dataclasses
 import os
 import shlex
 import sys
@@ -96,8 +97,12 @@ class Options:
     flip: bool = False
     """Encode the images flipped left to right too."""
     buckets: str | None = None
-    """Shapes for images of several aspect ratios: auto, or heights and widths as in
-    256x256,320x192; null: one square."""
+    """Shapes for images of several aspect ratios: auto; kohya, just as kohya's scripts choose
+    them, who do not turn photos upright; or heights and widths as in 256x256,320x192; null: one
+    square."""
+    update: bool = False
+    """Encode again what changed since it was encoded (files, captions, labels), try again what
+    could not be read, and drop what is gone from the data; the rest stays as it is."""
     columns: list[str] | None = None
     """Columns to carry along, as in [label,caption]; null: label, class and caption under their
     usual names."""
@@ -117,6 +122,7 @@ class Options:
 _SWITCHES = {
     "--flip": "true",
     "--compile": "true",
+    "--update": "true",
     "--data.streaming": "true",
     "--buckets": "auto",
 }
@@ -233,6 +239,8 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
     reading = options.data.reading(int(getattr(autoencoder.config, "in_channels", 3)))
     for problem in reading_problems(reading):
         raise ConfigError(problem)
+    if options.buckets == "kohya":
+        reading = dataclasses.replace(reading, upright=False)
     return CacheOptions(
         reading=reading,
         resolution=resolution,
@@ -250,6 +258,7 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
         compile=options.compile,
         seed=options.seed,
         revision=options.revision,
+        update=options.update,
         opened_with={
             "image_column": options.data.image_column,
             "split": options.data.split,

@@ -65,7 +65,9 @@ def read_options(
     parser.add_class_arguments(kind, nested_key=None, as_group=False, skip=set(several or {}))
     parsed = parser.parse_args(with_values(given, switches or {}))
     values = vars(parser.instantiate_classes(parsed))
-    return kind(**{name: value for name, value in values.items() if name != "config"})
+    # A field named like a method of the parser's namespace, `update`, comes with a mark before it.
+    plain = {name.lstrip("\u200b"): value for name, value in values.items()}
+    return kind(**{name: value for name, value in plain.items() if name != "config"})
 
 
 def with_values(arguments: Sequence[str], switches: Mapping[str, str]) -> list[str]:

@@ -71,6 +71,7 @@ class Reading:
         max_pixels: Larger pictures are not decoded.
         display: Which three channels (or one) pictures show; `None`: the first three, or the
             colors.
+        upright: Apply EXIF orientation.
     """
 
     channels: int
@@ -79,6 +80,7 @@ class Reading:
     color: Literal["srgb", "keep"] = "srgb"
     max_pixels: int = MAX_PIXELS
     display: tuple[int, ...] | None = None
+    upright: bool = True
 
     @property
     def takes_values(self) -> bool:
@@ -92,6 +94,7 @@ class Reading:
             "select": list(self.select) if self.select is not None else None,
             "value_range": list(self.value_range) if self.value_range is not None else None,
             "color": self.color,
+            "upright": self.upright,
         }
 
 
@@ -252,23 +255,23 @@ def picture_size(file: Encoded, reading: Reading | int = 3) -> tuple[int, int]:
                 head = stream.read(132)
                 if not arrays.may_be_array(head):
                     stream.seek(0)
-                    return _header_size(stream)
+                    return _header_size(stream, reading)
             file = read_bytes(file)
         if not isinstance(file, bytes):
             return 0, 0
         if (shape := arrays.header_shape(file, reading)) is not None:
             return shape
-        return _header_size(io.BytesIO(file))
+        return _header_size(io.BytesIO(file), reading)
     except Exception:
         # Format plugins raise anything; the encoding pass will say what is wrong.
         return 0, 0
 
 
-def _header_size(stream: Any) -> tuple[int, int]:
+def _header_size(stream: Any, reading: Reading) -> tuple[int, int]:
     with Image.open(stream, formats=known_formats()) as picture:
         width, height = picture.size
         try:
-            is_turned = picture.getexif().get(0x0112, 1) >= 5
+            is_turned = reading.upright and picture.getexif().get(0x0112, 1) >= 5
         except Exception:  # as in decoding: damaged EXIF data turn nothing
             is_turned = False
     return (width, height) if is_turned else (height, width)
@@ -279,7 +282,7 @@ def _header_size(stream: Any) -> tuple[int, int]:
 
 def _from_pillow(image: Image.Image, reading: Reading) -> Picture:
     profile = image.info.get("icc_profile")
-    image = _upright(image)
+    image = _upright(image) if reading.upright else image
     if image.mode in _INTEGERS or image.mode == "F":
         return _from_values(np.asarray(image)[:, :, None], reading)
     if reading.color == "srgb" and not reading.takes_values and profile:
@@ -340,7 +343,8 @@ def _deep_color(image: Image.Image, content: bytes, reading: Reading) -> np.ndar
     tiles: list[Any] = low.tile  # type: ignore[attr-defined]
     low.tile = [_with_raw_mode(tile, swapped) for tile in tiles]  # type: ignore[attr-defined]
     low.load()
-    high_bytes, low_bytes = (np.asarray(_upright(part)) for part in (image, low))
+    parts = [_upright(part) if reading.upright else part for part in (image, low)]
+    high_bytes, low_bytes = (np.asarray(part) for part in parts)
     return high_bytes.astype(np.uint16) * 256 + low_bytes
 
 

@@ -42,10 +42,14 @@ class FolderSource:
         self.name = inventory.path
         self.root = os.fsdecode(inventory.root)
         self._paths = inventory.files
+        self.classes: list[str] = []
+        self._labels = np.zeros(0, np.int32)
         self._read_labels(inventory)
         self._read_sidecars(inventory)
         self._tables: list[pa.Table] = []
         self._rows = np.zeros((0, len(self)), np.int32)
+        places = [os.path.join(inventory.root, file) for file in inventory.metadata]
+        self._metadata_touched = max([0.0, *map(_touched, places)])
         self._read_metadata(inventory)
         names = ["label", "class"] if self.classes else []
         names += sorted({name for _, name in self._beside})
@@ -78,6 +82,32 @@ class FolderSource:
         columns: Mapping[str, Any] = _Columns(self, index) if self.columns else {}
         return Sample(self.id(index), place, columns)
 
+    def touched(self, index: int) -> float:
+        """When a file was last written, replaced or moved here: seconds since 1970."""
+        return _touched(self.path(index))
+
+    def columns_touched(self, index: int) -> float:
+        """The same of the files that say something of it."""
+        stem = os.path.splitext(self.path(index))[0]
+        times = [_touched(stem + suffix) for suffix, _ in self._beside]
+        return max([self._metadata_touched, *times])
+
+    def keep_classes(self, known: list[str]) -> list[str]:
+        """Number classes as before; those that are not known get the next numbers.
+
+        Args:
+            known: Class names in the order of their labels.
+
+        Returns:
+            All class names in that order.
+        """
+        names = [*known, *(name for name in self.classes if name not in known)]
+        if self.classes and names != self.classes:
+            numbers = np.array([names.index(name) for name in self.classes] + [-1], np.int32)
+            self._labels = numbers[self._labels]
+            self.classes = names
+        return names
+
     # -- labels ------------------------------------------------------------------------------
 
     def _read_labels(self, inventory: Inventory) -> None:
@@ -92,14 +122,13 @@ class FolderSource:
         is_labelled = bool(counts) and (
             not stray or (len(counts) > 1 and stray <= max(1, len(tops) // _FEW))
         )
-        self.classes: list[str] = [shown(name) for name in sorted(counts)] if is_labelled else []
         if not is_labelled:
-            self._labels = np.zeros(0, np.int32)
             if stray and counts and len(self) > 1:
                 inventory.remarks.append(
                     f"no labels: {stray:,} images lie beside the folders {_some(counts)}"
                 )
             return
+        self.classes = [shown(name) for name in sorted(counts)]
         numbers = {name: number for number, name in enumerate(sorted(counts))}
         self._labels = np.array([numbers.get(top, -1) for top in tops], np.int32)
         if stray:
@@ -190,6 +219,15 @@ class FolderSource:
                 return None
             return label if name == "label" else self.classes[label]
         return None
+
+
+def _touched(path: bytes) -> float:
+    """When a file was last changed; 0 where there is none."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return 0.0
+    return max(facts.st_mtime, facts.st_ctime)
 
 
 class _Columns(Mapping[str, Any]):

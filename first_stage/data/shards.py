@@ -321,6 +321,14 @@ class ShardedRows:
         name = self.shards[shard].name
         return f"{name}#{self._tar_index(shard).names[place] if self.is_tar else f'{place:09d}'}"
 
+    def touched(self, row: int) -> float | None:
+        """When a row's file was last changed; `None` for one that is far away."""
+        url = self.shards[self._place(row)[0]].url
+        if "://" in url:
+            return None
+        facts = os.stat(url)
+        return max(facts.st_mtime, facts.st_ctime)
+
     def read(self, first: int, last: int, cursor: int = -1) -> list[Sample]:
         """The rows from `first` to before `last`.
 
@@ -439,6 +447,12 @@ class RowSource:
         """One sample, wherever it lies; its file is opened for it."""
         row = self.row(index)
         return self.rows.read(row, row + 1)[0]
+
+    def touched(self, index: int) -> float | None:
+        """When the sample's file was last changed; `None` for one that is far away."""
+        return self.rows.touched(self.row(index))
+
+    columns_touched = touched
 
     def fingerprint(self) -> str:
         """A hash of the shards' names, sizes and counts, wherever they lie."""

@@ -33,7 +33,7 @@ class DatasetSource:
         name: Its path or hub id, for messages.
         image_column: The column with the images; found by type and name when `None`.
         roots: Folders that paths in rows may lead into.
-        files: For parquet files, what ids call each of them, and its rows.
+        files: For parquet files, each one's path, what ids call it, and its rows.
 
     Raises:
         DataError: When the column is not there or does not hold images.
@@ -45,7 +45,7 @@ class DatasetSource:
         name: str,
         image_column: str | None = None,
         roots: Sequence[str] = (),
-        files: Sequence[tuple[str, int]] = (),
+        files: Sequence[tuple[str, str, int]] = (),
     ):
         if len(dataset) == 0:
             raise DataError(f"data.path {name!r} holds no samples")
@@ -62,8 +62,9 @@ class DatasetSource:
         if "label" in self._classes and "class" not in names:
             names.append("class")
         self.columns: tuple[str, ...] = tuple(names)
-        self._files = [file for file, _ in files]
-        self._starts = np.cumsum([0, *(rows for _, rows in files)])
+        self._files = [file for _, file, _ in files]
+        self._places = [place for place, _, _ in files]
+        self._starts = np.cumsum([0, *(rows for *_, rows in files)])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -72,8 +73,20 @@ class DatasetSource:
         """The file and the row's number in it, or the row's number."""
         if not self._files:
             return f"{index:09d}"
-        file = int(np.searchsorted(self._starts, index, side="right")) - 1
+        file = self._file(index)
         return f"{self._files[file]}#{index - int(self._starts[file]):09d}"
+
+    def _file(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    def touched(self, index: int) -> float | None:
+        """When the row's file was last changed; `None` where rows are in no file of their own."""
+        if not self._files:
+            return None
+        facts = os.stat(self._places[self._file(index)])
+        return max(facts.st_mtime, facts.st_ctime)
+
+    columns_touched = touched
 
     def read(self, index: int) -> Sample:
         """The row's encoded image and its other columns."""
@@ -135,6 +148,15 @@ class SubsetSource:
     def read(self, index: int) -> Sample:
         """The sample of the other source."""
         return self.source.read(int(self.indices[index]))
+
+    def __getattr__(self, name: str) -> Any:
+        """What only some sources know of a sample: `touched`, `columns_touched`, `keep_classes`."""
+        if name in ("touched", "columns_touched"):
+            known = getattr(self.source, name)
+            return lambda index: known(int(self.indices[index]))
+        if name in ("keep_classes", "classes"):
+            return getattr(self.source, name)
+        raise AttributeError(name)
 
 
 def split_source(source: Source, share: float, seed: int) -> tuple[Source, Source]:
@@ -281,7 +303,7 @@ def _parquet_source(inventory: Inventory, image_column: str | None, root: str) -
         ),
         f"data.path {inventory.path!r} cannot be read",
     )
-    counts = [(shard.name, shard.rows) for shard in shards]
+    counts = [(shard.url, shard.name, shard.rows) for shard in shards]
     return DatasetSource(dataset, inventory.path, column, [root], counts)
 
 

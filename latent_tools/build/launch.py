@@ -111,6 +111,8 @@ def precompute(
     if process.rank == 0:
         lock = prepare(folder, launch, source, ids, options, say)
     process.barrier()
+    if (keep := getattr(source, "keep_classes", None)) is not None:
+        keep(Manifest.load(folder).source.get("classes") or [])
     with lock or LaunchLock(folder) as held:
         held.share()
         plan = Plan.load(folder)

@@ -31,6 +31,7 @@ class CacheOptions:
         compile: Use `torch.compile`.
         seed: Of the draws that `sample` stores.
         revision: The first stage's hub revision.
+        update: Encode what changed since, and drop what is gone.
         opened_with: Image column, split and streaming that the source was opened with, for the
             manifest.
         command: The command line, for the manifest.
@@ -52,5 +53,6 @@ class CacheOptions:
     compile: bool = False
     seed: int = 0
     revision: str | None = None
+    update: bool = False
     opened_with: dict[str, Any] = field(default_factory=dict)
     command: str = ""

@@ -141,6 +141,7 @@ class Manifest:
         if isinstance(values.get("preprocessing"), dict):
             # Before there was a choice, embedded color profiles were left alone.
             values["preprocessing"].setdefault("color", "keep")
+            values["preprocessing"].setdefault("upright", True)
         known = {f.name for f in dataclasses.fields(Manifest)}
         if missing := {"first_stage", "preprocessing", "store"} - set(values):
             raise CacheError(f"{str(path)!r} lacks {', '.join(sorted(missing))}")

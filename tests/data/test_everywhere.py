@@ -10,10 +10,10 @@ import pytest
 import tifffile
 from cache_helpers import make_vae
 from conftest import arguments
+from data_folders import png, put, put_parquet, put_tar
 from diffusers import AutoencoderKL
 from PIL import Image
 from shards import write_shards
-from test_inventory import png, put, put_parquet, put_tar
 
 from first_stage.commands import cache as cache_command
 from first_stage.commands import evaluate as evaluate_command

@@ -1,52 +1,19 @@
 """What counts as the data set: found, counted, never silently left out."""
 
-import io
 import json
 import os
-import tarfile
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import picture
+from data_folders import png, put, put_parquet, put_tar
 
 from first_stage.data import BrokenImage, open_image, open_source, take_inventory
 from first_stage.data.checks import refuse_shared, value_remark
 from first_stage.data.decode import Reading
 from first_stage.data.paths import Paths
 from first_stage.errors import DataError
-
-
-def png(seed: int) -> bytes:
-    stream = io.BytesIO()
-    picture(seed).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def put(folder: Path, *names: str) -> Path:
-    """Images (or other files) of these names, each another picture."""
-    for number, name in enumerate(names):
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(number))
-    return folder
-
-
-def put_tar(path: Path, count: int = 3, ending: str = "png") -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for number in range(count):
-            info = tarfile.TarInfo(f"{path.stem}-{number:03d}.{ending}")
-            info.size = len(content := png(number))
-            tar.addfile(info, io.BytesIO(content))
-
-
-def put_parquet(path: Path, seeds=(0, 1, 2), **columns) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = {"image": [{"bytes": png(s), "path": None} for s in seeds], **columns}
-    datasets.Dataset.from_dict(values).cast_column("image", datasets.Image()).to_parquet(path)
 
 
 def ids(source) -> list[str]:

@@ -97,9 +97,40 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, lambda p: _write_utf8(p, text))
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, readable by people."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Write a JSON file atomically.
+
+    Raises:
+        ValueError: For NaN and infinity, which JSON does not have.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a `log.jsonl`, in which each has a step; none when there is no such file.
+
+    A last line that was cut off by a kill is left out.
+
+    Raises:
+        UserError: When another line is damaged.
+    """
+    if not path.is_file():
+        return []
+    entries: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for place, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            float(entry["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if place == len(lines):
+                break
+            raise UserError(f"line {place} of {str(path)!r} is damaged: {error}") from error
+        entries.append(entry)
+    return entries
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:

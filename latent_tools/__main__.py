@@ -8,6 +8,7 @@ from typing import Literal
 from tqdm import tqdm
 
 from first_stage.config.parsing import parser_class, with_values
+from first_stage.config.types import NonNegativeInt, PositiveInt
 from first_stage.errors import ConfigError, run_command
 from latent_tools import maintenance as tools
 from latent_tools.format.files import CacheError
@@ -76,7 +77,7 @@ def stats(cache: str) -> None:
 def preview(
     cache: str,
     output: str = "preview.png",
-    count: int = 8,
+    count: PositiveInt = 8,
     path: str | None = None,
     first_stage: str | None = None,
 ) -> None:
@@ -89,7 +90,7 @@ def preview(
         path: Where the images are now, if they moved.
         first_stage: The first stage's folder or hub id, if it moved.
     """
-    names = tools.preview(Path(cache), Path(output), count, path, first_stage)
+    names = tools.preview(Path(cache), Path(output), int(count), path, first_stage)
     print(f"{output}: originals above, decoded latents below: {', '.join(names)}")
 
 
@@ -126,7 +127,7 @@ def export(
     format: Name | None = None,
     output: str | None = None,
     draw: Literal["posterior", "mean"] | None = None,
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
     any_pixel_range: bool = False,
 ) -> None:
     """Write a cache in the layout that another project's trainer reads; resumes where it stopped.
@@ -147,7 +148,7 @@ def export(
         raise ConfigError(
             f"export needs --format ({', '.join(FORMATS)}) and --output, the folder to write into"
         )
-    print("\n".join(export_cache(cache, format, output, draw, seed, any_pixel_range)))
+    print("\n".join(export_cache(cache, format, output, draw, int(seed), any_pixel_range)))
 
 
 _SWITCHES = dict.fromkeys(("--release", "--data", "--delete", "--any_pixel_range"), "true")

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from first_stage.config.schema import Config, parse_config
+from first_stage.config import Config, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 

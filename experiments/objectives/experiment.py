@@ -17,13 +17,13 @@ from torch import Tensor
 from experiments.objectives.measures import LocalFeatures, Scores, score
 from experiments.objectives.rows import START, Budget, row_config, warmup_config
 from experiments.objectives.stripes import critic_ratios
-from first_stage.config.schema import Config, to_dict
+from first_stage.config.parsing import to_dict
+from first_stage.config.schema import Config
 from first_stage.data import (
     Batch,
     Source,
     StepSampler,
     TrainingStream,
-    View,
     fingerprint,
     training_loader,
 )
@@ -161,7 +161,7 @@ class Experiment:
             untrained = self._stripes(trainer)
             self._train(trainer, config, self.budget.warmup_steps, row)
             with trainer.ema_weights() as averaged:
-                vae = copy.deepcopy(averaged)
+                vae = copy.deepcopy(averaged.model)
             stripes = self._stripes(trainer)
             stripes |= {f"untrained {name}": ratio for name, ratio in untrained.items()}
         seconds = time.perf_counter() - began
@@ -224,13 +224,11 @@ class Experiment:
                 )
 
     def _batches(self, trainer: Trainer, config: Config, sampler: StepSampler) -> Iterator[Batch]:
-        stage = trainer.first_stage.network
         stream = TrainingStream(
             self.photos.training,
-            View(config.data.resolution, config.view_resize),
-            stage.in_channels,
+            config.data.view(config.data.resolution),
+            trainer.first_stage.network.in_channels,
             config.seed,
-            stage.latent_shape(config.data.resolution),
         )
         return iter(training_loader(stream, sampler, workers=0, pin_memory=False))
 

@@ -5,23 +5,24 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from first_stage.config.images import ImagesConfig, shorter_side
 from first_stage.config.parsing import read_options
-from first_stage.config.schema import reading_problems
-from first_stage.data import Reading, Source, open_inventory, spare_workers, take_inventory
-from first_stage.data.checks import large_enough, only_large, value_remark
+from first_stage.config.types import NonNegativeInt, PositiveInt, Share
+from first_stage.data import Source, spare_workers, take_inventory
+from first_stage.data.checks import value_remark
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
 from first_stage.models.first_stage import load_autoencoder
 from latent_tools.build.launch import Outcome, Process, precompute
-from latent_tools.build.options import CacheOptions, Dtype, Precision, Representation
+from latent_tools.build.options import CacheOptions, EncodingOptions
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.format.manifest import Manifest
 
@@ -30,93 +31,42 @@ _PLANNING_TIME = timedelta(days=2)
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class CacheData(ImagesConfig):
     """Which images, and how they are seen."""
 
     path: str = ""
-    """A folder of images (nested or not), a folder written by datasets' save_to_disk, parquet or
-    WebDataset (.tar) shards or a folder of them, a built-in set (photos, digits), or a data set id
-    on the Hugging Face hub."""
-    resolution: int | None = None
+    resolution: PositiveInt | None = None
     """Side of the square centre crop, in pixels; with buckets, of the square whose area they have;
     null: the first stage's training resolution."""
-    resize: int | None = None
+    resize: NonNegativeInt | None = None
     """Shorter side after resizing, in pixels (bicubic, antialiased); null: the resolution; 0:
     images keep their size. An image smaller than the crop is always enlarged to fit. Buckets
     do not use it."""
-    min_side: int = 0
-    """Images with a shorter side below this many pixels are skipped and counted, instead of
-    enlarged; their headers are read first. 0: none are."""
-    image_column: str | None = None
-    """Column with the images, for data sets that have columns; null: found by its type."""
     split: str = "train"
-    """Which split of a hub or saved data set."""
     streaming: bool = False
     """Read parquet files where they are, a row group at a time, instead of copying them: for data
     larger than the disk. path may then be any address that fsspec knows (hf://, s3://)."""
-    channels: tuple[int, ...] | None = None
-    """Which of the stored channels are used, counted from 0, as in [3,2,1]; null: all of them, and
-    colors become the channels of the first
-    stage by the usual rules (gray, RGB, alpha)."""
-    value_range: tuple[float, float] | None = None
-    """Stored values that become -1 and 1, as in [0,4095] for 12 bits or [-1024,3071] for Hounsfield
-    units; values outside are clipped. null: the range of 8-bit and unsigned 16-bit integers."""
-    color: Literal["srgb", "keep"] = "srgb"
-    """Embedded color profiles: srgb converts to sRGB, keep takes the numbers as they are."""
-    max_pixels: int = 100_000_000
-    """Images of more pixels are not decoded, and listed: a small file can unpack to gigabytes."""
-    workers: int | None = None
+    workers: NonNegativeInt | None = None
     """Decoding processes per encoding process; null: one per core left over, at most 8; 0: none."""
-    max_broken: float = 0.05
+    max_broken: Share = 0.05
     """Share of samples that may be unreadable before the launch stops; they are listed in
     failures.parquet."""
 
-    def reading(self, channels: int) -> Reading:
-        """How files are read into so many channels."""
-        return Reading(channels, self.channels, self.value_range, self.color, self.max_pixels)
-
 
 @dataclass(frozen=True)
-class Options:
-    """Precompute the latents of a data set."""
+class Places:
+    """What is encoded, with what, and where the latents go."""
 
     first_stage: str = ""
     """A diffusers autoencoder: the folder of an export, a pipeline's folder, or a hub id."""
     output: str = ""
     """The cache's folder. It is made when it is not there, and continued when it is."""
-    data: DataOptions = field(default_factory=DataOptions)
-    """Which images, and how they are seen."""
-    revision: str | None = None
-    """Revision of the first stage on the hub."""
-    representation: Representation | None = None
-    """What is stored: the posterior's moments (mean and log-variance), its mean, or one sample;
-    null: moments, or the latents of a first stage without a posterior."""
-    dtype: Dtype = "float16"
-    """What it is stored as. uint8 spreads 256 levels over each sample's and channel's range; the
-    error is measured and stands in the manifest."""
-    flip: bool = False
-    """Encode the images flipped left to right too."""
-    buckets: str | None = None
-    """Shapes for images of several aspect ratios: auto; kohya, just as kohya's scripts choose
-    them, who do not turn photos upright; or heights and widths as in 256x256,320x192; null: one
-    square."""
-    update: bool = False
-    """Encode again what changed since it was encoded (files, captions, labels), try again what
-    could not be read, and drop what is gone from the data; the rest stays as it is."""
-    columns: list[str] | None = None
-    """Columns to carry along, as in [label,caption]; null: label, class and caption under their
-    usual names."""
-    precision: Precision = "no"
-    """Autocast type of the encoder; no: float32."""
-    batch_size: int = 32
-    """Images per forward pass of one process; halved when the memory runs out."""
-    unit_size: int = 0
-    """Images per unit: what is written at once, and encoded again after a kill; 0: as many as 256
-    MiB hold, at most 1024."""
-    compile: bool = False
-    """Compile the encoder, once per shape."""
-    seed: int = 0
-    """Seed of the draws when representation is sample."""
+    data: CacheData = field(default_factory=CacheData)
+
+
+@dataclass(frozen=True)
+class Options(EncodingOptions, Places):
+    """Precompute the latents of a data set."""
 
 
 _SWITCHES = {
@@ -185,19 +135,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _report(options, outcome, process)
 
 
-def _open(data: DataOptions, say: Callable[[str], None]) -> Source:
-    processes, inventory = Processes(), None
-    if "://" not in data.path:
-        inventory = shared(processes, lambda: take_inventory(data.path, data.split))
-    if inventory is None or (data.streaming and inventory.kind in ("parquet", "hub")):
+def _open(data: CacheData, say: Callable[[str], None]) -> Source:
+    processes = Processes()
+
+    def once(make: Callable[[], Any]) -> Any:
+        return shared(processes, make)
+
+    is_far = "://" in data.path
+    if is_far or (data.streaming and once(lambda: _is_parquet(data))):
         if data.min_side:
             raise ConfigError("data.min_side needs all sizes first: set data.streaming to false")
         return ParquetStream(data.path, data.image_column, data.split)
-    source = open_inventory(inventory, data.image_column, "all", data.split, say)
-    if data.min_side:
-        chosen = shared(processes, lambda: large_enough(source, data.min_side))
-        return only_large(source, chosen, data.min_side, say)
-    return source
+    return data.open("all", say=say, once=once)
+
+
+def _is_parquet(data: CacheData) -> bool:
+    return take_inventory(data.path, data.split).kind in ("parquet", "hub")
 
 
 def _this_process() -> Process:
@@ -226,45 +179,30 @@ def _this_process() -> Process:
 
 
 def _cache_options(options: Options, autoencoder: Any, process: Process) -> CacheOptions:
-    resolution = options.data.resolution
+    data = options.data
+    resolution = data.resolution
     if resolution is None:
         resolution = getattr(autoencoder.config, "sample_size", None)
         if not isinstance(resolution, int) or resolution < 1:
             raise ConfigError(
                 "--data.resolution is missing, and the first stage's config has no sample_size"
             )
-    resize = options.data.resize
-    if not 0.0 <= options.data.max_broken <= 1.0:
-        raise ConfigError(f"data.max_broken is {options.data.max_broken}; a share lies in [0, 1]")
-    reading = options.data.reading(int(getattr(autoencoder.config, "in_channels", 3)))
-    for problem in reading_problems(reading):
-        raise ConfigError(problem)
+    reading = data.reading(int(getattr(autoencoder.config, "in_channels", 3)))
     if options.buckets == "kohya":
         reading = dataclasses.replace(reading, upright=False)
     return CacheOptions(
-        reading=reading,
         resolution=resolution,
-        resize=resolution if resize is None else (resize or None),
-        representation=options.representation,
-        dtype=options.dtype,
-        flip=options.flip,
-        buckets=options.buckets,
-        columns=tuple(options.columns) if options.columns is not None else None,
-        precision=options.precision,
-        batch_size=options.batch_size,
-        unit_size=options.unit_size,
-        workers=_workers(options.data.workers, process),
-        max_broken=options.data.max_broken,
-        compile=options.compile,
-        seed=options.seed,
-        revision=options.revision,
-        update=options.update,
+        resize=shorter_side(data.resize, resolution),
+        reading=reading,
+        workers=_workers(data.workers, process),
+        max_broken=data.max_broken,
         opened_with={
-            "image_column": options.data.image_column,
-            "split": options.data.split,
-            "streaming": options.data.streaming,
+            "image_column": data.image_column,
+            "split": data.split,
+            "streaming": data.streaming,
         },
         command=shlex.join(["accelerate", "launch", *sys.argv]),
+        **{f.name: getattr(options, f.name) for f in fields(EncodingOptions)},
     )
 
 

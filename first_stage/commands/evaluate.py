@@ -4,15 +4,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from accelerate import Accelerator
 
+from first_stage.config.images import ImagesConfig
 from first_stage.config.parsing import read_options
-from first_stage.config.schema import reading_problems
-from first_stage.data import Reading, View, open_inventory, spare_workers, take_inventory
+from first_stage.config.types import NonNegativeInt, PositiveInt
+from first_stage.data import spare_workers
 from first_stage.data.builtin import NAMES
-from first_stage.data.checks import large_enough, only_large, value_remark
+from first_stage.data.checks import value_remark
 from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
 from first_stage.evaluation import Evaluation, Options, evaluate, save
@@ -38,49 +39,18 @@ _SEVERAL = {
 
 
 @dataclass(frozen=True)
-class DataArguments:
+class EvaluationData(ImagesConfig):
     """The images to reconstruct."""
 
     path: str = ""
-    """A folder of images (nested or not), a folder written by datasets' save_to_disk, parquet or
-    WebDataset (.tar) shards or a folder of them, a built-in set (photos, digits), or a data set id
-    on the hub."""
-    resolution: int | None = None
+    resolution: PositiveInt | None = None
     """Side of a centre crop, in pixels; null: whole images in their own sizes."""
-    resize: int | None = None
-    """Shorter side before the crop, in pixels (bicubic, antialiased); null: the resolution; 0:
-    images keep their size."""
-    min_side: int = 0
-    """Images with a shorter side below this many pixels are skipped and counted, instead of
-    enlarged; their headers are read first. 0: none are."""
-    image_column: str | None = None
-    """Column with the images, for data sets that have columns; null: found by its type."""
     split: str | None = None
     """Which split, where names of files or folders or the data set itself say splits; of a
     built-in set: train, validation or all. null: the only one (of the hub: train), or all of a
     built-in set."""
-    channels: tuple[int, ...] | None = None
-    """Which of the stored channels are used, counted from 0, as in [3,2,1]; null: all of them, and
-    colors become the channels of the first
-    stage by the usual rules (gray, RGB, alpha)."""
-    value_range: tuple[float, float] | None = None
-    """Stored values that become -1 and 1, as in [0,4095] for 12 bits or [-1024,3071] for Hounsfield
-    units; values outside are clipped. null: the range of 8-bit and unsigned 16-bit integers."""
-    color: Literal["srgb", "keep"] = "srgb"
-    """Embedded color profiles: srgb converts to sRGB, keep takes the numbers as they are."""
-    display: tuple[int, ...] | None = None
-    """Which channels pictures show and networks for colors see, one or three, counted from 0 among
-    those that are used; null: the colors, or the first three."""
-    max_pixels: int = 100_000_000
-    """Images of more pixels are not decoded, and listed: a small file can unpack to gigabytes."""
-    workers: int | None = None
+    workers: NonNegativeInt | None = None
     """Decoding processes per process; null: one per core left over, at most 8; 0: none."""
-
-    def reading(self, channels: int) -> Reading:
-        """How files are read into so many channels."""
-        return Reading(
-            channels, self.channels, self.value_range, self.color, self.max_pixels, self.display
-        )
 
 
 @dataclass(frozen=True)
@@ -90,19 +60,19 @@ class Arguments:
     first_stage: list[str] | None = None
     output: str = ""
     """Folder for metrics.json, report.html and the report's pictures."""
-    data: DataArguments = field(default_factory=DataArguments)
-    num_images: int | None = None
+    data: EvaluationData = field(default_factory=EvaluationData)
+    num_images: PositiveInt | None = None
     """How many images at most, chosen by the seed; null: all."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Images per forward pass of one process."""
-    seed: int = 0
-    """Seed of the choice of images; >= 0."""
+    seed: NonNegativeInt = 0
+    """Seed of the choice of images."""
     features: list[str] | None = None
     lpips: bool = False
     """Measure LPIPS (AlexNet); needs the package lpips and its weights."""
-    pairs: int = 12
+    pairs: NonNegativeInt = 12
     """How many images the report shows beside their reconstructions."""
-    probed_images: int = 64
+    probed_images: NonNegativeInt = 64
     """On how many images the latents are flipped, turned and scaled, and their histograms taken."""
     overwrite: bool = False
     """Replace an evaluation that is already in the output folder."""
@@ -173,20 +143,6 @@ def _problems(a: Arguments) -> Iterator[str]:
         yield f"--data.split is {a.data.split!r}; {a.data.path} has train, validation and all"
     if not a.output:
         yield "--output is missing: name a folder for metrics.json and report.html"
-    least = {
-        "batch_size": (a.batch_size, 1),
-        "num_images": (1 if a.num_images is None else a.num_images, 1),
-        "data.resolution": (1 if a.data.resolution is None else a.data.resolution, 1),
-        "data.resize": (a.data.resize or 0, 0),
-        "data.workers": (a.data.workers or 0, 0),
-        "data.min_side": (a.data.min_side, 0),
-        "seed": (a.seed, 0),
-        "pairs": (a.pairs, 0),
-        "probed_images": (a.probed_images, 0),
-    }
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            yield f"--{name} is {value}; it must be at least {minimum}"
     if a.data.resize and a.data.resolution is None:
         yield (
             f"--data.resize {a.data.resize} without --data.resolution: say what to crop, too "
@@ -206,26 +162,18 @@ class _Images:
     def __init__(self, a: Arguments, processes: Processes, say: Any):
         split = a.data.split
         part: Any = split if split in ("train", "validation", "all") else "all"
-        inventory = shared(processes, lambda: take_inventory(a.data.path, split))
-        self.source = open_inventory(inventory, a.data.image_column, part, split, say)
-        if least := a.data.min_side:
-            source = self.source
-            chosen = shared(processes, lambda: large_enough(source, least))
-            self.source = only_large(source, chosen, least, say)
+        self.source = a.data.open(
+            part,
+            say=say,
+            once=lambda make: shared(processes, make),
+            listed=Path(a.output) / "files.txt",
+        )
         self.arguments, self.say, self.is_main = a, say, processes.is_main
-        if processes.is_main and inventory.kind in ("images", "parquet", "tar"):
-            inventory.write(Path(a.output) / "files.txt")
 
     def __call__(self, channels: int) -> EvaluationImages:
-        data = self.arguments.data
-        view = None
-        if data.resolution is not None:
-            resize = data.resolution if data.resize is None else (data.resize or None)
-            view = View(data.resolution, resize)
         a = self.arguments
-        reading = data.reading(channels)
-        for problem in reading_problems(reading):
-            raise ConfigError(problem)
+        view = None if a.data.resolution is None else a.data.view(a.data.resolution)
+        reading = a.data.reading(channels)
         if self.is_main and (remark := value_remark(self.source, reading)):
             self.say(remark)
         return EvaluationImages(self.source, reading, view, a.num_images, a.seed)

@@ -1,10 +1,17 @@
 """Options of a command: a dataclass read from flags and YAML, mistakes told in one line."""
 
+import contextlib
+import dataclasses
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from first_stage.config.checks import check
+from first_stage.config.schema import Config
+from first_stage.config.sections import with_sections
+from first_stage.config.types import misfit, plain
 from first_stage.errors import ConfigError
 
 Options = TypeVar("Options")
@@ -21,9 +28,42 @@ def parser_class() -> Any:
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             """Tell a mistake in one line."""
-            raise ConfigError(" ".join(str(message).split())) from ex
+            line = " ".join(str(message).split())
+            raise ConfigError(_out_of_range(line, self) or line) from ex
 
     return Parser
+
+
+_FIELD = re.compile(r'Parser key "([^"]+)"')
+_RANGE = re.compile(r"Not of type ((?:int|float) [^:]+): ")
+_WHOLE = re.compile(r"Given value: (.+)$")
+_PART = re.compile(r": (?:(\S+) does not conform|[^:]+: '([^']*)'$)")
+
+
+def _out_of_range(message: str, parser: Any) -> str | None:
+    """The parser's words about a number that is none or outside its range, as `misfits` has them.
+
+    Args:
+        message: In one line.
+        parser: Knows whether the field is a number, or a list of them.
+
+    Returns:
+        `None` when the message is about something else.
+    """
+    fields, kind = _FIELD.findall(message), _RANGE.search(message)
+    whole, part = _WHOLE.search(message), _PART.search(message)
+    found = whole or part
+    if not fields or kind is None or found is None:
+        return None
+    name, words, value = fields[-1], kind[1], found[found.lastindex or 0]
+    if whole is None and isinstance(parser.get_default(name), tuple | list | dict):
+        return f"{name} has {value}, which is no {words}"
+    if value.startswith(("[", "(")):
+        words = f"list, each {words}"
+    elif words.startswith("float"):
+        with contextlib.suppress(ValueError):
+            value = str(float(value))
+    return misfit(name, value, words + (" or null" if "NoneType" in message else ""))
 
 
 def plain_parser(description: str | None) -> Any:
@@ -66,8 +106,34 @@ def read_options(
     parsed = parser.parse_args(with_values(given, switches or {}))
     values = vars(parser.instantiate_classes(parsed))
     # A field named like a method of the parser's namespace, `update`, comes with a mark before it.
-    plain = {name.lstrip("\u200b"): value for name, value in values.items()}
-    return kind(**{name: value for name, value in plain.items() if name != "config"})
+    named = {name.lstrip("\u200b"): value for name, value in values.items()}
+    return plain(kind(**{name: value for name, value in named.items() if name != "config"}))
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> Config:
+    """Read a run's configuration from `--config FILE` and `--field.name value`.
+
+    Args:
+        arguments: Command line without the program's name; `None` reads `sys.argv`.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: In one line for anything that cannot work.
+    """
+    config: Config = read_options(
+        with_sections(Config),
+        arguments,
+        description="Train the first stage of a latent diffusion model on your own images.",
+    )
+    check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain nested dictionaries, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
 
 
 def with_values(arguments: Sequence[str], switches: Mapping[str, str]) -> list[str]:

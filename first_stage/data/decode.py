@@ -34,6 +34,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from first_stage.data import arrays
 from first_stage.data.broken import BrokenImage
 from first_stage.data.color import to_srgb
+from first_stage.errors import first_line
 
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG"),
@@ -129,8 +130,7 @@ def open_image(file: Encoded | str, reading: Reading | int) -> Picture:
     except Exception as error:
         # Format plugins raise anything: OSError, SyntaxError, RuntimeError, struct.error,
         # TypeError, MemoryError... A file that cannot be decoded never ends a run.
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BrokenImage(reason) from None
+        raise BrokenImage(first_line(error)) from None
 
 
 def read_bytes(path: str | Path) -> bytes:

@@ -16,7 +16,7 @@ from first_stage.data.decode import read_bytes
 from first_stage.data.inventory import Inventory
 from first_stage.data.paths import Paths, shown
 from first_stage.data.sample import Sample
-from first_stage.errors import DataError
+from first_stage.errors import DataError, first_line
 
 _FEW = 100
 """One image in so many, or one in all, may lie beside the class folders."""
@@ -266,8 +266,7 @@ def read_table(path: str) -> pa.Table:
         names = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
     except Exception as error:
-        told = (str(error) or type(error).__name__).splitlines()[0]
-        raise DataError(f"the metadata {path!r} cannot be read: {told}") from error
+        raise DataError(f"the metadata {path!r} cannot be read: {first_line(error)}") from error
 
 
 def _column(values: list[Any]) -> pa.Array:

@@ -192,7 +192,6 @@ class ShardStream(TrainingStream):
         view: Resize and crop.
         reading: How files are read, or just into how many channels.
         seed: The run's seed.
-        latent_shape: `(C, h, w)` of one sample's posterior noise.
         slots: The global batch size.
         buffer: Samples that are held, still encoded, and shuffled together, over all processes.
         random_crop: Random crops; centre crops otherwise.
@@ -205,13 +204,12 @@ class ShardStream(TrainingStream):
         view: View,
         reading: Reading | int,
         seed: int,
-        latent_shape: tuple[int, int, int],
         slots: int,
         buffer: int,
         random_crop: bool = True,
         flip: Flip | bool = True,
     ):
-        super().__init__(source, view, reading, seed, latent_shape, random_crop, flip)
+        super().__init__(source, view, reading, seed, random_crop, flip)
         self.shards = source
         self.order = StreamOrder(source.shard_starts(), seed, slots, buffer)
         self._held: dict[int, tuple[tuple[int, int], dict[int, Sample]]] = {}
@@ -325,7 +323,7 @@ def _joined(parts: Sequence[Batch]) -> Batch:
         return parts[0]
     return Batch(
         torch.cat([part.pixels for part in parts]),
-        torch.cat([part.noise for part in parts]),
+        [position for part in parts for position in part.positions],
         [name for part in parts for name in part.ids],
         {name: reason for part in parts for name, reason in part.broken.items()},
     )
@@ -336,4 +334,4 @@ def _split(batch: Batch, count: int) -> Iterator[Batch]:
     for start in range(0, len(batch.ids), size):
         part = slice(start, start + size)
         broken = batch.broken if start == 0 else {}
-        yield Batch(batch.pixels[part], batch.noise[part], batch.ids[part], broken)
+        yield Batch(batch.pixels[part], batch.positions[part], batch.ids[part], broken)

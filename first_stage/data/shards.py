@@ -24,7 +24,7 @@ from first_stage.data.files import open_url, size_of_url
 from first_stage.data.inventory import Inventory, take_inventory
 from first_stage.data.retry import with_retries
 from first_stage.data.sample import Sample
-from first_stage.errors import DataError
+from first_stage.errors import DataError, first_line
 from first_stage.files import write_json
 
 _KINDS = (".parquet", ".tar")
@@ -130,7 +130,7 @@ def _remote_shards(path: str) -> list[str]:
     try:
         return with_retries(listed, path)
     except Exception as error:
-        raise DataError(f"data.path {path!r} cannot be listed: {_first_line(error)}") from error
+        raise DataError(f"data.path {path!r} cannot be listed: {first_line(error)}") from error
 
 
 def _hub_shards(path: str, split: str) -> list[str]:
@@ -141,16 +141,12 @@ def _hub_shards(path: str, split: str) -> list[str]:
     except Exception as error:
         raise DataError(
             f"data.path {path!r} is no file or folder here and could not be found on the hub: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if not files or split not in files:
         there = ", ".join(files or ()) or "none"
         raise DataError(f"data.split is {split!r}, but {path!r} has the splits: {there}")
     return [str(name) for name in files[split]]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def count_rows(
@@ -179,7 +175,7 @@ def count_rows(
         except DataError:
             raise
         except Exception as error:
-            raise DataError(f"the shard {url!r} cannot be read: {_first_line(error)}") from error
+            raise DataError(f"the shard {url!r} cannot be read: {first_line(error)}") from error
 
     with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
         return list(pool.map(count, urls))
@@ -360,7 +356,7 @@ class ShardedRows:
             raise
         except Exception as error:
             raise DataError(
-                f"the shard {facts.url!r} cannot be read: {_first_line(error)}"
+                f"the shard {facts.url!r} cannot be read: {first_line(error)}"
             ) from error
         return [
             Sample(self.id(base + row), image, columns)
@@ -386,7 +382,7 @@ class ShardedRows:
             raise
         except Exception as error:
             raise DataError(
-                f"the shard {facts.url!r} cannot be read: {_first_line(error)}"
+                f"the shard {facts.url!r} cannot be read: {first_line(error)}"
             ) from error
         if len(found) < last - first:
             raise DataError(f"the shard {facts.url!r} is shorter than when its rows were counted")

@@ -19,7 +19,7 @@ from first_stage.data.folder import FolderSource
 from first_stage.data.inventory import Inventory, take_inventory
 from first_stage.data.sample import Sample, Source
 from first_stage.data.shards import RowSource, ShardedRows, count_rows, shards_of
-from first_stage.errors import DataError
+from first_stage.errors import DataError, first_line
 from first_stage.seeding import Purpose, generator
 
 Split = Literal["train", "validation", "all"]
@@ -349,7 +349,7 @@ def _loaded(load: Callable[[], Any], problem: str) -> Any:
             return load()
         except Exception as error:
             cause = _cause(error)
-            told = (str(cause) or type(cause).__name__).splitlines()[0]
+            told = first_line(cause)
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 import datasets
 

@@ -46,28 +46,24 @@ class Batch:
 
     Attributes:
         pixels: `(B, H, W, C)` in 0..255, uint8, or float32 when a 16-bit file is among them.
-        noise: `(B, *latent_shape)` float32, standard normal; posterior noise.
+        positions: The samples' places in the stream; whatever a step draws follows from them.
         ids: The samples' ids.
         broken: Ids and reasons of the samples that could not be decoded and were skipped.
     """
 
     pixels: Tensor
-    noise: Tensor
+    positions: list[int]
     ids: list[str]
     broken: dict[str, str] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":
         """Called by the `DataLoader`'s pinning thread."""
-        return Batch(self.pixels.pin_memory(), self.noise.pin_memory(), self.ids, self.broken)
+        return Batch(self.pixels.pin_memory(), self.positions, self.ids, self.broken)
 
     def to(self, device: torch.device) -> "Batch":
         """Move the tensors; asynchronous where the memory is pinned."""
-        return Batch(
-            self.pixels.to(device, non_blocking=True),
-            self.noise.to(device, non_blocking=True),
-            self.ids,
-            self.broken,
-        )
+        pixels = self.pixels.to(device, non_blocking=True)
+        return Batch(pixels, self.positions, self.ids, self.broken)
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class Example:
     """One decoded sample: see `Batch` for the fields."""
 
     pixels: np.ndarray
-    noise: np.ndarray
+    position: int
     id: str
     broken: dict[str, str]
 
@@ -88,7 +84,6 @@ class TrainingStream(Dataset[Example]):
         view: Resize and crop.
         reading: How files are read, or just into how many channels.
         seed: The run's seed.
-        latent_shape: `(C, h, w)` of one sample's posterior noise.
         random_crop: Random crops; centre crops otherwise.
         flip: Which mirror images of the views are drawn, all equally often; true: horizontal.
     """
@@ -99,13 +94,11 @@ class TrainingStream(Dataset[Example]):
         view: View,
         reading: Reading | int,
         seed: int,
-        latent_shape: tuple[int, int, int],
         random_crop: bool = True,
         flip: Flip | bool = True,
     ):
         self.source, self.view, self.seed = source, view, seed
         self.reading = as_reading(reading)
-        self.latent_shape = latent_shape
         self.random_crop, self.flip = random_crop, flip_named(flip)
         self._order: tuple[int, np.ndarray] | None = None
 
@@ -133,10 +126,7 @@ class TrainingStream(Dataset[Example]):
             except BrokenImage as error:
                 broken[sample.id] = str(error)
                 continue
-            noise = generator(self.seed, Purpose.NOISE, position).standard_normal(
-                self.latent_shape, dtype=np.float32
-            )
-            return Example(pixels, noise, sample.id, broken)
+            return Example(pixels, position, sample.id, broken)
         first, reason = next(iter(broken.items()))
         raise DataError(
             f"{len(broken)} samples in a row of {self.source.name!r} cannot be decoded "
@@ -187,7 +177,7 @@ def collate(examples: list[Example]) -> Batch:
     dtype = np.result_type(*arrays)
     return Batch(
         pixels=torch.from_numpy(np.stack([a.astype(dtype, copy=False) for a in arrays])),
-        noise=torch.from_numpy(np.stack([e.noise for e in examples])),
+        positions=[e.position for e in examples],
         ids=[e.id for e in examples],
         broken={name: reason for e in examples for name, reason in e.broken.items()},
     )

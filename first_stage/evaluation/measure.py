@@ -19,7 +19,8 @@ from first_stage.metrics.feature_networks import FeatureNetwork, cosine_distance
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
 from first_stage.metrics.latents import TRANSFORMS, LatentHealth, equivariance
 from first_stage.metrics.spectrum import SharpnessSums
-from first_stage.models.codec import Codec, Encoded
+from first_stage.models.bottlenecks import Encoded
+from first_stage.models.first_stage import FirstStage, pad, reconstruct
 
 HISTOGRAM_BINS = 41
 _VALUES_PER_IMAGE = 1024
@@ -64,16 +65,18 @@ class Measurement:
     """The pass: counts batches, adds up processes, summarises.
 
     Args:
-        codec: The first stage.
+        first_stage: In eval mode, on its device.
         images: The list of images.
         options: What to measure.
         processes: The processes that share the work.
     """
 
-    def __init__(self, codec: Codec, images: ImageList, options: Options, processes: Processes):
-        self.codec, self.images = codec, images
+    def __init__(
+        self, first_stage: FirstStage, images: ImageList, options: Options, processes: Processes
+    ):
+        self.stage, self.images = first_stage, images
         self.options, self.processes = options, processes
-        self._part = _Part(LatentHealth(codec.latent_channels))
+        self._part = _Part(LatentHealth(first_stage.latent_channels))
         self._statistics: dict[str, tuple[GaussianStatistics, GaussianStatistics]] = {}
         stride = max(len(images) / max(options.probed, 1), 1.0)
         self._probed = {int(k * stride) for k in range(math.ceil(len(images) / stride))}
@@ -102,7 +105,7 @@ class Measurement:
         with (
             tqdm(
                 total=mine,
-                desc=self.codec.name,
+                desc=self.stage.name,
                 unit="image",
                 disable=not (progress and self.processes.is_main),
             ) as bar,
@@ -128,12 +131,12 @@ class Measurement:
             ) from error
 
     def _count(self, group: Group) -> None:
-        images = group.images.to(self.codec.device)
-        decoded, encoded = self.codec.reconstruct(images)
+        images = group.images.to(self.stage.device)
+        decoded, encoded = reconstruct(self.stage, images)
         finite = decoded.flatten(1).isfinite().all(1).tolist()
         if not all(finite):
             raise UserError(
-                f"{self.codec.name!r} gives NaN or infinite pixels for the image "
+                f"{self.stage.name!r} gives NaN or infinite pixels for the image "
                 f"{group.ids[finite.index(False)]!r}: its weights are damaged"
             )
         # Measurements of a stated range are compared at their own precision, pictures at 8 bits.
@@ -180,8 +183,8 @@ class Measurement:
         if not chosen:
             return
         latents = encoded.latents[chosen]
-        padded = self.codec.pad(images[chosen])
-        errors = equivariance(self.codec.decode, latents, padded)
+        padded = pad(images[chosen], self.stage.downsample_factor)
+        errors = equivariance(self.stage.decode, latents, padded)
         values = latents.flatten(2)
         values = values[..., :: max(values.shape[-1] // _VALUES_PER_IMAGE, 1)]
         samples = values.cpu().numpy()
@@ -232,19 +235,19 @@ class Measurement:
 
     def _total(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over processes, on the CPU."""
-        return self.processes.sum(tensor.to(self.codec.device)).cpu()
+        return self.processes.sum(tensor.to(self.stage.device)).cpu()
 
     def _describe(self) -> dict[str, Any]:
-        codec, config = self.codec, self.codec.autoencoder.config
-        f, c = codec.downsample_factor, codec.latent_channels
+        stage, config = self.stage, self.stage.model.config
+        f, c = stage.downsample_factor, stage.latent_channels
         return {
-            "name": codec.name,
-            "class": type(codec.autoencoder).__name__,
-            "parameters": codec.parameters,
-            "image_channels": codec.in_channels,
+            "name": stage.name,
+            "class": type(stage.model).__name__,
+            "parameters": sum(p.numel() for p in stage.model.parameters()),
+            "image_channels": stage.in_channels,
             "latent_channels": c,
             "downsample_factor": f,
-            "values_per_latent": codec.in_channels * f * f / c,
+            "values_per_latent": stage.in_channels * f * f / c,
             "scaling_factor": _plain(getattr(config, "scaling_factor", None)),
             "shift_factor": _plain(getattr(config, "shift_factor", None)),
         }

@@ -6,17 +6,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from first_stage.distributed.processes import Processes
 from first_stage.files import write_folder, write_json
+from first_stage.metrics.moments import ChannelMoments, merged
+from first_stage.models.first_stage import FirstStage, as_first_stage
 
 STATISTICS_FILE = "latent_statistics.json"
 """Beside an export's config: the fields of `LatentStatistics`."""
 _HALF_MAX = 65504.0
 _HALF_HEADROOM = 4.0
+_LEAST_STD = 1e-6
+"""A channel that never varies still has a scaling factor that is a number."""
 
 
 @dataclass(frozen=True)
@@ -52,49 +56,39 @@ class LatentStatistics:
 
 @torch.no_grad()
 def measure_latents(
-    vae: AutoencoderKL, batches: Iterable[Tensor], processes: Processes
+    first_stage: FirstStage | Any, batches: Iterable[Tensor], processes: Processes
 ) -> LatentStatistics:
     """Measure the latents of images.
 
-    No sampling: E[z] and E[z^2] = mean^2 + variance follow exactly from the posterior.
+    No sampling: the moments of draws follow exactly from the posteriors.
 
     Args:
-        vae: The autoencoder, float32.
+        first_stage: A first stage, or a loaded diffusers autoencoder, in float32.
         batches: This process's share of the images, `(B, C, H, W)` in [-1, 1].
         processes: The processes that share the images.
 
     Returns:
         The statistics over all processes' images, summed in float64.
     """
-    device = next(vae.parameters()).device
-    total = torch.zeros(vae.config.latent_channels, dtype=torch.float64, device=device)
-    square, count, images = torch.zeros_like(total), torch.zeros_like(total), 0
+    first_stage = as_first_stage(first_stage)
+    device = first_stage.device
+    found = ChannelMoments(first_stage.latent_channels)
     peak = torch.zeros((), device=device)
-    with _largest_output(vae, peak):
+    with _largest_output(first_stage.model, peak):
         for batch in batches:
-            posterior = vae.encode(batch.to(device)).latent_dist
-            mean, variance = posterior.mean.double(), posterior.var.double()
-            vae.decode(posterior.mean)
-            total += mean.sum((0, 2, 3))
-            square += (mean.square() + variance).sum((0, 2, 3))
-            count += mean[:, 0].numel()
-            images += len(batch)
-    total, square, count = processes.sum(torch.stack([total, square, count])).unbind()
-    mean, variance = _moments(total, square, count)
-    overall_mean, overall_variance = _moments(total.sum(), square.sum(), count.sum())
+            encoded = first_stage.encode(batch.to(device))
+            first_stage.decode(encoded.latents)
+            found.update(encoded.latents, encoded.logvar)
+    total = merged(processes.gather(found), first_stage.latent_channels)
+    overall_mean, overall_std = total.overall
     return LatentStatistics(
-        mean=mean.tolist(),
-        std=variance.sqrt().tolist(),
-        overall_mean=overall_mean.item(),
-        overall_std=overall_variance.sqrt().item(),
-        images=processes.totals(images)[0],
+        mean=total.mean.tolist(),
+        std=np.maximum(total.std, _LEAST_STD).tolist(),
+        overall_mean=overall_mean,
+        overall_std=max(overall_std, _LEAST_STD),
+        images=total.images,
         largest_activation=processes.maximum(peak).item(),
     )
-
-
-def _moments(total: Tensor, square: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    mean = total / count
-    return mean, (square / count - mean.square()).clamp_min(1e-12)
 
 
 @contextmanager
@@ -115,33 +109,36 @@ def _largest_output(model: nn.Module, peak: Tensor) -> Iterator[None]:
 
 
 def write_export(
-    vae: AutoencoderKL,
+    first_stage: FirstStage | Any,
     statistics: LatentStatistics,
     folder: Path,
     extras: dict[str, str | Path],
     kept: tuple[float, float] | None = None,
 ) -> None:
-    """Write a folder that `AutoencoderKL.from_pretrained` loads, with the measured statistics.
+    """Write a folder that stock diffusers loads, with the measured statistics.
 
     Args:
-        vae: The autoencoder to hand over. Its config takes up scaling and shift.
+        first_stage: What to hand over, or a loaded diffusers autoencoder. Its model's config
+            takes up scaling and shift.
         statistics: From `measure_latents`.
         folder: The folder; one that is there is replaced.
         extras: More files by name: their text, or a file to copy.
         kept: Scaling and shift of the first stage whose encoder it kept, on which a diffusion model
             counts; `None`: as measured.
     """
+    first_stage = as_first_stage(first_stage)
     scaling, shift = kept or statistics.scaling_and_shift
-    vae.register_to_config(
-        scaling_factor=scaling, shift_factor=shift, force_upcast=statistics.needs_float32
-    )
-    if kept is None:
+    model = first_stage.model
+    first_stage.family.carrier.write(model, scaling, shift)
+    if "force_upcast" in model.config:
+        model.register_to_config(force_upcast=statistics.needs_float32)
+    if kept is None and "latents_mean" in model.config:
         # Only Stable Diffusion XL's pipeline reads these, multiplies by them on top of the scaling
         # factor, and breaks where there are not four channels. They are in a file of their own.
-        vae.register_to_config(latents_mean=None, latents_std=None)
+        model.register_to_config(latents_mean=None, latents_std=None)
 
     def write(temporary: Path) -> None:
-        vae.save_pretrained(temporary, safe_serialization=True)
+        model.save_pretrained(temporary, safe_serialization=True)
         write_json(temporary / STATISTICS_FILE, asdict(statistics))
         for name, content in extras.items():
             if isinstance(content, Path):

@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from diffusers import AutoencoderKL
-
 from first_stage.config.schema import Config
 from first_stage.evaluation import Evaluation, save
 from first_stage.handover.export import LatentStatistics, model_card, write_export
+from first_stage.models.first_stage import FirstStage
 from first_stage.report import write_report
 from first_stage.training import run_folder as files
 from first_stage.training.resume import recipe
@@ -14,7 +13,7 @@ from first_stage.training.resume import recipe
 
 def hand_over(
     config: Config,
-    vae: AutoencoderKL,
+    first_stage: FirstStage,
     statistics: LatentStatistics,
     metrics: dict[str, float],
     found: Evaluation,
@@ -23,7 +22,7 @@ def hand_over(
 
     Args:
         config: The run's configuration.
-        vae: The averaged weights.
+        first_stage: With the averaged weights.
         statistics: Of their latents.
         metrics: Of the held-out images, for the card.
         found: What a closer look at some images found, for the report.
@@ -32,7 +31,7 @@ def hand_over(
     picture = files.list_frames(folder)[-1][1]
     kept = None
     if config.model.pretrained is not None and config.train.encoder_steps == 0:
-        kept = (vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+        kept = first_stage.scaling_and_shift
     card = model_card(
         statistics,
         data=config.data.path,
@@ -40,11 +39,11 @@ def hand_over(
         metrics=metrics,
         steps=config.train.max_steps,
         images_seen=config.train.max_steps * config.train.batch_size,
-        downsample_factor=2 ** (len(vae.config.block_out_channels) - 1),
+        downsample_factor=first_stage.downsample_factor,
         picture="reconstructions.png",
         kept=kept,
     )
     extras: dict[str, str | Path] = {"README.md": card, "reconstructions.png": picture}
-    write_export(vae, statistics, folder / files.EXPORT, extras, kept)
+    write_export(first_stage, statistics, folder / files.EXPORT, extras, kept)
     save(found, folder / files.EVALUATION)
     write_report(folder)

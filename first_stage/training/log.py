@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -14,7 +13,7 @@ from accelerate.utils import is_tensorboard_available
 from tqdm import tqdm
 
 from first_stage.errors import ConfigError
-from first_stage.files import write_text
+from first_stage.files import read_log, write_text
 
 
 def tracker_of(name: str) -> tuple[str | None, str | None]:
@@ -79,19 +78,6 @@ class Logbook:
     def write_speed(self, step: int, values: Mapping[str, float]) -> None:
         """Hand numbers that depend on the machine to the tracker alone."""
         self._accelerator.log(dict(values), step=step)
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`; a last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
 
 
 class Progress:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from torch import Tensor
 
-from first_stage.config.schema import Config, factor_problems, micro_batch_size, to_dict
+from first_stage.config.checks import check, factor_problems, micro_batch_size
+from first_stage.config.parsing import to_dict
+from first_stage.config.schema import Config
 from first_stage.data import (
     Batch,
     BrokenFiles,
@@ -28,6 +29,7 @@ from first_stage.evaluation.grids import save_gif, save_png
 from first_stage.files import write_text, writing
 from first_stage.handover.export import measure_latents
 from first_stage.metrics.training import Watch, derived
+from first_stage.models.first_stage import load_autoencoder
 from first_stage.training import run_folder as files
 from first_stage.training.checkpoint import (
     find_checkpoint,
@@ -101,9 +103,10 @@ def train(config: Config) -> Outcome:
         UserError: For anything in the configuration, data or files that cannot work, and when
             another process of the job ended before its time.
     """
+    check(config)
     end_with_launcher()
     with StopRequest() as stop:
-        accelerator = make_accelerator(config)
+        accelerator = make_accelerator(config.train, config.output_dir)
         processes = Processes(config.train.process_timeout)
         with processes.together(), files.locked(Path(config.output_dir), processes.is_main):
             outcome = Run(config, accelerator, processes, stop).fit()
@@ -130,14 +133,17 @@ class Run:
         self.micro = micro_batch_size(config, processes.world)
         resume = config.resume is not None
         on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
-        self.source, held_out = open_data(config, processes, self._say)
-        self.fingerprint = agreed_fingerprint(config, self.source, processes)
+        sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
+        self.source, held_out = open_data(
+            config.data, folder=self.folder, processes=processes, say=self._say, **sizes
+        )
+        self.fingerprint = agreed_fingerprint(self.source, processes)
         self.held_out = len(held_out) if held_out is not None else 0
         self.trainer = Trainer(config, accelerator, processes)
         stage = self.trainer.first_stage.network
         for problem in factor_problems(config, stage.downsample_factor):
             raise ConfigError(problem)
-        self.stream = open_stream(config, self.source, stage)
+        self.stream = open_stream(self.source, config.data, channels=stage.in_channels, **sizes)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
             config.held_out_view,
@@ -150,11 +156,16 @@ class Run:
         self.resumed_at = self._resume()
         self.saved = self.resumed_at or 0
         self.logbook = self._open_logbook()
-        if processes.is_main and (
-            remark := value_remark(self.source, config.data.reading(stage.in_channels))
-        ):
+        if processes.is_main and (remark := value_remark(self.source, self.stream.reading)):
             self._say(remark)
-        self._say(introduction(self.trainer, self.micro, len(self.source), self.held_out))
+        self._say(
+            introduction(
+                self.trainer,
+                micro=self.micro,
+                samples=len(self.source),
+                held_out=self.held_out,
+            )
+        )
 
     def fit(self) -> Outcome:
         """Train to the last step, or until a signal asks to stop; then export.
@@ -210,7 +221,8 @@ class Run:
 
     def _load(self, positions: Iterable[list[int]]) -> Generator[Batch, None, None]:
         pin = self.accelerator.device.type == "cuda"
-        return start_loader(open_loader(self.config, self.stream, positions, pin))
+        workers = self.config.data.workers
+        return start_loader(open_loader(self.stream, positions, workers=workers, pin_memory=pin))
 
     def _next(
         self, batches: Iterator[Batch], progress: Progress
@@ -272,15 +284,15 @@ class Run:
         """Metrics of the held-out images."""
         if not self.held_out:
             return {}
-        with self.trainer.ema_weights() as vae:
-            return validate(vae, self.shown, self.processes, self.micro)
+        with self.trainer.ema_weights() as stage:
+            return validate(stage, self.shown, self.processes, self.micro)
 
     def _validate(self, step: int) -> dict[str, float]:
         """Measure the held-out images, and add a line to the log and a frame to the pictures."""
         metrics = self._measure()
         if self.processes.is_main:
-            with self.trainer.ema_weights() as vae:
-                picture = draw_grid(vae, self.shown, self.config.validation.pictures)
+            with self.trainer.ema_weights() as stage:
+                picture = draw_grid(stage, self.shown, self.config.validation.pictures)
             with self._writing():
                 save_png(picture, files.frame_path(self.folder, step))
                 if metrics and self.logbook is not None:
@@ -334,14 +346,16 @@ class Run:
         held = "held out" if self.held_out else "trained on"
         images = HeldImages(self.shown, f"{self.config.data.path}, {held}")
         options = Options(batch_size=self.micro)
-        with self.trainer.ema_weights() as vae:
+        with self.trainer.ema_weights() as stage:
             statistics = measure_latents(
-                vae, self._first_images(self.config.export.images), self.processes
+                stage, self._first_images(self.config.export.images), self.processes
             )
-            found = evaluate([("this run", vae)], images, options, self.processes, self.config.seed)
+            found = evaluate(
+                [("this run", stage)], images, options, self.processes, self.config.seed
+            )
             if self.processes.is_main:
                 with self._writing():
-                    hand_over(self.config, vae, statistics, metrics, found)
+                    hand_over(self.config, stage, statistics, metrics, found)
         self.processes.wait()
 
     def _first_images(self, count: int) -> Iterator[Tensor]:
@@ -373,13 +387,15 @@ class Run:
             return None
         snapshot = load_checkpoint(path)
         changes = check_resumable(
-            self.config, self.fingerprint, len(self.source), snapshot, str(path)
+            self.config,
+            snapshot,
+            checkpoint=str(path),
+            fingerprint=self.fingerprint,
+            samples=len(self.source),
         )
         if changes:
             self._say(f"changed since the checkpoint was written:\n{changes}")
-        self.trainer.restore(
-            snapshot, AutoencoderKL.from_pretrained(path / "ema", use_safetensors=True)
-        )
+        self.trainer.restore(snapshot, load_autoencoder(str(path / "ema")))
         self.broken.load_state_dict(snapshot.state["broken"], write=self.processes.is_main)
         self._say(f"resuming at step {snapshot.step} from {path}")
         if self.processes.is_main:

@@ -7,42 +7,14 @@ from typing import Any
 
 import yaml
 
-from first_stage.config.schema import Config, to_dict
+from first_stage.config.parsing import to_dict
+from first_stage.config.schema import Config
+from first_stage.config.types import changeable
 from first_stage.errors import ConfigError, DataError
 from first_stage.training.checkpoint import Snapshot
 
-MAY_CHANGE = (
-    "output_dir",
-    "overwrite",
-    "resume",
-    # The samples are compared by their fingerprint, wherever they lie now.
-    "data.path",
-    "data.validation_path",
-    "data.workers",
-    "data.max_broken",
-    "model.gradient_checkpointing",
-    "critic.learning_rate",
-    "train.max_steps",
-    "train.micro_batch_size",
-    "train.learning_rate",
-    "train.weight_decay",
-    "train.warmup_steps",
-    "train.decay_steps",
-    "train.final_rate",
-    "train.clip_norm",
-    "train.precision",
-    "train.ema_decay",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "train.tracker",
-    "train.process_timeout",
-    "validation",
-    "export",
-)
-"""Fields, and groups of fields, that a run may go on with at another value. Everything else says
-what is trained on what: with another value the result would be neither the one run nor the other.
-"""
+MAY_CHANGE = tuple(changeable(Config))
+"""Fields, and sections, that a run may go on with at another value; the schema marks them."""
 _SILENT = ("output_dir", "overwrite", "resume")
 _ABSENT = object()
 
@@ -78,16 +50,16 @@ def recipe(config: Config) -> str:
 
 
 def check_resumable(
-    config: Config, fingerprint: str, samples: int, snapshot: Snapshot, checkpoint: str
+    config: Config, snapshot: Snapshot, *, checkpoint: str, fingerprint: str, samples: int
 ) -> str:
     """Whether a run is the one that a checkpoint belongs to.
 
     Args:
         config: The run's configuration.
-        fingerprint: Of its data.
-        samples: How many there are to train on.
         snapshot: The checkpoint's contents.
         checkpoint: Where it lies, for messages.
+        fingerprint: Of the run's data.
+        samples: How many there are to train on.
 
     Returns:
         What has changed and may change, one line per field; empty when nothing has.
@@ -97,7 +69,7 @@ def check_resumable(
         DataError: When the data set is another one.
     """
     state = snapshot.state
-    changes = changed_fields(state["config"], to_dict(config), to_dict(Config()), checkpoint)
+    changes = changed_fields(state["config"], to_dict(config), to_dict(type(config)()), checkpoint)
     if state["data_fingerprint"] != fingerprint:
         raise DataError(
             f"the data set {config.data.path!r} has changed since the checkpoint {checkpoint}: "

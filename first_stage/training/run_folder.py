@@ -1,16 +1,15 @@
 """The folder of a run: what lies where, and whether a new run may write into it."""
 
 import contextlib
-import errno
 import os
 import shlex
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from first_stage.errors import ConfigError
 from first_stage.files import remove_leftovers
+from first_stage.locks import RecordLock
 
 CONFIG = "config.yaml"
 LOG = "log.jsonl"
@@ -89,41 +88,17 @@ def locked(folder: Path, wanted: bool = True) -> Iterator[None]:
     Raises:
         ConfigError: When another process holds it, with its name.
     """
-    handle = _take_lock(folder) if wanted else None
-    try:
+    with contextlib.ExitStack() as held:
+        if wanted:
+            with contextlib.suppress(OSError):  # `prepare_folder` says what is wrong with it
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context(RecordLock(folder / LOCK))
+                if holder := lock.take():
+                    raise ConfigError(
+                        f"output_dir {str(folder)!r} is being written by another run ({holder}): "
+                        "end that one first, or choose another folder"
+                    )
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _take_lock(folder: Path) -> int | None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such thing
-        return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError:
-        return None  # `prepare_folder` says what is wrong with the folder
-    try:
-        # Of the two kinds this one belongs to the process: what it forks, such as the workers that
-        # decode images, does not hold the lock any longer than it lives itself.
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.read(handle, 200).decode(errors="replace").strip()
-        os.close(handle)
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise ConfigError(
-                f"output_dir {str(folder)!r} is being written by another run ({holder}): end that "
-                "one first, or choose another folder"
-            ) from error
-        return None  # a file system without locks
-    with contextlib.suppress(OSError):  # a full disk is told where something is lost by it
-        os.ftruncate(handle, 0)
-        os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-    return handle
 
 
 def resume_command(folder: Path, world: int = 1) -> str:

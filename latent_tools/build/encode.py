@@ -14,7 +14,8 @@ from first_stage.data import images_from_pixels
 from first_stage.seeding import Purpose, generator
 from latent_tools.build.encoder import BatchSplitter
 from latent_tools.build.images import DecodedPortion
-from latent_tools.format.shards import DTYPES, EncodedUnit
+from latent_tools.format.manifest import Representation
+from latent_tools.format.shards import DTYPES, Dtype, EncodedUnit
 
 
 def sample_key(name: str) -> int:
@@ -53,7 +54,13 @@ class UnitEncoder:
     """
 
     def __init__(
-        self, splitter: BatchSplitter, representation: str, dtype: str, flip: bool, seed: int
+        self,
+        splitter: BatchSplitter,
+        *,
+        representation: Representation,
+        dtype: Dtype,
+        flip: bool,
+        seed: int,
     ):
         self.splitter, self.encoder = splitter, splitter.encoder
         self.representation, self.dtype, self.flip, self.seed = representation, dtype, flip, seed

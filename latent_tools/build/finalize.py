@@ -11,11 +11,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from first_stage.metrics.moments import ChannelMoments, merged
 from latent_tools.format.files import CacheError, write_bytes
 from latent_tools.format.manifest import Manifest
 from latent_tools.format.plan import Plan
 from latent_tools.format.shards import read_commit
-from latent_tools.format.statistics import ChannelSums, merge_all, summary
+from latent_tools.format.statistics import summary
 
 INDEX, FAILURES = "index.parquet", "failures.parquet"
 
@@ -35,7 +36,7 @@ def finalize(folder: Path) -> Manifest:
     manifest, plan = Manifest.load(folder), Plan.load(folder)
     tables: list[pa.Table] = []
     failures: list[dict[str, Any]] = []
-    sums: list[ChannelSums] = []
+    sums: list[ChannelMoments] = []
     size = 0
     errors: list[tuple[int, dict[str, float]]] = []
     for unit in plan.units:
@@ -47,7 +48,7 @@ def finalize(folder: Path) -> Manifest:
                 "planned samples: it was damaged or belongs to another cache"
             )
         failures += [{"unit": unit.number, **failure} for failure in commit["failures"]]
-        sums.append(ChannelSums.from_json(commit["sums"]))
+        sums.append(ChannelMoments.from_json(commit["sums"]))
         if commit["count"]:
             tables.append(_index_table(commit))
             errors.append((commit["count"], commit["storage_error"]))
@@ -55,7 +56,7 @@ def finalize(folder: Path) -> Manifest:
     _write_table(folder / INDEX, _concat(tables))
     schema = pa.schema({"id": pa.string(), "reason": pa.string(), "unit": pa.int32()})
     _write_table(folder / FAILURES, pa.Table.from_pylist(failures, schema))
-    total = merge_all(sums, manifest.first_stage["latent_channels"])
+    total = merged(sums, manifest.first_stage["latent_channels"])
     manifest.statistics = summary(total, manifest.representation == "moments")
     if errors:
         manifest.statistics["storage_error"] = _pooled(errors)

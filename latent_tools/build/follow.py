@@ -20,9 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from first_stage.data import BrokenImage, Source
+from first_stage.files import write_json
 from latent_tools.build.finalize import INDEX
 from latent_tools.build.images import content_hash, file_of, plain_value
-from latent_tools.format.files import CacheError, read_json, write_json
+from latent_tools.format.files import CacheError, read_json
 from latent_tools.format.plan import Plan, committed_units
 from latent_tools.format.shards import SHARDS, commit_path, read_commit, trimmed
 

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from first_stage.data import Reading, Source
+from first_stage.models.first_stage import FirstStage, as_first_stage
 from latent_tools.build.encode import Pass, UnitEncoder
-from latent_tools.build.encoder import BatchSplitter, Encoder
+from latent_tools.build.encoder import BatchSplitter, LatentEncoder
 from latent_tools.build.finalize import finalize
 from latent_tools.build.images import DecodedPortion, PortionReader, Preprocessing, portion_loader
 from latent_tools.build.options import CacheOptions
@@ -73,7 +74,7 @@ class Outcome:
 
 
 def precompute(
-    autoencoder: nn.Module,
+    autoencoder: nn.Module | FirstStage,
     name: str,
     source: Source,
     output: str | Path,
@@ -102,10 +103,11 @@ def precompute(
     process = process or Process()
     say = say if process.rank == 0 else _silent
     folder = Path(output)
-    encoder = Encoder(autoencoder, name, process.device, options.precision, options.compile)
+    first_stage = as_first_stage(autoencoder, name)
+    encoder = LatentEncoder(first_stage, process.device, options.precision, options.compile)
     if encoder.is_upcast:
         say("the first stage asks for force_upcast: encoding in float32 instead of fp16")
-    launch = describe_launch(autoencoder, name, source, encoder, options)
+    launch = describe_launch(source, encoder, options)
     ids = source_ids(source)
     lock = None
     if process.rank == 0:
@@ -154,7 +156,7 @@ class _Work:
             batch_size=options.batch_size,
         )
 
-    def run(self, source: Source, ids: pa.Array, encoder: Encoder) -> Outcome:
+    def run(self, source: Source, ids: pa.Array, encoder: LatentEncoder) -> Outcome:
         """Encode this process's units; finish the cache when they were the last ones."""
         if self.own:
             self._encode(source, ids, encoder)
@@ -165,10 +167,10 @@ class _Work:
             self.outcome.is_complete = True
         return self.outcome
 
-    def _encode(self, source: Source, ids: pa.Array, encoder: Encoder) -> None:
+    def _encode(self, source: Source, ids: pa.Array, encoder: LatentEncoder) -> None:
         options, device = self.options, self.process.device
         preprocessing = Preprocessing(
-            reading=options.reading or Reading(encoder.in_channels),
+            reading=options.reading or Reading(encoder.first_stage.in_channels),
             resolution=options.resolution,
             resize=options.resize,
             has_buckets=self.launch.preprocessing["buckets"] is not None,
@@ -185,7 +187,11 @@ class _Work:
         )
         splitter = BatchSplitter(encoder, options.batch_size, is_padded=options.compile)
         units = UnitEncoder(
-            splitter, self.launch.representation, options.dtype, options.flip, options.seed
+            splitter,
+            representation=self.launch.representation,
+            dtype=options.dtype,
+            flip=options.flip,
+            seed=options.seed,
         )
         own = {unit.number for unit in self.own}
         progress = Progress(self.folder, self.left, own, is_shown=self.process.rank == 0)

@@ -11,12 +11,12 @@ import numpy as np
 import PIL
 import pyarrow as pa
 import torch
-from torch import nn
 from tqdm import tqdm
 
+from first_stage.config.types import misfits
 from first_stage.data import Reading, Source, picture_size
 from first_stage.files import TEMPORARY
-from latent_tools.build.encoder import Encoder
+from latent_tools.build.encoder import LatentEncoder
 from latent_tools.build.follow import first_free_unit, follow, trim
 from latent_tools.build.options import CacheOptions
 from latent_tools.format.files import CacheError, LaunchLock
@@ -59,9 +59,7 @@ def source_ids(source: Source) -> pa.Array:
     return ids
 
 
-def describe_launch(
-    autoencoder: nn.Module, name: str, source: Source, encoder: Encoder, options: CacheOptions
-) -> Manifest:
+def describe_launch(source: Source, encoder: LatentEncoder, options: CacheOptions) -> Manifest:
     """What a launch would encode with, after checking the options against the first stage.
 
     Raises:
@@ -72,11 +70,9 @@ def describe_launch(
     if representation is None:
         representation = "moments" if encoder.has_posterior else "mean"
     return Manifest(
-        first_stage=describe_first_stage(
-            autoencoder, name, encoder.latent_channels, encoder.factor, options.revision
-        ),
+        first_stage=describe_first_stage(encoder.first_stage, options.revision),
         preprocessing=describe_preprocessing(
-            options.reading or Reading(encoder.in_channels),
+            options.reading or Reading(encoder.first_stage.in_channels),
             options.resolution,
             options.resize if buckets is None else None,
             [list(shape) for shape in buckets] if buckets is not None else None,
@@ -100,24 +96,22 @@ def describe_launch(
     )
 
 
-def _check_options(options: CacheOptions, encoder: Encoder) -> list[Shape] | None:
-    for field, value in (("batch_size", options.batch_size), ("resolution", options.resolution)):
-        if value < 1:
-            raise CacheError(f"{field} is {value}; it must be at least 1")
-    if options.unit_size < 0 or options.workers < 0:
-        raise CacheError("unit_size and data.workers must not be negative")
+def _check_options(options: CacheOptions, encoder: LatentEncoder) -> list[Shape] | None:
+    for problem in misfits(options):
+        raise CacheError(problem)
     if options.representation in ("moments", "sample") and not encoder.has_posterior:
         raise CacheError(
             f"representation is {options.representation!r}, but this first stage has no posterior: "
             "leave representation out, or use mean, to store its latents"
         )
+    factor = encoder.first_stage.downsample_factor
     if options.buckets is not None:
-        return parse_buckets(options.buckets, options.resolution, encoder.factor)
-    if options.resolution % encoder.factor:
-        nearest = max(1, round(options.resolution / encoder.factor)) * encoder.factor
+        return parse_buckets(options.buckets, options.resolution, factor)
+    if options.resolution % factor:
+        nearest = max(1, round(options.resolution / factor)) * factor
         raise CacheError(
             f"data.resolution {options.resolution} is no multiple of the first stage's downsample "
-            f"factor {encoder.factor}: use {nearest}"
+            f"factor {factor}: use {nearest}"
         )
     return None
 

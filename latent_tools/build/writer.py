@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from latent_tools.format.shards import EncodedUnit, write_unit
+from latent_tools.format.shards import Dtype, EncodedUnit, write_unit
 
 
 class UnitWriter:
@@ -27,7 +27,7 @@ class UnitWriter:
     def __init__(
         self,
         folder: Path,
-        dtype: str,
+        dtype: Dtype,
         channels: int,
         written: Callable[[dict[str, Any]], None],
         waiting: int = 2,

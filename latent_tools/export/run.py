@@ -6,10 +6,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from first_stage.files import TEMPORARY
+from first_stage.files import TEMPORARY, write_json
 from latent_tools.export.cache import Draw, ExportCache
 from latent_tools.export.formats import FORMATS, Format, check
-from latent_tools.format.files import CacheError, read_json, write_json
+from latent_tools.format.files import CacheError, read_json
 
 _SAVE_EVERY = 5.0  # seconds between two writes of the journal, which grows with the cache
 

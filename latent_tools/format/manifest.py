@@ -11,17 +11,24 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
 from first_stage.data import Reading
-from latent_tools.format.files import CacheError, read_json, write_json
+from first_stage.files import write_json
+from latent_tools.format.files import CacheError, read_json
+
+if TYPE_CHECKING:  # reading a cache needs no diffusers, whose import takes seconds in every worker
+    from first_stage.models.first_stage import FirstStage
 
 FILE = "manifest.json"
 FORMAT = "first-stage latent cache"
 VERSION = 1
+
+Representation = Literal["moments", "mean", "sample"]
+"""What is stored: mean and log-variance of the posterior, its mean, or one draw from it."""
 
 # What an autoencoder uses after the latents: changing it changes no latent. A codebook is among
 # them because `VQModel.encode` gives the latents before they are quantised.
@@ -106,9 +113,9 @@ class Manifest:
     statistics: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def representation(self) -> str:
-        """`moments`, `mean` or `sample`."""
-        return str(self.store["representation"])
+    def representation(self) -> Representation:
+        """What the shards hold."""
+        return cast(Representation, self.store["representation"])
 
     @property
     def tensor_name(self) -> str:
@@ -148,32 +155,29 @@ class Manifest:
         return Manifest(**{key: value for key, value in values.items() if key in known})
 
 
-def describe_first_stage(
-    autoencoder: nn.Module, name: str, latent_channels: int, factor: int, revision: str | None
-) -> dict[str, Any]:
+def describe_first_stage(first_stage: "FirstStage", revision: str | None) -> dict[str, Any]:
     """The manifest's `first_stage` entry.
 
     Args:
-        autoencoder: The autoencoder.
-        name: The folder or hub id it was loaded from.
-        latent_channels: Channels of its latents.
-        factor: Pixels per latent along a side.
+        first_stage: The first stage; its name is the folder or hub id it was loaded from.
         revision: The hub revision.
     """
+    autoencoder = first_stage.model
     config: Mapping[str, Any] = getattr(autoencoder, "config", {})
     weights = fingerprint_weights(autoencoder)
+    scaling, shift = first_stage.scaling_and_shift
     return {
-        "name": name,
+        "name": first_stage.name,
         "revision": revision,
         "class": type(autoencoder).__name__,
         "encoder_sha256": weights.encoder,
         "decoder_sha256": weights.decoder,
         "config": latent_config(config),
-        "latent_channels": latent_channels,
-        "downsample_factor": factor,
-        # Pipelines see (z - shift_factor) * scaling_factor; absent or null means 1 and 0.
-        "scaling_factor": float(config.get("scaling_factor") or 1.0),
-        "shift_factor": float(config.get("shift_factor") or 0.0),
+        "latent_channels": first_stage.latent_channels,
+        "downsample_factor": first_stage.downsample_factor,
+        # Pipelines see (z - shift_factor) * scaling_factor.
+        "scaling_factor": scaling,
+        "shift_factor": shift,
         "encoder_tensors": weights.tensors,
     }
 

@@ -17,21 +17,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from latent_tools.format.files import CacheError, read_json, write_bytes, write_json
+from first_stage.files import write_json
+from first_stage.metrics.moments import ChannelMoments
+from latent_tools.format.files import CacheError, read_json, write_bytes
 from latent_tools.format.plan import Shape
-from latent_tools.format.statistics import ChannelSums
 
 SHARDS, COMMITS = "shards", "commits"
 LABEL_COLUMNS = ("label", "labels", "cls")
-DTYPES = {
+Dtype = Literal["float16", "bfloat16", "float32", "uint8"]
+"""What latents are stored as."""
+DTYPES: dict[Dtype, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -49,7 +51,7 @@ def commit_path(folder: Path, unit: int) -> Path:
     return folder / COMMITS / f"u{unit:06d}.json"
 
 
-def pack(values: Tensor, dtype: str, name: str) -> dict[str, Tensor]:
+def pack(values: Tensor, dtype: Dtype, name: str) -> dict[str, Tensor]:
     """Latents as they are stored.
 
     Args:
@@ -130,7 +132,7 @@ class EncodedUnit:
     batch_size: int = 0
 
 
-def write_unit(folder: Path, unit: EncodedUnit, dtype: str, channels: int) -> dict[str, Any]:
+def write_unit(folder: Path, unit: EncodedUnit, dtype: Dtype, channels: int) -> dict[str, Any]:
     """Write a unit's shard, then its commit; both atomic, in this order.
 
     Equal units give equal bytes, which is why everything beside the tensors goes into ONE metadata
@@ -159,12 +161,12 @@ def write_unit(folder: Path, unit: EncodedUnit, dtype: str, channels: int) -> di
         "failures": [{"id": name, "reason": reason} for name, reason in unit.failures],
         "retried_in_float32": unit.retried,
         "batch_size": unit.batch_size,
-        "sums": ChannelSums.empty(channels).to_json(),
+        "sums": ChannelMoments(channels).to_json(),
     }
     if unit.latents is not None:
         tensors = pack(unit.latents, dtype, unit.name)
         kept = _unpack_all(tensors, unit.name)
-        commit["sums"] = _sums(kept, channels).to_json()
+        commit["sums"] = _moments(kept, channels).to_json()
         commit["storage_error"] = _storage_error(unit.latents, kept)
         if unit.flipped is not None:
             tensors |= pack(unit.flipped, dtype, f"{unit.name}_flip")
@@ -180,7 +182,7 @@ def write_unit(folder: Path, unit: EncodedUnit, dtype: str, channels: int) -> di
             "sha256": hashlib.sha256(content).hexdigest(),
             "bytes": len(content),
         }
-    write_json(commit_path(folder, unit.unit), commit)
+    write_json(commit_path(folder, unit.unit), commit, indent=None)
     return commit
 
 
@@ -211,10 +213,10 @@ def trimmed(folder: Path, commit: dict[str, Any], keep: set[str]) -> str | None:
         new |= _trimmed_shard(folder, commit, rows)
     elif not rows:
         channels = len(commit["sums"]["mean"])
-        empty = ChannelSums.empty(channels).to_json()
+        empty = ChannelMoments(channels).to_json()
         new |= {"shard": None, "sums": empty}
         new = {key: value for key, value in new.items() if key not in ("sha256", "bytes")}
-    write_json(commit_path(folder, commit["unit"]), new)
+    write_json(commit_path(folder, commit["unit"]), new, indent=None)
     return new["shard"]
 
 
@@ -234,7 +236,7 @@ def _trimmed_shard(folder: Path, commit: dict[str, Any], rows: list[int]) -> dic
         "shard": name,
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
-        "sums": _sums(_unpack_all(tensors, main), channels).to_json(),
+        "sums": _moments(_unpack_all(tensors, main), channels).to_json(),
     }
 
 
@@ -347,11 +349,12 @@ def _unpack_all(tensors: dict[str, Tensor], name: str) -> Tensor:
     return unpack(tensors[name], tensors.get(f"{name}_scale"), tensors.get(f"{name}_offset"))
 
 
-def _sums(kept: Tensor, channels: int) -> ChannelSums:
-    values: np.ndarray = kept.numpy()
-    if values.shape[1] == channels:
-        return ChannelSums.of(values, None)
-    return ChannelSums.of(values[:, :channels], values[:, channels:])
+def _moments(kept: Tensor, channels: int) -> ChannelMoments:
+    total = ChannelMoments(channels)
+    has_posterior = kept.shape[1] > channels
+    for sample in kept.split(1):  # a unit's latents in float64 would not be small
+        total.update(sample[:, :channels], sample[:, channels:] if has_posterior else None)
+    return total
 
 
 def _storage_error(values: Tensor, kept: Tensor) -> dict[str, float]:

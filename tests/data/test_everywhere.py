@@ -17,7 +17,7 @@ from shards import write_shards
 
 from first_stage.commands import cache as cache_command
 from first_stage.commands import evaluate as evaluate_command
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.errors import UserError
 from first_stage.training.loop import train
 from latent_tools import LatentDataset

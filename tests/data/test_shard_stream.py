@@ -13,7 +13,7 @@ from conftest import arguments
 from shards import KINDS, ROWS, TOTAL, write_shards
 from shards import folder as folder  # a fixture
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.data import shards, start_loader, tar
 from first_stage.data.images import View
 from first_stage.data.shard_stream import (
@@ -39,11 +39,11 @@ def opened(folder: Path, column=None) -> ShardedRows:
 
 def stream_of(folder: Path, source: StreamSource | None = None, buffer: int = 12) -> ShardStream:
     source = source or StreamSource(opened(folder))
-    return ShardStream(source, View(8, None), 3, 0, (4, 4, 4), BATCH, buffer)
+    return ShardStream(source, View(8, None), 3, 0, BATCH, buffer)
 
 
 def trained_on(folder, world, workers, start, stop, micro=1, **more):
-    """Per step: ids, pixels and noise of the whole batch, over processes in their order."""
+    """Per step: ids, pixels and positions of the whole batch, over processes in their order."""
     steps = collections.defaultdict(list)
     for rank in range(world):
         sampler = StepSampler(BATCH, micro, start, stop, rank, world)
@@ -54,8 +54,10 @@ def trained_on(folder, world, workers, start, stop, micro=1, **more):
             step = start + number // sampler.micro_batches
             assert len(batch.ids) == micro
             steps[step] += [
-                (name, pixels.numpy().tobytes(), noise.numpy().tobytes())
-                for name, pixels, noise in zip(batch.ids, batch.pixels, batch.noise, strict=True)
+                (name, pixels.numpy().tobytes(), position)
+                for name, pixels, position in zip(
+                    batch.ids, batch.pixels, batch.positions, strict=True
+                )
             ]
     return dict(steps)
 

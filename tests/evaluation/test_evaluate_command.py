@@ -70,7 +70,7 @@ def test_side_by_side(stages, tmp_path, capsys) -> None:
         (["--first_stage", "a", "--output", "o"], "--data.path is missing"),
         (["--first_stage", "a", "--data.path", "photos"], "--output is missing"),
         (["--first_stage", "a", "--data.path", "photos", "--output", "o", "--num_images", "0"],
-         "--num_images is 0; it must be at least 1"),
+         "num_images is 0; it must be an int above 0 or null"),
         (["--first_stage", "a", "--data.path", "photos", "--output", "o", "--data.split", "test"],
          "photos has train, validation and all"),
         (["--first_stage", "a", "--data.path", "photos", "--output", "o", "--data.resize", "64"],

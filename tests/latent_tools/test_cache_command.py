@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from cache_helpers import launch, make_vae, photo, run_tool, shard_hashes, write_photos
+from cache_helpers import cache, launch, make_vae, photo, run_tool, shard_hashes, write_photos
 from PIL import Image
 
 from first_stage.commands import cache as command
@@ -12,6 +12,7 @@ from first_stage.commands.cache import parse_options
 from first_stage.errors import ConfigError, UserError
 from latent_tools import LatentDataset
 from latent_tools.__main__ import main as tool
+from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
 
 
@@ -175,7 +176,7 @@ class TestOptions:
 
     def test_types(self):
         options = parse_options([*self.base, "--columns", "[a,b]", "--data.max_broken", "1e-3"])
-        assert options.columns == ["a", "b"]
+        assert options.columns == ("a", "b")
         assert options.data.max_broken == 0.001
 
     @pytest.mark.parametrize(
@@ -190,3 +191,37 @@ class TestOptions:
     def test_mistakes_name_the_option(self, given, message):
         with pytest.raises(ConfigError, match=message):
             parse_options(given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be an int above 0"),
+        ({"resolution": -16}, "resolution is -16; it must be an int above 0"),
+        ({"unit_size": -1}, "unit_size is -1; it must be an int of 0 or above"),
+        ({"workers": -1}, "workers is -1; it must be an int of 0 or above"),
+        ({"max_broken": 1.5}, "max_broken is 1.5; it must be a float from 0 to 1"),
+        ({"dtype": "int4"}, "dtype is int4; it must be a choice of float16"),
+    ],
+)
+def test_options_set_in_python_are_refused_like_flags(tmp_path, changes, words):
+    write_photos(tmp_path / "data", 1)
+    with pytest.raises(CacheError, match=words):
+        cache(tmp_path / "data", tmp_path / "cache", **changes)
+    if "dtype" not in changes:
+        ((name, value),) = changes.items()
+        flag = f"data.{name}" if name in ("resolution", "workers", "max_broken") else name
+        with pytest.raises(ConfigError, match=words):
+            parse_options([f"--{flag}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["preview", "c", "--count", "0"], "count is 0; it must be an int above 0"),
+        (["export", "c", "--seed", "-1"], "seed is -1; it must be an int of 0 or above"),
+    ],
+)
+def test_the_tools_refuse_what_is_out_of_range(line, words):
+    with pytest.raises(ConfigError, match=words):
+        tool(line)

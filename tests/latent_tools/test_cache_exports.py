@@ -14,11 +14,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from autoencoders import build_autoencoder
 from cache_helpers import cache, make_vae, photo, run_tool, write_photos
 from safetensors import safe_open
 
 from first_stage.errors import UserError
-from first_stage.models.first_stage import build_autoencoder
 from latent_tools import CacheError, LatentDataset
 from latent_tools.__main__ import Name
 from latent_tools.export import export_cache

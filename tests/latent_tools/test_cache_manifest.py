@@ -4,6 +4,7 @@ import pytest
 import torch
 from cache_helpers import make_vae
 
+from first_stage.models.first_stage import as_first_stage
 from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import (
     Manifest,
@@ -16,7 +17,7 @@ from latent_tools.format.manifest import (
 
 def manifest(vae, **changes):
     return Manifest(
-        first_stage=describe_first_stage(vae, "x", 4, 2, None),
+        first_stage=describe_first_stage(as_first_stage(vae, "x"), None),
         preprocessing={"resolution": changes.get("resolution", 16)},
         store={"dtype": changes.get("dtype", "float16")},
         source={},

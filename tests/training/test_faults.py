@@ -11,11 +11,10 @@ from unittest import mock
 import pytest
 from conftest import arguments
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.errors import UserError
-from first_stage.files import WriteError
+from first_stage.files import WriteError, read_log
 from first_stage.training.checkpoint import list_checkpoints, load_checkpoint
-from first_stage.training.log import read_log
 from first_stage.training.loop import train
 from first_stage.training.run_folder import locked
 from first_stage.training.step import Trainer

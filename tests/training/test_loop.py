@@ -4,14 +4,15 @@ import json
 
 import pytest
 import torch
+from autoencoders import build_autoencoder
 from conftest import ROOT, arguments, picture
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.errors import ConfigError, DataError, UserError
-from first_stage.models.first_stage import FirstStage, build_autoencoder
-from first_stage.training.log import read_log
+from first_stage.files import read_log
+from first_stage.models.first_stage import FirstStage
 from first_stage.training.loop import TrainingDiverged, train
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from conftest import arguments, picture
 
-from first_stage.config.schema import Config, parse_config, to_dict
+from first_stage.config import Config, parse_config, to_dict
 from first_stage.errors import UserError
 from first_stage.training.loop import train
 from first_stage.training.resume import MAY_CHANGE, changed_fields, differences

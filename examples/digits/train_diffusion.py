@@ -218,9 +218,11 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's latents and labels from step `start` on, epoch after epoch."""
     rank, world = accelerator.process_index, accelerator.num_processes
+    # A step trains on a whole batch: what is left of an epoch over comes in another one.
     sampler = BucketBatchSampler(
-        dataset, options.batch_size // world, seed=options.seed, rank=rank, world=world
-    )
+        dataset, options.batch_size // world, seed=options.seed, rank=rank, world=world,
+        drop_last=True,
+    )  # fmt: skip
     if len(sampler) == 0:
         raise ConfigError(
             f"batch_size {options.batch_size} is more than the {len(dataset)} samples of the cache"

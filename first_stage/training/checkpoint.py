@@ -70,7 +70,7 @@ def save_checkpoint(
     Args:
         output_dir: The run's folder.
         snapshot: What to write.
-        averaged: Opens a context that gives the first stage with its averaged weights. It may
+        averaged: Opens a context that gives a diffusers model with the averaged weights. It may
             put them in the place of the weights being trained, to which the snapshot's tensors
             refer, so those are written before.
         keep: How many of the newest checkpoints stay, at least 1.
@@ -85,7 +85,7 @@ def save_checkpoint(
             contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             save_file(contiguous, folder / f"{name}.safetensors")
         with averaged() as ema:
-            ema.model.save_pretrained(folder / "ema", safe_serialization=True)
+            ema.save_pretrained(folder / "ema", safe_serialization=True)
         (folder / "state.json").write_text(
             json.dumps({"step": snapshot.step, **snapshot.state}, indent=2) + "\n"
         )

@@ -319,7 +319,7 @@ class Run:
             with self._writing():
                 self.logbook.sync()
                 keep = self.config.train.keep_checkpoints
-                save_checkpoint(self.folder, snapshot, self.trainer.ema_weights, keep)
+                save_checkpoint(self.folder, snapshot, self.trainer.averaged_model, keep)
                 files.first_saved(self.folder)
         self.processes.wait()
         self.saved = step

@@ -364,6 +364,12 @@ class Trainer:
         finally:
             self.ema.restore(parameters)
 
+    @contextlib.contextmanager
+    def averaged_model(self) -> Iterator[Any]:
+        """The diffusers model with the averaged weights, for the time being."""
+        with self.ema_weights() as stage:
+            yield stage.model
+
     def snapshot(self, step: int) -> Snapshot:
         """What a checkpoint needs beside the averaged weights. Every process must call it.
 

@@ -20,7 +20,7 @@ VARIABLES = {
 
 
 def gradients(config):
-    trainer = Trainer(config, make_accelerator(config), Processes())
+    trainer = Trainer(config, make_accelerator(config.train, config.output_dir), Processes())
     found = gradients_of(trainer, 0, [batch_of(trainer, 2, seed) for seed in (0, 1)])
     return found, trainer
 
@@ -51,4 +51,4 @@ def test_the_gradient_of_a_step_is_what_the_recipe_says(config, variable, monkey
 def test_another_way_of_training_is_refused_in_words(config, name, monkeypatch):
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(ConfigError, match=f"your accelerate config asks for .*{name}=true"):
-        make_accelerator(config)
+        make_accelerator(config.train, config.output_dir)

@@ -26,10 +26,6 @@ from first_stage.training.checkpoint import (
 class Average:
     """Stands in for the averaged model: writes one file."""
 
-    @property
-    def model(self):
-        return self
-
     def save_pretrained(self, folder, safe_serialization):
         assert safe_serialization
         folder.mkdir()

@@ -41,7 +41,9 @@ def run(tmp_path, images) -> Path:
 
 def diverging(trainer, step, batches, original=Trainer.training_step):
     original(trainer, step, batches)
-    trainer.meter.add(step, {"loss/pixel": next(trainer.vae.parameters()).sum() * float("nan")})
+    trainer.meter.add(
+        step, {"loss/pixel": next(trainer.first_stage.network.parameters()).sum() * float("nan")}
+    )
 
 
 def spoiled(tmp_path: Path, what: str) -> dict[str, object]:

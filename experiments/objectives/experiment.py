@@ -161,7 +161,7 @@ class Experiment:
             untrained = self._stripes(trainer)
             self._train(trainer, config, self.budget.warmup_steps, row)
             with trainer.ema_weights() as averaged:
-                vae = copy.deepcopy(averaged)
+                vae = copy.deepcopy(averaged.model)
             stripes = self._stripes(trainer)
             stripes |= {f"untrained {name}": ratio for name, ratio in untrained.items()}
         seconds = time.perf_counter() - began

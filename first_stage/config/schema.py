@@ -150,6 +150,9 @@ class TrainConfig:
     """Steps between log lines; values are averages over these steps."""
     tracker: str = may_change("tensorboard")
     """Any tracker that accelerate knows by name (tensorboard, wandb, mlflow...), or none."""
+    profile_steps: tuple[NonNegativeInt, PositiveInt] | None = may_change(None)
+    """First step to record and the one to end before: a trace with named spans in profile/ says
+    where a step's time goes. null: none."""
     process_timeout: PositiveFloat = may_change(120.0)
     """Seconds without a sign of life after which a process on another machine counts as lost; the
     others then end and name it. One on the same machine is missed within seconds."""

@@ -21,6 +21,7 @@ from torch import nn
 
 from first_stage.errors import ConfigError, UserError, first_line
 from first_stage.files import standing
+from first_stage.models.families import FAMILIES
 
 STATISTICS_FILE = "latent_statistics.json"
 """Beside the config of one of our exports: what was measured of its latents."""
@@ -216,7 +217,8 @@ def _class_of(config: Mapping[str, Any], place: _Place) -> Any:
     import diffusers
 
     class_name = str(config.get("_class_name", ""))
-    cls = getattr(diffusers, class_name, None)
+    registered = {family.model_class.__name__: family.model_class for family in FAMILIES.values()}
+    cls = registered.get(class_name) or getattr(diffusers, class_name, None)
     if cls is None or not (hasattr(cls, "encode") and hasattr(cls, "decode")):
         raise place.problem(
             f"is not an autoencoder: its config.json names the class {class_name!r}, which has no "

@@ -137,7 +137,7 @@ class Run:
             raise ConfigError(problem)
         self.origin: str | None = None
         if config.model.pretrained is not None:
-            layout = stage.family.layout(stage.model)
+            layout = {"family": stage.family.name, **stage.family.layout(stage.model)}
             self.config = replace(config, model=replace(config.model, **layout))
             if start is None and processes.is_main:  # which saves it for all
                 self.origin = fingerprint_weights(stage.model)

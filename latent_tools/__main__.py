@@ -61,7 +61,7 @@ def verify(cache: str, release: bool = False, data: bool = False, path: str | No
     if changed:
         raise CacheError(
             f"{len(changed)} samples of the data are not those that were encoded: restore them, "
-            "or make a new cache"
+            f"or take them in with {tools.redo_command(manifest)} --update"
         )
     print(f"{units} units are whole{', and so is the data' if data else ''}")
 

@@ -1,9 +1,10 @@
 """The command `cache_latents`: reads its options, precomputes, and says what to do next."""
 
+import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from first_stage.config.images import ImagesConfig, shorter_side
 from first_stage.config.parsing import read_options
 from first_stage.config.types import NonNegativeInt, PositiveInt, Share
-from first_stage.data import Source, spare_workers
+from first_stage.data import Source, spare_workers, take_inventory
+from first_stage.data.checks import value_remark
 from first_stage.distributed.memory import keep_freed_memory
+from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
 from first_stage.files import writing
 from first_stage.models.loading import load_autoencoder, training_resolution
@@ -70,6 +73,7 @@ class Options(EncodingOptions, Places):
 _SWITCHES = {
     "--flip": "true",
     "--compile": "true",
+    "--update": "true",
     "--data.streaming": "true",
     "--buckets": "auto",
 }
@@ -118,8 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = process.world
     say(f"{count} process{'es' if count > 1 else ''} on {process.device.type}")
     autoencoder = load_autoencoder(options.first_stage, options.revision, "--first_stage")
-    source = _open(options.data)
+    source = _open(options.data, say)
     cache_options = _cache_options(options, autoencoder, process)
+    if process.rank == 0 and (remark := value_remark(source, cache_options.reading)):
+        say(remark)
     kept = "Complete units are kept: start the same command to go on"
     try:
         with writing(Path(options.output), lambda: kept):
@@ -133,10 +139,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _report(options, outcome, process)
 
 
-def _open(data: CacheData) -> Source:
-    if data.streaming:
+def _open(data: CacheData, say: Callable[[str], None]) -> Source:
+    processes = Processes()
+
+    def once(make: Callable[[], Any]) -> Any:
+        return shared(processes, make)
+
+    is_far = "://" in data.path
+    if is_far or (data.streaming and once(lambda: _is_parquet(data))):
+        if data.min_side:
+            raise ConfigError("data.min_side needs all sizes first: set data.streaming to false")
         return ParquetStream(data.path, data.image_column, data.split)
-    return data.open("all")
+    return data.open("all", say=say, once=once)
+
+
+def _is_parquet(data: CacheData) -> bool:
+    return take_inventory(data.path, data.split).kind in ("parquet", "hub")
 
 
 def _this_process() -> Process:
@@ -174,9 +192,13 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
                 "--data.resolution is missing, and the first stage does not say what it was "
                 "trained on"
             )
+    reading = data.reading(int(getattr(autoencoder.config, "in_channels", 3)))
+    if options.buckets == "kohya":
+        reading = dataclasses.replace(reading, upright=False)
     return CacheOptions(
         resolution=resolution,
         resize=shorter_side(data.resize, resolution),
+        reading=reading,
         workers=_workers(data.workers, process),
         max_broken=data.max_broken,
         opened_with={

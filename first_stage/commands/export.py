@@ -135,8 +135,8 @@ def images(options: Options, vae: AutoencoderKL) -> Iterator[torch.Tensor]:
             f"data.resolution is {resolution}; it must be a multiple of the downsample factor "
             f"{factor}"
         )
-    view, channels = data.view(resolution), vae.config.in_channels
-    found = fixed_images(data.open("train"), view, channels, data.images, seed=0)
+    view, reading = data.view(resolution), data.reading(vae.config.in_channels)
+    found = fixed_images(data.open("train", say=print), view, reading, data.images, seed=0)
     for pixels in found.pixels.split(_AT_ONCE):
         yield images_from_pixels(pixels)
 

@@ -119,7 +119,9 @@ def read_options(
     parser.add_class_arguments(kind, nested_key=None, as_group=False, skip=set(several or {}))
     parsed = parser.parse_args(with_values(given, switches or {}))
     values = vars(parser.instantiate_classes(parsed))
-    options = {name: value for name, value in values.items() if name != "config"}
+    # A field named like a method of the parser's namespace, `update`, comes with a mark before it.
+    named = {name.lstrip("\u200b"): value for name, value in values.items()}
+    options = {name: value for name, value in named.items() if name != "config"}
     return with_home(plain(kind(**options)))
 
 

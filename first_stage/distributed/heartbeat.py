@@ -10,7 +10,6 @@ does not grow with the job. Whoever misses a peer raises an alarm that all hear.
 looks after the first, which can get stuck where the store is cut off.
 """
 
-import functools
 import os
 import socket
 import sys
@@ -190,7 +189,7 @@ class Watch:
                     self._heard = now
                 lost += [p for p in self._silent(beats, now) if not self._excused(p)]
             if lost:
-                self._ask(functools.partial(self._store.set, "alarm", _ranks(lost)))
+                self._raise_alarm(" ".join(str(p.rank) for p in lost))
             elif (alarm := self._get("alarm")) is not None:
                 lost = [self.peers[int(rank)] for rank in alarm.split()]
             if lost and not self._closed.is_set():
@@ -251,6 +250,9 @@ class Watch:
 
         return bool(self._ask(work))
 
+    def _raise_alarm(self, ranks: str) -> None:
+        self._ask(lambda: self._store.set("alarm", ranks))
+
     def _join(self, list_: str) -> bool:
         """Put this process on a list that all can read in one request."""
         return bool(self._ask(lambda: self._store.append(list_, f"{self.rank} ") or True))
@@ -282,10 +284,6 @@ class Watch:
             return None
         finally:
             self._lock.release()
-
-
-def _ranks(peers: Sequence[Peer]) -> str:
-    return " ".join(str(p.rank) for p in peers)
 
 
 def _lost(peers: Sequence[Peer]) -> str:

@@ -4,10 +4,11 @@ import contextlib
 import ctypes
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,10 @@ _SAME_SIGNAL = 3.0
 """Seconds within which a repeated signal counts as the same request: a scheduler signals every
 process of a job, and the launcher passes on what it got."""
 _PR_SET_PDEATHSIG = 1
+_OFTEN = 0.5
+"""Seconds between two looks at work on the main process."""
+
+Made = TypeVar("Made")
 
 
 class Stopped(KeyboardInterrupt):
@@ -113,6 +118,14 @@ class Processes:
         dist.all_gather_object(values, value, group=self._control)
         return values
 
+    def broadcast(self, value: Any) -> Any:
+        """The first process's value, on every process; what the others give does not matter."""
+        if not self._many:
+            return value
+        values = [value if self.is_main else None]
+        dist.broadcast_object_list(values, src=0, group=self._control)
+        return values[0]
+
     def wait(self) -> None:
         """Wait until every process is here."""
         if self._many:
@@ -165,6 +178,50 @@ def _is_broken_connection(error: BaseException) -> bool:
     # What gloo throws inside a backward pass is a plain RuntimeError.
     text = str(error).lower()
     return isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text)
+
+
+def on_main(processes: Processes, work: Callable[[], None]) -> None:
+    """Do something on the main process; what goes wrong there in words is raised on all.
+
+    It may take hours: the others do not wait in one long call, which would time out.
+
+    Raises:
+        UserError: What the main process met.
+    """
+    problem: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            work()
+        except BaseException as error:
+            problem.append(error)
+
+    if processes.world == 1 or not processes.is_main:
+        worker = None
+        if processes.is_main:
+            attempt()
+    else:
+        worker = threading.Thread(target=attempt, daemon=True)
+        worker.start()
+        worker.join(_OFTEN)
+    while processes.totals(int(worker is not None and worker.is_alive()))[0]:
+        time.sleep(_OFTEN)
+    if problem and not isinstance(problem[0], UserError):
+        raise problem[0]
+    told = processes.broadcast(str(problem[0]) if problem else None)
+    if told is not None:
+        raise type(problem[0])(told) if problem else UserError(told)
+
+
+def shared(processes: Processes, make: Callable[[], Made]) -> Made:
+    """Something that the main process makes, on all processes.
+
+    Raises:
+        UserError: What the main process met.
+    """
+    made: list[Made] = []
+    on_main(processes, lambda: made.append(make()))
+    return cast(Made, processes.broadcast(made[0] if made else None))
 
 
 class StopRequest:

@@ -16,12 +16,12 @@ from first_stage.data import (
     Batch,
     BrokenFiles,
     StepSampler,
-    View,
     fixed_images,
     images_from_pixels,
     loader_fault,
     start_loader,
 )
+from first_stage.data.checks import value_remark
 from first_stage.distributed.processes import (
     Processes,
     Stopped,
@@ -127,7 +127,7 @@ class Run:
             self._say(remark)
         sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
         self.source, held_out = open_data(
-            config.data, folder=self.folder, processes=processes, **sizes
+            config.data, folder=self.folder, processes=processes, say=self._say, **sizes
         )
         self.fingerprint = agreed_fingerprint(self.source, processes)
         self.held_out = len(held_out) if held_out is not None else 0
@@ -144,8 +144,8 @@ class Run:
         self.stream = open_stream(self.source, config.data, channels=stage.in_channels, **sizes)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
-            View(*config.validation_view),
-            stage.in_channels,
+            config.held_out_view,
+            config.data.reading(stage.in_channels),
             config.validation.images,
             config.seed,
         )
@@ -154,6 +154,8 @@ class Run:
         self.resumed_at = self._resume(start)
         self.saved = self.resumed_at or 0
         self.logbook = self._open_logbook()
+        if processes.is_main and (remark := value_remark(self.source, self.stream.reading)):
+            self._say(remark)
         self._say(
             introduction(
                 self.trainer,
@@ -196,6 +198,8 @@ class Run:
             self._save(done)
         if ending.fault is not None:
             raise type(ending.fault)(f"{ending.fault}. {self.saved_so_far()}")
+        if summary := self.broken.summary():
+            self._say(summary)
         finished = done == train.max_steps
         if finished:
             metrics = metrics or self._measure()

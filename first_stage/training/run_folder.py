@@ -22,7 +22,8 @@ EVALUATION = "evaluation"
 CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
 TRACKER = "tracker"
-SHARDS = "shards.json"
+SHARDS = "shards"
+INVENTORY = "files.txt"
 LOCK = ".lock"
 _ALL = (
     CONFIG,
@@ -36,6 +37,8 @@ _ALL = (
     PICTURES,
     TRACKER,
     SHARDS,
+    INVENTORY,
+    "held_out.txt",
 )
 
 

@@ -138,7 +138,9 @@ class Trainer:
         self.config, self.accelerator, self.processes = config, accelerator, processes
         torch.manual_seed(config.seed)
         first_stage = make_first_stage(config.model, config.data.resolution)
-        self.latent_shape = first_stage.latent_shape(config.data.resolution)
+        height, width = config.data.view(config.data.resolution).size
+        channels, rows, _ = first_stage.latent_shape(height)
+        self.latent_shape = (channels, rows, first_stage.latent_shape(width)[2])
         critic = _make_critic(config.critic, first_stage) if config.needs_critic else None
         self.objective = Objective(
             config.loss, accelerator.device, accelerator.autocast, first_stage.bottleneck.weights

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from first_stage.data import FixedImages, images_from_pixels
+from first_stage.data import FixedImages, displayed, images_from_pixels
 from first_stage.distributed.processes import Processes
 from first_stage.evaluation.grids import grid
 from first_stage.metrics import images as metrics
@@ -33,11 +33,13 @@ def validate(
         are, there is no `psnr`.
     """
     device = stage.device
+    is_measured = images.reading is not None and images.reading.value_range is not None
+    grade = metrics.clamped if is_measured else metrics.eight_bit
     totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
     for batch in _share(images.pixels, processes, batch_size):
         originals = images_from_pixels(batch.to(device))
-        rebuilt = metrics.eight_bit(reconstruct(stage, originals)[0])
-        originals = metrics.eight_bit(originals)
+        rebuilt = grade(reconstruct(stage, originals)[0])
+        originals = grade(originals)
         totals[-1] += (originals == rebuilt).flatten(1).all(1).sum()
         for place, metric in enumerate(METRICS.values()):
             values = metric(originals, rebuilt)
@@ -61,4 +63,6 @@ def _share(pixels: Tensor, processes: Processes, batch_size: int) -> Iterator[Te
 def draw_grid(stage: FirstStage, images: FixedImages, count: int) -> Image.Image:
     """A grid of originals over reconstructions."""
     originals = images_from_pixels(images.pixels[:count].to(stage.device))
-    return grid([originals, reconstruct(stage, originals)[0]])
+    display = images.reading.display if images.reading is not None else None
+    shown = displayed(originals.shape[1], display)
+    return grid([originals[:, shown], reconstruct(stage, originals)[0][:, shown]])

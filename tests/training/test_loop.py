@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from autoencoders import build_autoencoder
-from conftest import ROOT, arguments
+from conftest import ROOT, arguments, picture
 from diffusers import AutoencoderKL
 from PIL import Image
 
@@ -186,12 +186,15 @@ def test_what_blows_up_stops_the_run_by_name_and_saves_nothing(tiny, tmp_path):
 
 def test_broken_files_are_listed_and_too_many_stop_the_run(tiny, images, tmp_path):
     (images / "90.png").write_bytes(b"rubbish")
-    config = tiny(data__validation_path=images, train__max_steps=6, data__max_broken=0.2)
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    picture(99).save(held_out / "a.png")
+    config = tiny(data__validation_path=held_out, train__max_steps=6, data__max_broken=0.2)
     assert train(config).finished
     lines = (tmp_path / "run/broken_files.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["90.png"]
     with pytest.raises(DataError, match=r"more than data.max_broken \(0.0\) allows"):
-        train(tiny(data__validation_path=images, data__max_broken=0.0, overwrite=True))
+        train(tiny(data__validation_path=held_out, data__max_broken=0.0, overwrite=True))
 
 
 def test_no_held_out_images_is_no_error(tiny, tmp_path):

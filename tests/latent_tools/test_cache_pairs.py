@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from autoencoders import build_autoencoder
 from cache_helpers import cache, make_vae, photo
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from first_stage.data import Reading, View, images_from_pixels, open_image, pixels_of
 from first_stage.errors import UserError
-from first_stage.models.first_stage import build_autoencoder
 from latent_tools import BucketBatchSampler, LatentDataset, collate
 from latent_tools.export.run import export_cache
 from latent_tools.format.plan import kohya_bucket, kohya_buckets

@@ -326,7 +326,7 @@ def _images_of_split(
                 _put(left_out, f"images of the split {name}", others)
         stray = [path for path in listing.images if not path.startswith(tuple(folders))]
         _put(left_out, "images beside the folders of the splits", stray)
-    stems = {os.path.splitext(path)[0] for path in images}
+    stems = {os.path.splitext(path)[0] for path in images} if listing.sidecars else set()
     beside = [p for p in listing.sidecars if os.path.splitext(p)[0] in stems]
     inventory.sidecars = Paths(beside)
     inventory.metadata = Paths(listing.metadata)

@@ -1,4 +1,4 @@
-"""The command `train`: trains a first stage, and says what was made and what comes next."""
+"""The command `first-stage train`: trains a first stage, and says what was made and what comes next."""
 
 from collections.abc import Sequence
 from pathlib import Path

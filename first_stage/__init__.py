@@ -8,8 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from first_stage.config.schema import Config as Config
-    from first_stage.config.schema import parse_config as parse_config
+    from first_stage.config import Config as Config
+    from first_stage.config import parse_config as parse_config
     from first_stage.data import open_source as open_source
     from first_stage.errors import ConfigError as ConfigError
     from first_stage.errors import DataError as DataError
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Config": "first_stage.config.schema",
-    "parse_config": "first_stage.config.schema",
+    "Config": "first_stage.config",
+    "parse_config": "first_stage.config",
     "open_source": "first_stage.data",
     "ConfigError": "first_stage.errors",
     "DataError": "first_stage.errors",

@@ -10,8 +10,8 @@ from conftest import ROOT
 
 import first_stage
 from first_stage.__main__ import COMMANDS, main, wait_without_spinning
-from first_stage.config.recipes import find_config, recipe_file, recipe_names
 from first_stage.errors import ConfigError
+from first_stage.recipes import find_config, recipe_file, recipe_names
 
 HEAVY = ("torch", "diffusers", "datasets", "numpy", "jsonargparse")
 

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Sequence
 
 from first_stage.command_line import command_line
-from first_stage.config.recipes import recipe_file, recipe_folder, recipe_names
 from first_stage.errors import ConfigError
+from first_stage.recipes import recipe_file, recipe_folder, recipe_names
 
 _HELP = """usage: first-stage recipes [NAME]
 

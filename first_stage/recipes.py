@@ -1,15 +1,15 @@
-"""The recipes that come with first-stage: `configs/` of a clone, `recipes/` of the package."""
+"""The recipes that come with first-stage: the folder `configs` of a clone, or of the package."""
 
 from pathlib import Path
 
 from first_stage.errors import ConfigError
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+_PACKAGE = Path(__file__).resolve().parent
 
 
 def recipe_folder() -> Path:
     """Where the recipes are."""
-    installed = _PACKAGE / "recipes"
+    installed = _PACKAGE / "configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "configs"
 
 

@@ -1,5 +1,6 @@
 """The command `first-stage train`: trains, and says what was made and what comes next."""
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from accelerate import PartialState
 from first_stage.command_line import command_line
 from first_stage.config import Config, parse_config
 from first_stage.training.loop import train
+from first_stage.training.plan import plan
 from first_stage.training.run_folder import resume_command
 
 
@@ -17,7 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command line without the program's name; `None` reads `sys.argv`.
     """
-    config = parse_config(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    config = parse_config(given)
+    if config.plan:
+        plan(config)
+        if PartialState().is_main_process:
+            again = command_line("train", *without_plan(given))
+            print(f"Nothing was trained. Start it with:\n  {again}")
+        return
     outcome = train(config)
     if not PartialState().is_main_process:
         return
@@ -57,3 +66,16 @@ def cache_command(config: Config, processes: int) -> str:
     if data.streaming:
         line += ["--data.streaming", "true"]
     return command_line("cache", *line, "--output", folder / "latents", processes=processes)
+
+
+def without_plan(arguments: Sequence[str]) -> list[str]:
+    """A command line without `--plan true`.
+
+    Args:
+        arguments: The command line.
+    """
+    left = [argument for argument in arguments if not argument.startswith("--plan=")]
+    if "--plan" in left:
+        place = left.index("--plan")
+        del left[place : place + 2]
+    return left

@@ -30,6 +30,7 @@ from first_stage.files import write_text, writing
 from first_stage.handover.export import measure_latents
 from first_stage.metrics.training import Watch, derived
 from first_stage.models.first_stage import load_autoencoder
+from first_stage.report import write_report
 from first_stage.training import run_folder as files
 from first_stage.training.checkpoint import (
     find_checkpoint,
@@ -39,7 +40,6 @@ from first_stage.training.checkpoint import (
 )
 from first_stage.training.data import (
     agreed_fingerprint,
-    introduction,
     make_accelerator,
     on_main,
     open_data,
@@ -47,6 +47,7 @@ from first_stage.training.data import (
     open_stream,
 )
 from first_stage.training.finish import hand_over
+from first_stage.training.introduction import draw_first_batch, introduction
 from first_stage.training.log import Logbook, Progress
 from first_stage.training.resume import check_resumable, lasting, recipe
 from first_stage.training.step import Trainer
@@ -183,6 +184,8 @@ class Run:
                 ending = self._agree(micro_batches, fault)
                 if ending.now:
                     break
+                if done == 0:
+                    self._draw(micro_batches[0])
                 self.trainer.training_step(done, micro_batches)
                 done += 1
                 last = done == train.max_steps
@@ -260,6 +263,12 @@ class Run:
             return Ending(True, error)
         return Ending(False)
 
+    def _draw(self, batch: Batch) -> None:
+        """Write the first crops, as the network gets them, as a picture."""
+        if self.processes.is_main:
+            with self._writing():
+                draw_first_batch(batch.pixels, self.folder / files.FIRST_BATCH)
+
     def _log(self, step: int, progress: Progress) -> None:
         self._check_finite()
         values = derived(self.trainer.meter.averages(self.processes.average))
@@ -293,6 +302,7 @@ class Run:
                 save_png(picture, files.frame_path(self.folder, step))
                 if metrics and self.logbook is not None:
                     self.logbook.write(step, {f"validation/{k}": v for k, v in metrics.items()})
+                write_report(self.folder)
         return metrics
 
     def _check_finite(self) -> None:

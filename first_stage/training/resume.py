@@ -15,7 +15,7 @@ from first_stage.training.checkpoint import Snapshot
 
 MAY_CHANGE = tuple(changeable(Config))
 """Fields, and sections, that a run may go on with at another value; the schema marks them."""
-_SILENT = ("output_dir", "overwrite", "resume")
+_SILENT = ("output_dir", "overwrite", "plan", "resume")
 _ABSENT = object()
 
 
@@ -41,7 +41,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 def lasting(config: Config) -> Config:
     """The configuration without what concerns only how one command began."""
-    return replace(config, resume=None, overwrite=False)
+    return replace(config, resume=None, overwrite=False, plan=False)
 
 
 def recipe(config: Config) -> str:

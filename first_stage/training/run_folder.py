@@ -20,6 +20,7 @@ EXPORT = "export"
 EVALUATION = "evaluation"
 CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
+FIRST_BATCH = "pictures/first-batch.png"
 TRACKER = "tracker"
 SHARDS = "shards.json"
 LOCK = ".lock"
@@ -63,7 +64,7 @@ def prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:
             if place.is_dir():
                 remove_leftovers(place)
         return
-    present = [name for name in _ALL if (folder / name).exists()]
+    present = _present(folder)
     if present and not overwrite:
         raise ConfigError(
             f"output_dir {str(folder)!r} already holds a run ({', '.join(present)}): go on with "
@@ -72,6 +73,14 @@ def prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:
     for name in present:
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _present(folder: Path) -> list[str]:
+    """What of a run is in a folder; what a plan left there is no run."""
+    found = [name for name in _ALL if (folder / name).exists()]
+    if set(found) <= {PICTURES, SHARDS} and not list_frames(folder):
+        return []
+    return found
 
 
 @contextlib.contextmanager

@@ -67,7 +67,7 @@ def _commands() -> Iterator[str]:
                 yield from _subcommand(function)
             continue
         else:
-            yield from _tables(_OPTIONS[name], level="###")
+            yield from _sections(_OPTIONS[name], level="###")
         yield ""
 
 
@@ -75,13 +75,13 @@ def _subcommand(function: Callable[..., Any]) -> Iterator[str]:
     said = docstring_parser.parse(inspect.getdoc(function) or "")
     meant = {entry.arg_name: entry.description or "" for entry in said.params}
     yield from (f"### first-stage latents {function.__name__} CACHE", "", _sentences(said), "")
-    rows = [
-        (f"`--{p.name}`", _default(p.default), meant.get(p.name, ""))
+    lines = [
+        f"- `--{p.name}` (default {_default(p.default)}): {_line(meant.get(p.name))}"
         for p in inspect.signature(function).parameters.values()
         if p.default is not p.empty
     ]
-    if rows:
-        yield from (*_table(("option", "default", "meaning"), rows), "")
+    if lines:
+        yield from (*lines, "")
 
 
 # -- configuration ---------------------------------------------------------------------------
@@ -95,11 +95,11 @@ def _configuration() -> Iterator[str]:
         "is refused."
     )
     yield ""
-    yield from _tables(Config)
+    yield from _sections(Config)
 
 
-def _tables(kind: type, prefix: str = "", level: str = "##") -> Iterator[str]:
-    """A table of a class of options, and then one of each of its sections."""
+def _sections(kind: type, prefix: str = "", level: str = "##") -> Iterator[str]:
+    """The fields of a class of options, and then those of each of its sections."""
     if prefix:
         title = prefix.removesuffix(".")
         yield from (
@@ -108,29 +108,32 @@ def _tables(kind: type, prefix: str = "", level: str = "##") -> Iterator[str]:
             _first(kind),
             "",
         )
-    rows, sections = [], []
+    lines, sections = [], []
     hints, meant = get_type_hints(kind), _meanings(kind)
     for field in dataclasses.fields(kind):
-        hint = _without_none(hints[field.name])
+        hint, name = _without_none(hints[field.name]), f"{prefix}{field.name}"
+        about = _type(hints[field.name])
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            sections.append((f"{prefix}{field.name}.", hint))
-            if field.default is None:
-                rows.append(
-                    (f"`{prefix}{field.name}`", "section", "null", meant.get(field.name, ""))
-                )
-            continue
+            sections.append((f"{name}.", hint))
+            if field.default is not None:
+                continue
+            about = "section, or null"
         default = _default(_default_of(field))
-        rows.append((f"`{prefix}{field.name}`", _type(hints[field.name]), default,
-                     meant.get(field.name, "")))  # fmt: skip
-    if rows:
-        yield from (*_table(("field", "type", "default", "meaning"), rows), "")
+        about += f", default {default}" if default else ""
+        lines.append(f"- `{name}` ({about}): {_line(meant.get(field.name))}")
+    if lines:
+        yield from (*lines, "")
     for name, section in sections:
-        yield from _tables(section, name, level)
+        yield from _sections(section, name, level)
 
 
 def _meanings(kind: type) -> dict[str, str]:
     """Field to the docstring below it, those of base classes too."""
-    found = dict(evaluate._SEVERAL) if kind is evaluate.Arguments else {}
+    found = (
+        {name: re.sub(r" \(.*\)$", "", text) for name, text in evaluate._SEVERAL.items()}
+        if kind is evaluate.Arguments
+        else {}
+    )
     for ancestor in reversed(kind.__mro__):
         if not dataclasses.is_dataclass(ancestor):
             continue
@@ -288,14 +291,6 @@ def _sentences(said: Any) -> str:
 
 def _line(text: str | None) -> str:
     return " ".join((text or "").split())
-
-
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        cells = [_line(cell).replace("|", r"\|") for cell in row]
-        yield f"| {' | '.join(cells)} |"
 
 
 def tidy(text: str) -> str:

@@ -45,18 +45,11 @@ def commands(page: Path) -> list[list[str]]:
         if language not in ("bash", "sh"):
             continue
         for line in block.replace("\\\n", " ").splitlines():
-            if line.startswith("#") or "first-stage " not in line.replace("-m first_stage", ""):
-                if "-m first_stage" not in line:
-                    continue
-            words = shlex.split(line.rstrip("'").replace("'", "") if "srun" in line else line,
-                                comments=True)  # fmt: skip
-            start = next(
-                (k + 1 for k, word in enumerate(words) if word in ("first-stage", "first_stage")), 0
-            )
-            ends = (k for k, word in enumerate(words) if word in (">", "|", "||", "&&", ";"))
-            end = next((k for k in ends if k > start), len(words))
-            if start:
-                found.append(words[start:end])
+            match = re.search(r"^(?!#).*?\bfirst[-_]stage (?=[a-z-])(.*)", line)
+            if match is not None:
+                words = shlex.split(match[1].replace("'", ""), comments=True)
+                ends = [k for k, word in enumerate(words) if word in (">", "|", "||", "&&", ";")]
+                found.append(words[: min(ends, default=len(words))])
     return found
 
 

@@ -86,7 +86,7 @@ def _lines(config: Config, accelerator: Accelerator, processes: Processes) -> It
         config.train.batch_size, micro, 0, (_TIMED_STEPS + 1) * len(course),
         processes.rank, processes.world,
     )  # fmt: skip
-    stream = open_stream(source, config.data, stage, **sizes)
+    stream = open_stream(source, config.data, channels=stage.in_channels, **sizes)
     pin = accelerator.device.type == "cuda"
     with contextlib.closing(
         start_loader(open_loader(stream, positions, workers=config.data.workers, pin_memory=pin))

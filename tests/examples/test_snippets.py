@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from autoencoders import build_autoencoder
 from conftest import ROOT, picture
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from pipelines import sample, stable_diffusion_xl
@@ -15,7 +16,6 @@ from first_stage.commands import export
 from first_stage.data import open_source
 from first_stage.distributed.processes import Processes
 from first_stage.handover.export import measure_latents, write_export
-from first_stage.models.first_stage import build_autoencoder
 from latent_tools import CacheOptions, precompute
 from latent_tools.__main__ import main as latent_tools_main
 

@@ -1,4 +1,7 @@
-"""`python -m latent_tools info|verify|stats|preview|gc|export DIR`."""
+"""`first-stage latents info|verify|stats|preview|gc|export CACHE`.
+
+The same as `python -m latent_tools info ...`.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -7,6 +10,7 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from first_stage.command_line import command_line
 from first_stage.config.parsing import parser_class, with_values
 from first_stage.config.types import NonNegativeInt, PositiveInt
 from first_stage.errors import ConfigError, run_command
@@ -54,8 +58,8 @@ def verify(cache: str, release: bool = False, data: bool = False, path: str | No
         return
     if found:
         raise CacheError(
-            f"{len(found)} of {units} units are damaged; to encode only these again: python -m "
-            f"latent_tools verify {tools.quoted(folder)} --release, then "
+            f"{len(found)} of {units} units are damaged; to encode only these again: "
+            f"{command_line('latents', 'verify', folder, '--release')}, then "
             f"{tools.redo_command(manifest)}"
         )
     if changed:
@@ -113,7 +117,7 @@ def gc(cache: str, delete: bool = False) -> None:
     elif delete:
         print(f"deleted {len(found)} files, {size / 2**20:.1f} MiB")
     else:
-        again = f"python -m latent_tools gc {tools.quoted(Path(cache))} --delete"
+        again = command_line("latents", "gc", cache, "--delete")
         print(f"{len(found)} files, {size / 2**20:.1f} MiB; to delete them: {again}")
 
 
@@ -170,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             [info, verify, stats, preview, gc, export],
             args=with_values(given, _SWITCHES),
             parser_class=parser_class(),
-            prog="python -m latent_tools",
+            prog="first-stage latents",
             as_positional=True,
         )
 

@@ -1,10 +1,9 @@
-"""What `python -m latent_tools` does: look into a cache, check it, picture it, tidy it up.
+"""What `first-stage latents` does: look into a cache, check it, picture it, tidy it up.
 
 Nothing here deletes anything unless told to.
 """
 
 import os
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -317,8 +316,3 @@ def leftovers(folder: Path) -> list[tuple[Path, str]]:
 def redo_command(manifest: Manifest) -> str:
     """The command that goes on with a cache."""
     return manifest.command or "the command that made the cache"
-
-
-def quoted(path: Path) -> str:
-    """A path for a shell."""
-    return shlex.quote(str(path))

@@ -51,7 +51,7 @@ class Options:
     """Train a class-conditional diffusion transformer on a latent cache."""
 
     latents: str = ""
-    """The cache, as scripts/cache_latents.py writes it, with labels."""
+    """The cache, as first-stage cache writes it, with labels."""
     output_dir: str = "runs/diffusion"
     """Folder for checkpoints and the pipeline."""
     first_stage: str | None = None
@@ -331,7 +331,7 @@ def parse_options() -> Options:
     """Read the command line."""
     options = read_options(Options, switches={"--resume": "true"})
     if not options.latents:
-        raise ConfigError("--latents is missing: the folder that scripts/cache_latents.py wrote")
+        raise ConfigError("--latents is missing: the folder that first-stage cache wrote")
     return options
 
 

@@ -1,8 +1,7 @@
-"""The command `cache_latents`: reads its options, precomputes, and says what to do next."""
+"""The command `first-stage cache`: reads its options, precomputes, and says what to do next."""
 
 import dataclasses
 import os
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from first_stage.command_line import command_line
 from first_stage.config.images import ImagesConfig, shorter_side
 from first_stage.config.parsing import read_options
 from first_stage.config.types import NonNegativeInt, PositiveInt, Share
@@ -112,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command line without the program's name; `None` reads `sys.argv`.
     """
-    options = parse_options(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse_options(given)
     process = _this_process()
 
     def say(line: str) -> None:
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say(f"{count} process{'es' if count > 1 else ''} on {process.device.type}")
     autoencoder = load_autoencoder(options.first_stage, options.revision, "--first_stage")
     source = _open(options.data, say)
-    cache_options = _cache_options(options, autoencoder, process)
+    cache_options = _cache_options(options, autoencoder, process, command_line("cache", *given))
     if process.rank == 0 and (remark := value_remark(source, cache_options.reading)):
         say(remark)
     kept = "Complete units are kept: start the same command to go on"
@@ -182,7 +183,9 @@ def _this_process() -> Process:
     )
 
 
-def _cache_options(options: Options, autoencoder: Any, process: Process) -> CacheOptions:
+def _cache_options(
+    options: Options, autoencoder: Any, process: Process, command: str
+) -> CacheOptions:
     data = options.data
     resolution = data.resolution
     if resolution is None:
@@ -206,7 +209,7 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
             "split": data.split,
             "streaming": data.streaming,
         },
-        command=shlex.join(["accelerate", "launch", *sys.argv]),
+        command=command,
         **{f.name: getattr(options, f.name) for f in fields(EncodingOptions)},
     )
 
@@ -245,7 +248,7 @@ def _summary(output: str) -> str:
             f"{counts['failures']} samples failed: {Path(output, 'failures.parquet')} says why"
         )
     lines.append(
-        f"next: python -m latent_tools info {shlex.quote(output)}, or in Python "
+        f"next: {command_line('latents', 'info', output)}, or in Python "
         f"latent_tools.LatentDataset({output!r})"
     )
     return "\n".join(lines)

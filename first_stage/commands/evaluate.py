@@ -1,4 +1,4 @@
-"""The command `scripts/evaluate.py`: arguments, messages, files."""
+"""The command `first-stage evaluate`: arguments, messages, files."""
 
 import tempfile
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,6 @@
-"""The command `export`: a first stage with its latents' statistics folded into its weights."""
+"""The command `first-stage export`: a first stage with its latents' statistics in its weights."""
 
 import json
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from first_stage.command_line import command_line
 from first_stage.config.images import ImagesConfig
 from first_stage.config.parsing import read_options
 from first_stage.config.types import PositiveInt
@@ -86,14 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_json(folder / STATISTICS_FILE, standard)
 
     write_folder(Path(options.output), write)
+    cache = ("--first_stage", options.output, "--data.path", "DATA", "--output", "CACHE")
     print(
         f"export    {options.output} (scaling_factor 1, no shift)\n"
         "Load it with diffusers:\n"
         "  from diffusers import AutoencoderKL\n"
-        f'  vae = AutoencoderKL.from_pretrained("{options.output}")\n'
+        f"  vae = AutoencoderKL.from_pretrained({options.output!r})\n"
         "Latents cached with the first stage as it was belong to that one; cache anew:\n"
-        f"  accelerate launch scripts/cache_latents.py --first_stage "
-        f"{shlex.quote(options.output)} --data.path DATA --output CACHE"
+        f"  {command_line('cache', *cache, processes=1)}"
     )
 
 

@@ -13,6 +13,7 @@ from first_stage.config.schema import Config
 from first_stage.config.sections import with_sections
 from first_stage.config.types import misfit, plain
 from first_stage.errors import ConfigError
+from first_stage.recipes import find_config
 
 Options = TypeVar("Options")
 _NO_IMPORT = re.compile(r"Importing ('[^']*') is not allowed, .*")
@@ -113,11 +114,13 @@ def read_options(
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = plain_parser(description or kind.__doc__)
-    parser.add_argument("--config", action="config", help="A YAML file; flags override it.")
+    parser.add_argument(
+        "--config", action="config", help="A YAML file, or a recipe's name; flags override it."
+    )
     for name, text in (several or {}).items():
         parser.add_argument(f"--{name}", nargs="+", help=text)
     parser.add_class_arguments(kind, nested_key=None, as_group=False, skip=set(several or {}))
-    parsed = parser.parse_args(with_values(given, switches or {}))
+    parsed = parser.parse_args(with_values(with_recipes(given), switches or {}))
     values = vars(parser.instantiate_classes(parsed))
     # A field named like a method of the parser's namespace, `update`, comes with a mark before it.
     named = {name.lstrip("\u200b"): value for name, value in values.items()}
@@ -169,6 +172,25 @@ def with_home(value: Any) -> Any:
         changed = {name: with_home(getattr(value, name)) for name in names}
         return dataclasses.replace(value, **changed)
     return value
+
+
+def with_recipes(arguments: Sequence[str]) -> list[str]:
+    """A command line in which every `--config` names a file.
+
+    Args:
+        arguments: The command line; `--config kl_f8` names a recipe.
+
+    Raises:
+        ConfigError: When a value is neither a file nor a recipe.
+    """
+    result: list[str] = []
+    for argument in arguments:
+        if result and result[-1] == "--config":
+            argument = find_config(argument)
+        elif argument.startswith("--config="):
+            argument = f"--config={find_config(argument.removeprefix('--config='))}"
+        result.append(argument)
+    return result
 
 
 def with_values(arguments: Sequence[str], switches: Mapping[str, str]) -> list[str]:

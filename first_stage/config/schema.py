@@ -205,6 +205,8 @@ class Config:
     """Folder for checkpoints, logs, pictures and the export."""
     overwrite: bool = may_change(False)
     """Replace a run that is already in output_dir; otherwise it is refused."""
+    plan: bool = may_change(False)
+    """Only say what the run would do, and what a few timed steps say it would cost."""
     resume: str | None = may_change(None)
     """Go on from a checkpoint: latest, or a checkpoint's folder."""
     seed: NonNegativeInt = 0

@@ -67,7 +67,7 @@ class Processes:
         if self._many and patience is not None:
             # A connection of its own: the watch's requests come from another thread.
             shared: Any = dist.distributed_c10d._get_default_store()
-            store = dist.PrefixStore("watch", shared.clone())
+            store = dist.distributed_c10d.PrefixStore("watch", shared.clone())
             peers = self.gather(Peer.here(self.rank))
             self._watch = Watch(store, peers, self.rank, patience)
             self.wait()

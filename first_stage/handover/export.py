@@ -245,7 +245,7 @@ Images are in [-1, 1]. {origin}
 `StableDiffusionXLPipeline` and `DiTPipeline` use `scaling_factor` only, so their diffusion model
 works on latents that lie {shift * scaling:.4f} higher. `StableDiffusion3Pipeline` and
 `FluxPipeline` use both. Train by the rule of the pipeline that will decode, or fold the statistics
-into the weights (`scripts/export.py --fold_statistics`), after which every pipeline is right.
+into the weights (`first-stage export --fold_statistics`), after which every pipeline is right.
 
 Per channel (also in `latent_statistics.json`):
 

@@ -188,6 +188,9 @@ def _pictures(folder: Path) -> str:
     if frames:
         step = int(frames[-1].stem.removeprefix("step-"))
         shown.append((frames[-1], f"Originals over reconstructions at step {step:,}"))
+    if (folder / "pictures/first-batch.png").is_file():
+        text = "The first crops, as the network gets them"
+        shown.append((folder / "pictures/first-batch.png", text))
     if (folder / "training.gif").is_file():
         shown.append((folder / "training.gif", "The same while training"))
     figures = "".join(

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
 
 from first_stage.config.schema import DataConfig, TrainConfig
 from first_stage.data import (
@@ -33,7 +32,6 @@ from first_stage.errors import ConfigError, DataError
 from first_stage.files import writing
 from first_stage.training.log import tracker_of
 from first_stage.training.run_folder import INVENTORY, SHARDS
-from first_stage.training.step import Trainer
 
 _ANY = None
 """Of a data set of its own, the only split there is."""
@@ -229,51 +227,3 @@ def open_loader(
         per_step = getattr(positions, "micro_batches", 1)
         return ShardLoader(stream, positions, per_step, workers, pin_memory)
     return training_loader(stream, positions, workers, pin_memory)
-
-
-def introduction(trainer: Trainer, *, micro: int, samples: int, held_out: int) -> str:
-    """What a run says of itself before it begins.
-
-    Args:
-        trainer: Its trainer.
-        micro: Images per forward pass of a process.
-        samples: Images to train on.
-        held_out: Images held out.
-    """
-    config, stage = trainer.config, trainer.first_stage.network
-    world = trainer.processes.world
-    sizes = f"first stage of {_millions(stage)} parameters"
-    if trainer.critic is not None:
-        sizes += f", critic of {_millions(trainer.critic.network)}"
-    return (
-        f"{'1 process' if world == 1 else f'{world} processes'} on "
-        f"{_device(trainer)}, precision {config.train.precision}, batch of "
-        f"{config.train.batch_size} in micro-batches of {micro}\n"
-        f"{samples:,} images to train on, {held_out:,} held out, from {config.data.path}\n"
-        f"{sizes}, f{stage.downsample_factor}, {stage.latent_channels} latent channels"
-        f"{_phases(config.train)}"
-    )
-
-
-def _phases(train: TrainConfig) -> str:
-    """From where on only the decoder learns; nothing where the encoder does to the end."""
-    steps = train.encoder_steps
-    if steps is None or steps >= train.max_steps:
-        return ""
-    return f"; the decoder learns alone {f'from step {steps:,} on' if steps else 'from the start'}"
-
-
-def _device(trainer: Trainer) -> str:
-    """The device, and on a CPU what of it is used: accelerate gives a process one thread."""
-    device, world = trainer.accelerator.device.type, trainer.processes.world
-    if device != "cpu":
-        return device
-    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    text = f"cpu with {threads} thread{'s' if threads > 1 else ''}{' each' if world > 1 else ''}"
-    if (more := cores // world) > threads:
-        text += f" (OMP_NUM_THREADS={more} would use all {cores} cores)"
-    return text
-
-
-def _millions(module: nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"

@@ -27,6 +27,7 @@ from first_stage.distributed.processes import (
     Stopped,
     StopRequest,
     end_with_launcher,
+    on_main,
 )
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.evaluation import HeldImages, Options, evaluate
@@ -35,6 +36,8 @@ from first_stage.files import write_text, writing
 from first_stage.handover.export import measure_latents
 from first_stage.metrics.training import Watch, derived
 from first_stage.models.loading import fingerprint_weights, load_autoencoder
+from first_stage.report import write_report
+from first_stage.spans import span
 from first_stage.training import run_folder as files
 from first_stage.training.checkpoint import (
     read_checkpoint,
@@ -43,16 +46,16 @@ from first_stage.training.checkpoint import (
 )
 from first_stage.training.data import (
     agreed_fingerprint,
-    introduction,
     make_accelerator,
-    on_main,
     open_data,
     open_loader,
     open_stream,
 )
 from first_stage.training.endings import Ending, Outcome, diverged, memory_told, what_is_saved
 from first_stage.training.finish import hand_over
+from first_stage.training.introduction import draw_first_batch, introduction
 from first_stage.training.log import Logbook, Progress
+from first_stage.training.profiling import StepProfiler
 from first_stage.training.resume import as_saved, check_resumable, find_start, lasting, recipe
 from first_stage.training.step import Trainer
 from first_stage.training.validation import draw_grid, validate
@@ -178,12 +181,17 @@ class Run:
         done, ending = self.saved, Ending(False)
         batches = self._load(self._positions(done))
         progress = Progress(done, train.max_steps, train.batch_size, self.processes.is_main)
-        with contextlib.closing(progress), contextlib.closing(batches):
+        profiler = StepProfiler(train.profile_steps, self.folder / files.PROFILE)
+        with contextlib.closing(progress), contextlib.closing(batches), profiler.running():
             while done < train.max_steps:
+                if (trace := profiler.begin_step(done)) is not None:
+                    progress.say(f"trace of steps {train.profile_steps}: {trace}")
                 micro_batches, fault = self._next(batches, progress)
                 ending = self._agree(micro_batches, fault)
                 if ending.now:
                     break
+                if done == 0:
+                    self._draw(micro_batches[0])
                 self.trainer.training_step(done, micro_batches)
                 done += 1
                 last = done == train.max_steps
@@ -229,7 +237,8 @@ class Run:
         """This process's micro-batches of a step, or why there are none."""
         began = time.perf_counter()
         try:
-            micro_batches = [next(batches) for _ in range(self._positions(0).micro_batches)]
+            with span("data"):
+                micro_batches = [next(batches) for _ in range(self._positions(0).micro_batches)]
         except (UserError, RuntimeError, OSError, EOFError) as error:
             fault = loader_fault(error, self.processes.rank)
             if fault is None:
@@ -262,6 +271,12 @@ class Run:
         except DataError as error:
             return Ending(True, error)
         return Ending(False)
+
+    def _draw(self, batch: Batch) -> None:
+        """Write the first crops, as the network gets them, as a picture."""
+        if self.processes.is_main:
+            with self._writing():
+                draw_first_batch(batch.pixels, self.folder / files.FIRST_BATCH)
 
     def _log(self, step: int, progress: Progress) -> None:
         self._check_finite()
@@ -296,6 +311,7 @@ class Run:
                 save_png(picture, files.frame_path(self.folder, step))
                 if metrics and self.logbook is not None:
                     self.logbook.write(step, {f"validation/{k}": v for k, v in metrics.items()})
+                write_report(self.folder)
         return metrics
 
     def _check_finite(self) -> None:

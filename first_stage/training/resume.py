@@ -11,16 +11,15 @@ import yaml
 from first_stage.config.parsing import to_dict
 from first_stage.config.schema import Config
 from first_stage.config.types import changeable
-from first_stage.distributed.processes import Processes
+from first_stage.distributed.processes import Processes, on_main
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.models.families import LAYOUT
 from first_stage.models.loading import fingerprint_weights, load_autoencoder
 from first_stage.training.checkpoint import Snapshot, find_checkpoint
-from first_stage.training.data import on_main
 
 MAY_CHANGE = tuple(changeable(Config))
 """Fields, and sections, that a run may go on with at another value; the schema marks them."""
-_SILENT = ("output_dir", "overwrite", "resume")
+_SILENT = ("output_dir", "overwrite", "plan", "resume")
 _ABSENT = object()
 
 
@@ -85,7 +84,7 @@ def as_saved(config: Config, checkpoint: Path | None) -> Config:
 
 def lasting(config: Config) -> Config:
     """The configuration without what concerns only how one command began."""
-    return replace(config, resume=None, overwrite=False)
+    return replace(config, resume=None, overwrite=False, plan=False)
 
 
 def recipe(config: Config) -> str:

@@ -2,11 +2,11 @@
 
 import contextlib
 import os
-import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from first_stage.command_line import command_line
 from first_stage.errors import ConfigError
 from first_stage.files import remove_leftovers
 from first_stage.locks import RecordLock
@@ -21,7 +21,9 @@ EXPORT = "export"
 EVALUATION = "evaluation"
 CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
+FIRST_BATCH = "pictures/first-batch.png"
 TRACKER = "tracker"
+PROFILE = "profile"
 SHARDS = "shards"
 INVENTORY = "files.txt"
 LOCK = ".lock"
@@ -36,6 +38,7 @@ _ALL = (
     CHECKPOINTS,
     PICTURES,
     TRACKER,
+    PROFILE,
     SHARDS,
     INVENTORY,
     "held_out.txt",
@@ -110,8 +113,11 @@ def ended(folder: Path) -> str | None:
 
 
 def _present(folder: Path) -> list[str]:
-    """What of a run is in a folder; links that lead nowhere too."""
-    return [name for name in _ALL if os.path.lexists(folder / name)]
+    """What of a run is in a folder, links that lead nowhere too; what a plan left is no run."""
+    found = [name for name in _ALL if os.path.lexists(folder / name)]
+    if set(found) <= {PICTURES, SHARDS, INVENTORY} and not list_frames(folder):
+        return []
+    return found
 
 
 @contextlib.contextmanager
@@ -145,9 +151,8 @@ def resume_command(folder: Path, world: int = 1) -> str:
         folder: The run's folder.
         world: Number of processes it had.
     """
-    count = f"--num_processes {world} " if world > 1 else ""
-    config = shlex.quote(str(folder / CONFIG))
-    return f"accelerate launch {count}scripts/train.py --config {config} --resume latest"
+    line = ("--config", folder / CONFIG, "--resume", "latest")
+    return command_line("train", *line, processes=world)
 
 
 def frame_path(folder: Path, step: int) -> Path:

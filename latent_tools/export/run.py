@@ -161,7 +161,7 @@ def _report(form: Format, cache: ExportCache, folder: Path) -> list[str]:
             lines.append(
                 f"shift     {form.name}'s trainers know none, so shift_factor "
                 f"{cache.shift_factor:.4g} is not subtracted; fold it into the first stage with "
-                "scripts/export.py --fold_statistics to be rid of it"
+                "first-stage export --fold_statistics to be rid of it"
             )
     lines.append(f"next      {form.hint.format(output=folder)}")
     return lines

@@ -24,6 +24,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from first_stage.command_line import command_line
 from first_stage.files import write_json
 from first_stage.metrics.moments import ChannelMoments
 from latent_tools.format.files import CacheError, read_json, write_bytes
@@ -293,7 +294,7 @@ class ShardReader:
             except (OSError, safetensors.SafetensorError) as error:
                 raise CacheError(
                     f"the shard {str(path)!r} cannot be read ({error}): "
-                    f"python -m latent_tools verify {self.folder}"
+                    f"{command_line('latents', 'verify', self.folder)} says more"
                 ) from error
             while len(self._open) >= self.keep:
                 self._open.pop(next(iter(self._open)))

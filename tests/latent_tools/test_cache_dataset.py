@@ -158,7 +158,7 @@ class TestWhatItChecks:
         write_photos(tmp_path / "data", 1)
         cache(tmp_path / "data", tmp_path / "c")
         (tmp_path / "c" / "shards" / "b16x16-u000000.safetensors").unlink()
-        with pytest.raises(UserError, match=r"u000000\.safetensors.*python -m latent_tools verify"):
+        with pytest.raises(UserError, match=r"u000000\.safetensors.*latents verify"):
             LatentDataset(tmp_path / "c")[0]
 
 

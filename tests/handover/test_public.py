@@ -43,7 +43,7 @@ def exported(tmp_path, images, monkeypatch) -> Path:
     begun.register_to_config(force_upcast=True, sample_size=32)
     begun.save_pretrained(tmp_path / "begun")
     (tmp_path / "held").mkdir()
-    picture(1).save(tmp_path / "held" / "a.png")
+    picture(99).save(tmp_path / "held" / "a.png")
     fields = {"model.pretrained": tmp_path / "begun", "data.validation_path": tmp_path / "held"}
     train(parse_config(arguments(tmp_path / "run", images, **fields)))
     return tmp_path / "run" / "export"

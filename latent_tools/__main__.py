@@ -121,15 +121,9 @@ def gc(cache: str, delete: bool = False) -> None:
         print(f"{len(found)} files, {size / 2**20:.1f} MiB; to delete them: {again}")
 
 
-Name = Literal[
-    "lightningdit", "mar", "fast-dit", "edm2", "repa", "dc-ae", "kohya-sd", "kohya-sdxl",
-    "webdataset", "datasets",
-]  # fmt: skip
-
-
 def export(
     cache: str,
-    format: Name | None = None,
+    format: str | None = None,
     output: str | None = None,
     draw: Literal["posterior", "mean"] | None = None,
     seed: NonNegativeInt = 0,
@@ -139,7 +133,7 @@ def export(
 
     Args:
         cache: The cache's folder.
-        format: The layout.
+        format: The layout: what `export` without it lists.
         output: The folder to write into; for kohya that of the images.
         draw: For layouts without moments: one draw from each posterior (the default where there
             is one), or its mean.

@@ -17,9 +17,9 @@ from first_stage.data import fixed_images, images_from_pixels
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError
 from first_stage.files import write_folder, write_json
-from first_stage.handover.export import measure_latents
 from first_stage.handover.folding import fold_statistics
 from first_stage.handover.public import public_name
+from first_stage.handover.statistics import measure_latents
 from first_stage.models.first_stage import FirstStage
 from first_stage.models.loading import (
     STATISTICS_FILE,

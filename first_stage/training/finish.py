@@ -5,13 +5,9 @@ from pathlib import Path
 from first_stage.config.schema import Config
 from first_stage.evaluation import Evaluation, save
 from first_stage.evaluation.grids import save_gif
-from first_stage.handover.export import (
-    LatentStatistics,
-    model_card,
-    needs_float32,
-    write_export,
-)
+from first_stage.handover.export import model_card, needs_float32, write_export
 from first_stage.handover.public import public_config, public_name
+from first_stage.handover.statistics import LatentStatistics
 from first_stage.models.first_stage import FirstStage
 from first_stage.report import write_report
 from first_stage.training import run_folder as files

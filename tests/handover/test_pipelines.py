@@ -22,8 +22,9 @@ from diffusers import (
 )
 from pipelines import STEPS, sample, stable_diffusion_xl, unet
 
-from first_stage.handover.export import LatentStatistics, model_card, write_export
+from first_stage.handover.export import model_card, write_export
 from first_stage.handover.folding import fold_statistics
+from first_stage.handover.statistics import LatentStatistics
 
 MEAN, STD = [0.5, -1.0, 0.25, 2.0], [0.5, 2.0, 1.0, 3.0]
 STATISTICS = LatentStatistics(MEAN, STD, 0.4375, 2.0, images=8, largest_activation=1.0)

@@ -149,7 +149,9 @@ class FirstStage(nn.Module):
         latents = code.latents
         if cut_off:
             latents = latents.detach().requires_grad_()
-        decoded = latents if prior is None else torch.cat([latents, prior])
+        decoded = latents
+        if prior is not None:
+            decoded = torch.cat([latents, self.bottleneck.settle(prior)])
         images = self.family.to_images(self.model, decoded).float()
         return Reconstruction(images, code, latents)
 

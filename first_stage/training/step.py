@@ -114,7 +114,7 @@ def _make_critic(config: CriticConfig, first_stage: FirstStage) -> Critic:
 
 def _pretrained(config: ModelConfig, name: str) -> FirstStage:
     model = load_autoencoder(name)
-    family = trainable_family_of(model, name)
+    family = trainable_family_of(model, name, config.family)
     stage = FirstStage(model, family, family.bottleneck(model, config), name)
     if stage.in_channels != config.in_channels:
         raise ConfigError(

@@ -5,9 +5,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import VQModel
 
 from first_stage.config.images import ImagesConfig
 from first_stage.config.parsing import read_options
@@ -17,8 +18,8 @@ from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError
 from first_stage.files import write_folder
 from first_stage.handover.export import STATISTICS_FILE, measure_latents
-from first_stage.handover.folding import fold_statistics
-from first_stage.models.first_stage import FirstStage, load_autoencoder, require_kl
+from first_stage.handover.folding import common_deviation, fold_statistics
+from first_stage.models.first_stage import FirstStage, as_first_stage, load_autoencoder
 from latent_tools import LatentDataset
 
 _AT_ONCE = 16
@@ -39,12 +40,14 @@ class Options:
     """Write a first stage anew, so that no pipeline can scale or shift its latents wrongly."""
 
     first_stage: str = ""
-    """A diffusers AutoencoderKL: the folder of an export, a pipeline's folder, or a hub id."""
+    """A diffusers AutoencoderKL or VQModel: the folder of an export, a pipeline's folder, or a hub
+    id."""
     output: str = ""
     """The folder to write; it must not be there yet."""
     fold_statistics: bool = False
     """Fold the per-channel mean and standard deviation of the latents into the 1x1 convolutions:
-    the same reconstructions, latents with mean 0 and variance 1, scaling_factor 1, no shift."""
+    the same reconstructions, latents with mean 0 and variance 1, scaling_factor 1, no shift. A
+    codebook takes one standard deviation for all channels."""
     latents: str | None = None
     """Take the statistics of this cache, which the first stage made."""
     data: ExportData = field(default_factory=ExportData)
@@ -60,32 +63,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
     if Path(options.output).exists():
         raise ConfigError(f"output {options.output!r} is already there: give another folder")
-    vae = require_kl(load_autoencoder(options.first_stage), options.first_stage)
+    vae = load_autoencoder(options.first_stage)
     mean, std = statistics(options, vae)
+    if isinstance(vae, VQModel):
+        std = common_deviation(std)
     folded = fold_statistics(vae, mean, std)
     print("channel   mean      std       are now 0 and 1")
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
         print(f"{channel:<9} {m:<9.4f} {s:<9.4f}")
-    if vae.quant_conv is None:
+    if getattr(vae, "quant_conv", None) is None:
         print("the first stage had no 1x1 convolutions around the latents; it has them now")
 
     def write(folder: Path) -> None:
         folded.save_pretrained(folder, safe_serialization=True)
-        (folder / "README.md").write_text(card(options, mean, std), encoding="utf-8")
+        (folder / "README.md").write_text(card(options, vae, mean, std), encoding="utf-8")
 
     write_folder(Path(options.output), write)
     print(
         f"export    {options.output} (scaling_factor 1, no shift)\n"
         "Load it with diffusers:\n"
-        "  from diffusers import AutoencoderKL\n"
-        f'  vae = AutoencoderKL.from_pretrained("{options.output}")\n'
+        f"  from diffusers import {type(vae).__name__}\n"
+        f'  vae = {type(vae).__name__}.from_pretrained("{options.output}")\n'
         "Latents cached with the first stage as it was belong to that one; cache anew:\n"
         f"  accelerate launch scripts/cache_latents.py --first_stage "
         f"{shlex.quote(options.output)} --data.path DATA --output CACHE"
     )
 
 
-def statistics(options: Options, vae: AutoencoderKL) -> tuple[list[float], list[float]]:
+def statistics(options: Options, vae: Any) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation of the latents: of a cache, of data, of the config.
 
     Raises:
@@ -110,7 +115,7 @@ def statistics(options: Options, vae: AutoencoderKL) -> tuple[list[float], list[
     return list(mean), list(std)
 
 
-def images(data: ExportData, vae: AutoencoderKL) -> Iterator[torch.Tensor]:
+def images(data: ExportData, vae: Any) -> Iterator[torch.Tensor]:
     """Batches of images `(B, C, H, W)` in [-1, 1] to measure on."""
     factor = FirstStage(vae).downsample_factor
     resolution = data.resolution or int(vae.config.sample_size)
@@ -125,8 +130,9 @@ def images(data: ExportData, vae: AutoencoderKL) -> Iterator[torch.Tensor]:
         yield images_from_pixels(pixels)
 
 
-def card(options: Options, mean: list[float], std: list[float]) -> str:
+def card(options: Options, vae: Any, mean: list[float], std: list[float]) -> str:
     """The folder's README."""
+    name = type(vae).__name__
     rows = "\n".join(
         f"| {channel} | {m:.6f} | {s:.6f} |"
         for channel, (m, s) in enumerate(zip(mean, std, strict=True))
@@ -144,9 +150,9 @@ measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the 
 interchangeable: z here is (z there - mean) / std.
 
 ```python
-from diffusers import AutoencoderKL
-vae = AutoencoderKL.from_pretrained("this-folder")
-latents = vae.encode(images).latent_dist.sample()
+from diffusers import {name}
+vae = {name}.from_pretrained("this-folder")
+latents = vae.encode(images).{as_first_stage(vae).family.encoded_as}
 ```
 
 | channel | mean | std |

@@ -1,5 +1,6 @@
 """The command `train`: trains a first stage, and says what was made and what comes next."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,8 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         return
     if outcome.metrics:
-        numbers = ", ".join(f"{k.upper()} {v:.4g}" for k, v in outcome.metrics.items())
+        found = outcome.metrics.items()
+        numbers = ", ".join(f"{k.upper().replace('_', ' ')} {v:.4g}" for k, v in found)
         print(f"held out ({outcome.held_out} images): {numbers}")
+    name = json.loads((folder / "export/config.json").read_text())["_class_name"]
     pictures = sorted((folder / "pictures").glob("step-*.png"))
     print(
         f"export  {folder}/export\n"
@@ -37,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"gif     {folder}/training.gif\n"
         f"report  {folder}/report.html\n"
         "Load it with diffusers:\n"
-        "  from diffusers import AutoencoderKL\n"
-        f'  vae = AutoencoderKL.from_pretrained("{folder}/export")\n'
+        f"  from diffusers import {name}\n"
+        f'  vae = {name}.from_pretrained("{folder}/export")\n'
         "Cache a data set's latents with it:\n"
         f"  accelerate launch scripts/cache_latents.py --first_stage {folder}/export "
         f"--data.path {config.data.path} --output {folder}/latents"

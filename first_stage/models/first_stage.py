@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from first_stage.errors import ConfigError, UserError
+from first_stage.errors import UserError
 from first_stage.models import built_in  # noqa: F401  # its families register themselves
 from first_stage.models.bottlenecks import Bottleneck, Code, Encoded
 from first_stage.models.families import Family, family_of
@@ -270,17 +269,3 @@ def _read_config(
         return dict(_Any.load_config(name, revision=revision)), None
     except (EntryNotFoundError, OSError):
         return dict(_Any.load_config(name, subfolder="vae", revision=revision)), "vae"
-
-
-def require_kl(autoencoder: Any, name: str) -> AutoencoderKL:
-    """The autoencoder, if the trainer can train it.
-
-    Raises:
-        ConfigError: When it is not an `AutoencoderKL`.
-    """
-    if not isinstance(autoencoder, AutoencoderKL):
-        raise ConfigError(
-            f"model.pretrained {name!r} is a {type(autoencoder).__name__}; the trainer fits "
-            "AutoencoderKL first stages"
-        )
-    return autoencoder

@@ -33,13 +33,13 @@ def hand_over(
     if config.model.pretrained is not None and config.train.encoder_steps == 0:
         kept = first_stage.scaling_and_shift
     card = model_card(
+        first_stage,
         statistics,
         data=config.data.path,
         recipe=recipe(config),
         metrics=metrics,
         steps=config.train.max_steps,
         images_seen=config.train.max_steps * config.train.batch_size,
-        downsample_factor=first_stage.downsample_factor,
         picture="reconstructions.png",
         kept=kept,
     )

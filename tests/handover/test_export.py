@@ -33,7 +33,7 @@ def tiny_vae(**overrides):
 
 def exported(vae, folder, images):
     statistics = measure_latents(vae, images.split(3), Processes())
-    card = model_card(statistics, "data", "seed: 0", {"psnr": 20.0}, 5, 20, 2, None)
+    card = model_card(vae, statistics, "data", "seed: 0", {"psnr": 20.0}, 5, 20, None)
     write_export(vae, statistics, folder, {"README.md": card})
     return statistics
 

@@ -7,11 +7,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
 
 from first_stage.errors import UserError
 from first_stage.models.bottlenecks import Gaussian
-from first_stage.models.first_stage import (
-    FirstStage,
-    load_autoencoder,
-    require_kl,
-)
+from first_stage.models.first_stage import FirstStage, load_autoencoder
 
 
 def tiny_vae(**overrides):
@@ -100,8 +96,6 @@ def test_loading_a_folder_a_pipeline_and_other_kinds(tmp_path):
     small.save_pretrained(tmp_path / "tiny")
     loaded = load_autoencoder(str(tmp_path / "tiny"))
     assert isinstance(loaded, AutoencoderTiny)
-    with pytest.raises(UserError, match="AutoencoderTiny; the trainer fits AutoencoderKL"):
-        require_kl(loaded, "tiny")
 
 
 def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path):

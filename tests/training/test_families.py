@@ -6,7 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from conftest import arguments
+from conftest import ROOT, arguments
 from test_resume import contents, train_until
 
 from first_stage.config import parse_config
@@ -109,3 +109,39 @@ def test_penalties_are_those_of_the_bottleneck(tmp_path, images):
     fields = {**RUN, **FAMILIES["tiny"], "loss.penalties": "{commitment: 1}"}
     with pytest.raises(ConfigError, match="bottleneck has: magnitude"):
         train(parse_config(arguments(tmp_path / "run", images, **fields)))
+
+
+SMALL = {"train.max_steps": 2, "train.batch_size": 2, "train.warmup_steps": 0,
+         "train.decay_steps": 0, "train.precision": "no", "train.tracker": "none",
+         "train.encoder_steps": None, "train.log_every": 1, "critic.start_step": 0,
+         "loss.learned.start_step": 0, "loss.adversarial.start_step": 0, "data.workers": 0,
+         "validation.every": 2, "validation.images": 2, "validation.resolution": None,
+         "export.images": 2}  # fmt: skip
+DEMOS = ["demo_vq", "demo_fsq", "demo_dc", "demo_tiny"]
+LARGE = ["vq_f8", "vq_f16", "fsq_f8", "dc_f32", "tiny_f8"]
+
+
+def shrunk(widths: tuple[int, ...]) -> list[int]:
+    return [max(width // 16, 8) for width in widths]
+
+
+@pytest.mark.parametrize("name", [*DEMOS, *(pytest.param(n, marks=pytest.mark.slow)
+                                            for n in LARGE)])  # fmt: skip
+def test_the_recipes_train(tmp_path, images, name):
+    """As they are, for two steps; the large ones with a sixteenth of their widths."""
+    recipe = ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--data.path", str(images)]
+    model = parse_config(recipe).model
+    fields = {**SMALL, "output_dir": tmp_path / "run", "data.validation_share": 0.25}
+    if name in LARGE:
+        widths = shrunk(model.block_out_channels)
+        if model.family == "tiny":
+            widths = [8] * len(widths)
+        fields |= {"model.block_out_channels": widths, "model.norm_num_groups": 4,
+                   "model.layers_per_block": 1, "critic.width": 4,
+                   "data.resolution": 64}  # fmt: skip
+        if model.family == "dc":
+            fields |= {"model.latent_channels": 8, "model.dc.head_dim": 8}
+    for field, value in fields.items():
+        recipe += [f"--{field}", "null" if value is None else str(value)]
+    assert train(parse_config(recipe)).finished
+    check_export(tmp_path / "run", CLASSES.get(model.family, "VQModel"))

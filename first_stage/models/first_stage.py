@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from first_stage.errors import UserError
 from first_stage.models import built_in  # noqa: F401  # its families register themselves
 from first_stage.models.bottlenecks import Bottleneck, Code, Encoded
+from first_stage.models.codebooks import Discrete
 from first_stage.models.families import Family, family_of
 
 
@@ -125,6 +126,23 @@ class FirstStage(nn.Module):
         """Images `(B, C_in, H, W)` float32, not clamped, from raw (unscaled) latents."""
         settled = self.bottleneck.settle(latents).to(self.dtype)
         return self.family.to_images(self.model, settled).float()
+
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Images `(B, C_in, H, W)` float32, not clamped, from numbers of codes `(B, h, w)`.
+
+        Raises:
+            UserError: When there is no codebook, or it does not have such codes.
+        """
+        if not isinstance(self.bottleneck, Discrete):
+            raise UserError(f"{self.name!r} ({type(self.model).__name__}) has no codebook")
+        count = len(self.bottleneck.usage)
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < count:
+            raise UserError(
+                f"tokens from {int(tokens.min())} to {int(tokens.max())} do not number the {count} "
+                f"codes of {self.name!r}"
+            )
+        latents = self.bottleneck.from_tokens(tokens.long()).to(self.dtype)
+        return self.family.to_images(self.model, latents).float()
 
     def forward(
         self,

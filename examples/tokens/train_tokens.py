@@ -1,11 +1,11 @@
-"""Train a small class-conditional masked-token transformer on a cache of tokens, and sample from it.
+"""Train a small class-conditional masked-token transformer on cached tokens, and sample from it.
 
 python examples/tokens/train_tokens.py --tokens CACHE --output_dir runs/tokens
 
-An example to read and to copy: MaskGIT (Chang et al. 2022). Some tokens of an image are hidden, the
-transformer names them from the others; to sample, all are hidden, and those that it is surest of are
-kept, a few more in every pass. Guidance as in Muse (Chang et al. 2023, section 2.7). A judge that
-knows real digits says how many it reads as the class asked for.
+An example to read and to copy: MaskGIT (Chang et al. 2022). Some tokens of an image are hidden, and
+the transformer names them from the others. To sample, all are hidden at first, and those that it is
+surest of are kept, a few more in every pass. Guidance as in Muse (Chang et al. 2023, section 2.7).
+A judge that knows real digits says how many it reads as the class asked for.
 """
 
 import itertools

@@ -1,4 +1,7 @@
-"""`python -m latent_tools info|verify|stats|preview|gc|export DIR`."""
+"""`first-stage latents info|verify|stats|preview|gc|export CACHE`.
+
+The same as `python -m latent_tools info ...`.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -7,9 +10,11 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from first_stage.command_line import command_line
 from first_stage.config.parsing import parser_class, with_values
 from first_stage.config.types import NonNegativeInt, PositiveInt
 from first_stage.errors import ConfigError, run_command
+from first_stage.files import writing
 from latent_tools import maintenance as tools
 from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
@@ -53,14 +58,14 @@ def verify(cache: str, release: bool = False, data: bool = False, path: str | No
         return
     if found:
         raise CacheError(
-            f"{len(found)} of {units} units are damaged; to encode only these again: python -m "
-            f"latent_tools verify {tools.quoted(folder)} --release, then "
+            f"{len(found)} of {units} units are damaged; to encode only these again: "
+            f"{command_line('latents', 'verify', folder, '--release')}, then "
             f"{tools.redo_command(manifest)}"
         )
     if changed:
         raise CacheError(
             f"{len(changed)} samples of the data are not those that were encoded: restore them, "
-            "or make a new cache"
+            f"or take them in with {tools.redo_command(manifest)} --update"
         )
     print(f"{units} units are whole{', and so is the data' if data else ''}")
 
@@ -112,19 +117,13 @@ def gc(cache: str, delete: bool = False) -> None:
     elif delete:
         print(f"deleted {len(found)} files, {size / 2**20:.1f} MiB")
     else:
-        again = f"python -m latent_tools gc {tools.quoted(Path(cache))} --delete"
+        again = command_line("latents", "gc", cache, "--delete")
         print(f"{len(found)} files, {size / 2**20:.1f} MiB; to delete them: {again}")
-
-
-Name = Literal[
-    "lightningdit", "mar", "fast-dit", "edm2", "repa", "dc-ae", "kohya-sd", "kohya-sdxl",
-    "webdataset", "datasets",
-]  # fmt: skip
 
 
 def export(
     cache: str,
-    format: Name | None = None,
+    format: str | None = None,
     output: str | None = None,
     draw: Literal["posterior", "mean"] | None = None,
     seed: NonNegativeInt = 0,
@@ -134,7 +133,7 @@ def export(
 
     Args:
         cache: The cache's folder.
-        format: The layout.
+        format: The layout: what `export` without it lists.
         output: The folder to write into; for kohya that of the images.
         draw: For layouts without moments: one draw from each posterior (the default where there
             is one), or its mean.
@@ -164,13 +163,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import jsonargparse
 
     given = list(sys.argv[1:] if arguments is None else arguments)
-    jsonargparse.auto_cli(
-        [info, verify, stats, preview, gc, export],
-        args=with_values(given, _SWITCHES),
-        parser_class=parser_class(),
-        prog="python -m latent_tools",
-        as_positional=True,
-    )
+    with writing(None, lambda: "Nothing of the cache is lost by it"):
+        jsonargparse.auto_cli(
+            [info, verify, stats, preview, gc, export],
+            args=with_values(given, _SWITCHES),
+            parser_class=parser_class(),
+            prog="first-stage latents",
+            as_positional=True,
+        )
 
 
 if __name__ == "__main__":

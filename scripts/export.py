@@ -1,10 +1,11 @@
-"""Write a first stage anew: with the latents' statistics folded into its weights.
+"""Write a first stage anew: `first-stage export`, in a clone.
 
 python scripts/export.py --first_stage runs/demo/export --fold_statistics --output runs/demo/folded
 """
 
-from first_stage.commands.export import main
-from first_stage.errors import run_command
+import sys
+
+from first_stage.__main__ import main
 
 if __name__ == "__main__":
-    run_command(main)
+    main(["export", *sys.argv[1:]])

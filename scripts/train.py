@@ -1,7 +1,11 @@
-"""Train a first stage: `accelerate launch scripts/train.py --config configs/demo.yaml`."""
+"""Train a first stage: `first-stage train`, in a clone.
 
-from first_stage.commands.train import main
-from first_stage.errors import run_command
+accelerate launch scripts/train.py --config configs/demo.yaml
+"""
+
+import sys
+
+from first_stage.__main__ import main
 
 if __name__ == "__main__":
-    run_command(main)
+    main(["train", *sys.argv[1:]])

@@ -27,7 +27,8 @@ from first_stage.config.types import PositiveInt
 from first_stage.errors import ConfigError, run_command
 from first_stage.evaluation.grids import grid, save_png
 from first_stage.files import write_folder, write_json
-from first_stage.models.first_stage import FirstStage, load_autoencoder
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import load_autoencoder
 from first_stage.seeding import Purpose, generator
 from latent_tools import LatentDataset
 

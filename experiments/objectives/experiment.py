@@ -194,7 +194,7 @@ class Experiment:
             self._train(trainer, config, 0, "warm-up")
             snapshot = trainer.snapshot(steps)
             snapshot.state["made_by"] = self._identity(config)
-            save_checkpoint(folder, snapshot, trainer.ema_weights, keep=1)
+            save_checkpoint(folder, snapshot, trainer.averaged_model, keep=1)
         loaded = load_checkpoint(saved)
         self._same(loaded.state["made_by"], config, saved)
         ema = AutoencoderKL.from_pretrained(saved / "ema", use_safetensors=True)

@@ -1,9 +1,9 @@
-"""The command `cache_latents`: reads its options, precomputes, and says what to do next."""
+"""The command `first-stage cache`: reads its options, precomputes, and says what to do next."""
 
+import dataclasses
 import os
-import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
@@ -11,13 +11,17 @@ from typing import Any
 
 import torch
 
+from first_stage.command_line import command_line
 from first_stage.config.images import ImagesConfig, shorter_side
 from first_stage.config.parsing import read_options
 from first_stage.config.types import NonNegativeInt, PositiveInt, Share
-from first_stage.data import Source, spare_workers
+from first_stage.data import Source, spare_workers, take_inventory
+from first_stage.data.checks import value_remark
 from first_stage.distributed.memory import keep_freed_memory
+from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.files import writing
+from first_stage.models.loading import load_autoencoder, training_resolution
 from latent_tools.build.launch import Outcome, Process, precompute
 from latent_tools.build.options import CacheOptions, EncodingOptions
 from latent_tools.build.parquet import ParquetStream
@@ -69,6 +73,7 @@ class Options(EncodingOptions, Places):
 _SWITCHES = {
     "--flip": "true",
     "--compile": "true",
+    "--update": "true",
     "--data.streaming": "true",
     "--buckets": "auto",
 }
@@ -107,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command line without the program's name; `None` reads `sys.argv`.
     """
-    options = parse_options(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse_options(given)
     process = _this_process()
 
     def say(line: str) -> None:
@@ -116,23 +122,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     count = process.world
     say(f"{count} process{'es' if count > 1 else ''} on {process.device.type}")
-    autoencoder = load_autoencoder(options.first_stage, options.revision)
-    source = _open(options.data)
-    cache_options = _cache_options(options, autoencoder, process)
+    autoencoder = load_autoencoder(options.first_stage, options.revision, "--first_stage")
+    source = _open(options.data, say)
+    cache_options = _cache_options(options, autoencoder, process, command_line("cache", *given))
+    if process.rank == 0 and (remark := value_remark(source, cache_options.reading)):
+        say(remark)
+    kept = "Complete units are kept: start the same command to go on"
     try:
-        outcome = precompute(
-            autoencoder, options.first_stage, source, options.output, cache_options, process, say
-        )
+        with writing(Path(options.output), lambda: kept):
+            outcome = precompute(
+                autoencoder, options.first_stage, source, options.output, cache_options, process,
+                say,
+            )  # fmt: skip
     except KeyboardInterrupt:
         say("stopped; the units that are complete are kept: start the same command to go on")
         sys.exit(130)
     _report(options, outcome, process)
 
 
-def _open(data: CacheData) -> Source:
-    if data.streaming:
+def _open(data: CacheData, say: Callable[[str], None]) -> Source:
+    processes = Processes()
+
+    def once(make: Callable[[], Any]) -> Any:
+        return shared(processes, make)
+
+    is_far = "://" in data.path
+    if is_far or (data.streaming and once(lambda: _is_parquet(data))):
+        if data.min_side:
+            raise ConfigError("data.min_side needs all sizes first: set data.streaming to false")
         return ParquetStream(data.path, data.image_column, data.split)
-    return data.open("all")
+    return data.open("all", say=say, once=once)
+
+
+def _is_parquet(data: CacheData) -> bool:
+    return take_inventory(data.path, data.split).kind in ("parquet", "hub")
 
 
 def _this_process() -> Process:
@@ -160,18 +183,25 @@ def _this_process() -> Process:
     )
 
 
-def _cache_options(options: Options, autoencoder: Any, process: Process) -> CacheOptions:
+def _cache_options(
+    options: Options, autoencoder: Any, process: Process, command: str
+) -> CacheOptions:
     data = options.data
     resolution = data.resolution
     if resolution is None:
-        resolution = getattr(autoencoder.config, "sample_size", None)
-        if not isinstance(resolution, int) or resolution < 1:
+        resolution = training_resolution(options.first_stage, autoencoder)
+        if resolution is None:
             raise ConfigError(
-                "--data.resolution is missing, and the first stage's config has no sample_size"
+                "--data.resolution is missing, and the first stage does not say what it was "
+                "trained on"
             )
+    reading = data.reading(int(getattr(autoencoder.config, "in_channels", 3)))
+    if options.buckets == "kohya":
+        reading = dataclasses.replace(reading, upright=False)
     return CacheOptions(
         resolution=resolution,
         resize=shorter_side(data.resize, resolution),
+        reading=reading,
         workers=_workers(data.workers, process),
         max_broken=data.max_broken,
         opened_with={
@@ -179,7 +209,7 @@ def _cache_options(options: Options, autoencoder: Any, process: Process) -> Cach
             "split": data.split,
             "streaming": data.streaming,
         },
-        command=shlex.join(["accelerate", "launch", *sys.argv]),
+        command=command,
         **{f.name: getattr(options, f.name) for f in fields(EncodingOptions)},
     )
 
@@ -218,7 +248,7 @@ def _summary(output: str) -> str:
             f"{counts['failures']} samples failed: {Path(output, 'failures.parquet')} says why"
         )
     lines.append(
-        f"next: python -m latent_tools info {shlex.quote(output)}, or in Python "
+        f"next: {command_line('latents', 'info', output)}, or in Python "
         f"latent_tools.LatentDataset({output!r})"
     )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The command `scripts/evaluate.py`: arguments, messages, files."""
+"""The command `first-stage evaluate`: arguments, messages, files."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,8 @@ from first_stage.config.parsing import read_options
 from first_stage.config.types import NonNegativeInt, PositiveInt
 from first_stage.data import spare_workers
 from first_stage.data.builtin import NAMES
-from first_stage.distributed.processes import Processes
+from first_stage.data.checks import value_remark
+from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
 from first_stage.evaluation import Evaluation, Options, evaluate, save
 from first_stage.evaluation.files import METRICS
@@ -25,7 +26,8 @@ from first_stage.metrics.feature_networks import (
     load_feature_network,
     load_lpips,
 )
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import load_autoencoder
 from first_stage.report import REPORT, write_report
 
 _SEVERAL = {
@@ -45,8 +47,9 @@ class EvaluationData(ImagesConfig):
     resolution: PositiveInt | None = None
     """Side of a centre crop, in pixels; null: whole images in their own sizes."""
     split: str | None = None
-    """Which split of a hub or saved data set; of a built-in set: train, validation or all. null:
-    train, or all of a built-in set."""
+    """Which split, where names of files or folders or the data set itself say splits; of a
+    built-in set: train, validation or all. null: the only one (of the hub: train), or all of a
+    built-in set."""
     workers: NonNegativeInt | None = None
     """Decoding processes per process; null: one per core left over, at most 8; 0: none."""
 
@@ -91,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say = print if processes.is_main else _nothing
     first_stages = a.first_stage or []
     _writable(Path(a.output))
+    _check(first_stages)
     say(f"{processes.world} process(es) on {accelerator.device.type}, float32", flush=True)
     options = Options(
         batch_size=a.batch_size,
@@ -100,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         probed=a.probed_images,
         pairs=a.pairs,
     )
-    images = _Images(a)
-    say(f"{len(images(3)):,} of {len(images.source):,} images from {a.data.path}", flush=True)
+    images = _Images(a, processes, say)
+    count = min(a.num_images or len(images.source), len(images.source))
+    say(f"{count:,} of {len(images.source):,} images from {a.data.path}", flush=True)
     evaluation = evaluate(
         _first_stages(first_stages, accelerator.device),
         images,
@@ -156,21 +161,48 @@ def _problems(a: Arguments) -> Iterator[str]:
 class _Images:
     """The images for a number of channels; the source is opened once."""
 
-    def __init__(self, a: Arguments):
+    def __init__(self, a: Arguments, processes: Processes, say: Any):
         split = a.data.split
         part: Any = split if split in ("train", "validation", "all") else "all"
-        self.source = a.data.open(part)
-        self.arguments = a
+        self.source = a.data.open(
+            part,
+            say=say,
+            once=lambda make: shared(processes, make),
+            listed=Path(a.output) / "files.txt",
+        )
+        self.arguments, self.say, self.is_main = a, say, processes.is_main
 
     def __call__(self, channels: int) -> EvaluationImages:
         a = self.arguments
         view = None if a.data.resolution is None else a.data.view(a.data.resolution)
-        return EvaluationImages(self.source, channels, view, a.num_images, a.seed)
+        reading = a.data.reading(channels)
+        if self.is_main and (remark := value_remark(self.source, reading)):
+            self.say(remark)
+        return EvaluationImages(self.source, reading, view, a.num_images, a.seed)
 
 
 def _first_stages(names: Sequence[str], device: Any) -> Iterator[tuple[str, Any]]:
     for name, label in zip(names, short_names(names), strict=True):
-        yield label, load_autoencoder(name).to(device)
+        yield label, load_autoencoder(name, field="--first_stage").to(device)
+
+
+def _check(names: Sequence[str]) -> None:
+    """Load every first stage once before the first is measured, which may take hours.
+
+    Raises:
+        UserError: When one cannot be loaded, or takes other images than the first.
+    """
+    if len(names) < 2:
+        return
+    channels: dict[str, int] = {}
+    for name in names:
+        stage = FirstStage(load_autoencoder(name, field="--first_stage"), name=name)
+        channels[name] = stage.in_channels
+        if channels[name] != channels[names[0]]:
+            raise ConfigError(
+                f"--first_stage {name!r} takes images of {channels[name]} channels, but "
+                f"{names[0]!r} of {channels[names[0]]}: evaluate them separately"
+            )
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -1,7 +1,6 @@
-"""The command `export`: a first stage with its latents' statistics folded into its weights."""
+"""The command `first-stage export`: a first stage with its latents' statistics in its weights."""
 
 import json
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,16 +9,23 @@ from typing import Any
 import torch
 from diffusers import VQModel
 
+from first_stage.command_line import command_line
 from first_stage.config.images import ImagesConfig
 from first_stage.config.parsing import read_options
 from first_stage.config.types import PositiveInt
 from first_stage.data import fixed_images, images_from_pixels
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError
-from first_stage.files import write_folder
-from first_stage.handover.export import STATISTICS_FILE, measure_latents
+from first_stage.files import write_folder, write_json
 from first_stage.handover.folding import common_deviation, fold_statistics
-from first_stage.models.first_stage import FirstStage, as_first_stage, load_autoencoder
+from first_stage.handover.public import public_name
+from first_stage.handover.statistics import measure_latents
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import (
+    STATISTICS_FILE,
+    load_autoencoder,
+    training_resolution,
+)
 from latent_tools import LatentDataset
 
 _AT_ONCE = 16
@@ -46,8 +52,7 @@ class Options:
     """The folder to write; it must not be there yet."""
     fold_statistics: bool = False
     """Fold the per-channel mean and standard deviation of the latents into the 1x1 convolutions:
-    the same reconstructions, latents with mean 0 and variance 1, scaling_factor 1, no shift. A
-    codebook takes one standard deviation for all channels."""
+    the same reconstructions, latents with mean 0 and variance 1, scaling_factor 1, no shift."""
     latents: str | None = None
     """Take the statistics of this cache, which the first stage made."""
     data: ExportData = field(default_factory=ExportData)
@@ -63,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
     if Path(options.output).exists():
         raise ConfigError(f"output {options.output!r} is already there: give another folder")
-    vae = load_autoencoder(options.first_stage)
+    vae = load_autoencoder(options.first_stage, field="--first_stage")
     mean, std = statistics(options, vae)
     if isinstance(vae, VQModel):
         std = common_deviation(std)
@@ -77,16 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     def write(folder: Path) -> None:
         folded.save_pretrained(folder, safe_serialization=True)
         (folder / "README.md").write_text(card(options, vae, mean, std), encoding="utf-8")
+        standard: dict[str, Any] = {"mean": [0.0] * len(mean), "std": [1.0] * len(std)}
+        standard["resolution"] = training_resolution(options.first_stage, vae)
+        write_json(folder / STATISTICS_FILE, standard)
 
     write_folder(Path(options.output), write)
+    cache = ("--first_stage", options.output, "--data.path", "DATA", "--output", "CACHE")
     print(
         f"export    {options.output} (scaling_factor 1, no shift)\n"
         "Load it with diffusers:\n"
         f"  from diffusers import {type(vae).__name__}\n"
-        f'  vae = {type(vae).__name__}.from_pretrained("{options.output}")\n'
+        f"  vae = {type(vae).__name__}.from_pretrained({options.output!r})\n"
         "Latents cached with the first stage as it was belong to that one; cache anew:\n"
-        f"  accelerate launch scripts/cache_latents.py --first_stage "
-        f"{shlex.quote(options.output)} --data.path DATA --output CACHE"
+        f"  {command_line('cache', *cache, processes=1)}"
     )
 
 
@@ -100,7 +108,7 @@ def statistics(options: Options, vae: Any) -> tuple[list[float], list[float]]:
         cached = LatentDataset(options.latents, expect=vae).stats
         return list(cached["mean"]), list(cached["std"])
     if options.data.path is not None:
-        measured = measure_latents(vae, images(options.data, vae), Processes())
+        measured = measure_latents(FirstStage(vae), images(options, vae), Processes())
         return measured.mean, measured.std
     ours = Path(options.first_stage) / STATISTICS_FILE
     if ours.is_file():
@@ -115,17 +123,21 @@ def statistics(options: Options, vae: Any) -> tuple[list[float], list[float]]:
     return list(mean), list(std)
 
 
-def images(data: ExportData, vae: Any) -> Iterator[torch.Tensor]:
+def images(options: Options, vae: Any) -> Iterator[torch.Tensor]:
     """Batches of images `(B, C, H, W)` in [-1, 1] to measure on."""
-    factor = FirstStage(vae).downsample_factor
-    resolution = data.resolution or int(vae.config.sample_size)
+    factor, data = FirstStage(vae).downsample_factor, options.data
+    resolution = data.resolution or training_resolution(options.first_stage, vae)
+    if resolution is None:
+        raise ConfigError(
+            "data.resolution is missing, and the first stage does not say what it was trained on"
+        )
     if resolution % factor:
         raise ConfigError(
             f"data.resolution is {resolution}; it must be a multiple of the downsample factor "
             f"{factor}"
         )
-    view, channels = data.view(resolution), vae.config.in_channels
-    found = fixed_images(data.open("train"), view, channels, data.images, seed=0)
+    view, reading = data.view(resolution), data.reading(vae.config.in_channels)
+    found = fixed_images(data.open("train", say=print), view, reading, data.images, seed=0)
     for pixels in found.pixels.split(_AT_ONCE):
         yield images_from_pixels(pixels)
 
@@ -144,15 +156,15 @@ tags: [autoencoder, latent-diffusion, first-stage]
 
 # First stage with standard latents
 
-`{options.first_stage}` with the statistics of its latents folded into the 1x1 convolutions around
-them. Reconstructions are the same; every latent channel has mean 0 and variance 1 over the images
-measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the two are not
-interchangeable: z here is (z there - mean) / std.
+`{public_name(options.first_stage)}` with the statistics of its latents folded into the 1x1
+convolutions around them. Reconstructions are the same; every latent channel has mean 0 and variance
+1 over the images measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the
+two are not interchangeable: z here is (z there - mean) / std.
 
 ```python
 from diffusers import {name}
 vae = {name}.from_pretrained("this-folder")
-latents = vae.encode(images).{as_first_stage(vae).family.encoded_as}
+latents = vae.encode(images).{FirstStage(vae).family.encoded_as}
 ```
 
 | channel | mean | std |

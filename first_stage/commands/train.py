@@ -1,13 +1,16 @@
-"""The command `train`: trains a first stage, and says what was made and what comes next."""
+"""The command `first-stage train`: trains, and says what was made and what comes next."""
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 
-from first_stage.config import parse_config
+from first_stage.command_line import command_line
+from first_stage.config import Config, parse_config
 from first_stage.training.loop import train
+from first_stage.training.plan import plan
 from first_stage.training.run_folder import resume_command
 
 
@@ -17,11 +20,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command line without the program's name; `None` reads `sys.argv`.
     """
-    config = parse_config(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    config = parse_config(given)
+    if config.plan:
+        plan(config)
+        if PartialState().is_main_process:
+            again = command_line("train", *without_plan(given))
+            print(f"Nothing was trained. Start it with:\n  {again}")
+        return
     outcome = train(config)
     if not PartialState().is_main_process:
         return
     folder = Path(config.output_dir)
+    if not outcome.finished and outcome.step == 0:
+        print("stopped before a step was done; nothing is lost. Start the same command again")
+        return
     if not outcome.finished:
         print(
             f"stopped after step {outcome.step} of {config.train.max_steps}; everything is saved. "
@@ -41,8 +54,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"report  {folder}/report.html\n"
         "Load it with diffusers:\n"
         f"  from diffusers import {name}\n"
-        f'  vae = {name}.from_pretrained("{folder}/export")\n'
+        f"  vae = {name}.from_pretrained({str(folder / 'export')!r})\n"
         "Cache a data set's latents with it:\n"
-        f"  accelerate launch scripts/cache_latents.py --first_stage {folder}/export "
-        f"--data.path {config.data.path} --output {folder}/latents"
+        f"  {cache_command(config, outcome.processes)}"
     )
+
+
+def cache_command(config: Config, processes: int) -> str:
+    """The command that caches the latents of the data that was trained on.
+
+    Args:
+        config: The run's configuration.
+        processes: How many trained.
+    """
+    folder, data = Path(config.output_dir), config.data
+    line = ["--first_stage", folder / "export", "--data.path", data.path]
+    if data.streaming:
+        line += ["--data.streaming", "true"]
+    return command_line("cache", *line, "--output", folder / "latents", processes=processes)
+
+
+def without_plan(arguments: Sequence[str]) -> list[str]:
+    """A command line without `--plan true`.
+
+    Args:
+        arguments: The command line.
+    """
+    left = [argument for argument in arguments if not argument.startswith("--plan=")]
+    if "--plan" in left:
+        place = left.index("--plan")
+        del left[place : place + 2]
+    return left

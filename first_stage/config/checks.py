@@ -15,7 +15,6 @@ from first_stage.config.losses import (
 )
 from first_stage.config.schema import Config, DataConfig
 from first_stage.config.types import misfits
-from first_stage.data.images import CHANNELS
 from first_stage.data.sources import is_builtin
 from first_stage.errors import ConfigError
 
@@ -34,13 +33,24 @@ def _problems(c: Config) -> Iterator[str]:
     yield from misfits(c)
     yield from _data_problems(c.data)
     yield from _layout_problems(c)
-    yield from loss_problems(c.loss, c.critic, c.model.in_channels, c.data.resolution)
+    side = min(c.data.crop_shape or (c.data.resolution,))
+    yield from loss_problems(c.loss, c.critic, c.model.in_channels, side)
     yield from _schedule_problems(c)
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
     if not data.path:
         yield "data.path is empty: give a folder of images, a hub id, photos or digits"
+    if data.crop_shape is not None and data.flip == "dihedral" and len(set(data.crop_shape)) > 1:
+        yield (
+            f"data.flip is dihedral, which turns crops, but data.crop_shape "
+            f"{list(data.crop_shape)} is no square: use both"
+        )
+    if data.streaming and data.min_side:
+        yield (
+            f"data.min_side is {data.min_side}, but a stream would have to be read whole to know "
+            "sizes: set it to 0, or data.streaming to false"
+        )
     if data.streaming and is_builtin(data.path):
         yield (
             f"data.streaming is true, but data.path {data.path!r} is a built-in set, which is in "
@@ -49,9 +59,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 
 
 def _layout_problems(c: Config) -> Iterator[str]:
-    if c.model.in_channels not in CHANNELS:
-        yield f"model.in_channels is {c.model.in_channels}; images are read into 1, 3 or 4 channels"
     if c.model.pretrained is None:
+        yield from c.data.reading_problems(c.model.in_channels)
         if not c.model.block_out_channels:
             yield "model.block_out_channels is empty: name the width of each level"
         for width in c.model.block_out_channels:
@@ -71,10 +80,14 @@ def _layout_problems(c: Config) -> Iterator[str]:
 
 def factor_problems(c: Config, factor: int) -> Iterator[str]:
     """Resolutions that a downsample factor does not divide."""
-    for name, side in {
+    sides = {
         "data.resolution": c.data.resolution,
         "validation.resolution": c.validation_view[0],
-    }.items():
+    }
+    if c.data.crop_shape is not None:
+        height, width = c.data.crop_shape
+        sides = {"data.crop_shape's height": height, "data.crop_shape's width": width}
+    for name, side in sides.items():
         if side % factor:
             yield (
                 f"{name} ({side}) is not a multiple of the downsample factor ({factor}): use "

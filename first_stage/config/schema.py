@@ -4,6 +4,7 @@ Every field's docstring is its `--help` text, its type says its range, and `may_
 may go on with another value of it. What several fields must fulfil together stands in `checks`.
 """
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -27,6 +28,8 @@ from first_stage.config.types import (
     may_change,
     section_may_change,
 )
+from first_stage.data import View
+from first_stage.data.stream import Flip
 
 __all__ = [
     "AdversarialConfig",
@@ -55,15 +58,22 @@ class DataConfig(ImagesConfig):
     resolution: PositiveInt = 256
     """Side of the square training crop, in pixels; a multiple of the downsample factor."""
     split: str = "train"
-    """Which split of a hub or saved data set to train on."""
+    """Which split to train on, where names of files or folders or the data set itself say splits;
+    all: every one."""
+    crop_shape: tuple[PositiveInt, PositiveInt] | None = None
+    """Height and width of the crop, in pixels, instead of a square, in training and validation:
+    images are resized until they just cover it, and resolution and resize do not matter."""
     crop: Crop = "random"
     """Where the crop is taken in training; validation always takes the centre."""
-    flip: bool = True
-    """Mirror half of the training images left to right."""
+    flip: bool | Flip = True
+    """Mirror images in training, all equally often: none; horizontal (or true), left to right;
+    both, top to bottom too; dihedral, the eight of a square, quarter turns among them."""
     validation_path: str | None = may_change(None)
     """Held-out images, as for path; null: a share of the training data, or the built-in set's."""
+    validation_split: str | None = may_change(None)
+    """Held-out images: this split of validation_path, or of path; null: as validation_path says."""
     validation_share: Decay = 0.05
-    """Share of the samples held out when validation_path is null."""
+    """Share of the samples held out when validation_path and validation_split are null."""
     max_broken: Share = may_change(0.05)
     """Share of samples that may be undecodable before the run stops; they are skipped and listed
     in broken_files.jsonl."""
@@ -75,6 +85,10 @@ class DataConfig(ImagesConfig):
     encoded."""
     workers: NonNegativeInt | None = may_change(None)
     """Decoding processes per training process; null: one per core left over, at most 8; 0: none."""
+
+    def view(self, resolution: int) -> View:
+        """How images are seen at a resolution, in pixels, or as `crop_shape` says."""
+        return dataclasses.replace(super().view(resolution), shape=self.crop_shape)
 
 
 @dataclass(frozen=True)
@@ -88,7 +102,7 @@ class ModelConfig:
     """Fine-tune this first stage (a diffusers folder, a pipeline's folder, or a hub id); the fields
     of the layout below are then taken from it. null: train a new one."""
     in_channels: PositiveInt = 3
-    """Channels of the images: 1 (gray), 3 (RGB) or 4 (RGBA)."""
+    """Channels of the images: 1 (gray), 3 (RGB), 4 (RGBA), or as many as the files have."""
     latent_channels: PositiveInt = 4
     """Channels of the latents."""
     block_out_channels: tuple[PositiveInt, ...] = (128, 256, 512, 512)
@@ -191,6 +205,8 @@ class Config:
     """Folder for checkpoints, logs, pictures and the export."""
     overwrite: bool = may_change(False)
     """Replace a run that is already in output_dir; otherwise it is refused."""
+    plan: bool = may_change(False)
+    """Only say what the run would do, and what a few timed steps say it would cost."""
     resume: str | None = may_change(None)
     """Go on from a checkpoint: latest, or a checkpoint's folder."""
     seed: NonNegativeInt = 0
@@ -207,6 +223,11 @@ class Config:
     def needs_critic(self) -> bool:
         """Whether any term of the objective uses the critic."""
         return self.loss.learned.weight > 0 or self.loss.adversarial.weight > 0
+
+    @property
+    def held_out_view(self) -> View:
+        """What validation sees of an image."""
+        return View(*self.validation_view, self.data.crop_shape)
 
     @property
     def validation_view(self) -> tuple[int, int | None]:

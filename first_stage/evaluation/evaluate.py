@@ -76,7 +76,9 @@ def _protocol(
         "latents": "mode of the posterior",
         "padding": "last row and column repeated to a multiple of the downsample factor; "
         "cropped back",
-        "pixels": "clamped to [-1, 1] and rounded to 8 bits, originals and reconstructions alike",
+        "pixels": "clamped to [-1, 1] and "
+        + ("kept at full precision" if images.reading.value_range else "rounded to 8 bits")
+        + ", originals and reconstructions alike",
         "weights": "float32",
         "psnr": "dB, peak 1, from the mean squared error of each image over all channels",
         "ssim": "Gaussian window of 11 pixels, sigma 1.5, mirrored border, mean over channels",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from first_stage.data import displayed
 from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
 from first_stage.evaluation.images import Group, ImageList, batches, require_some
@@ -53,6 +54,7 @@ class _Part:
     """What one process measured."""
 
     health: LatentHealth
+    bands: metrics.BandErrors = field(default_factory=metrics.BandErrors)
     sharpness: SharpnessSums = field(default_factory=SharpnessSums)
     rows: list[dict[str, Any]] = field(default_factory=list)
     probes: list[dict[str, Any]] = field(default_factory=list)
@@ -137,7 +139,10 @@ class Measurement:
                 f"{self.stage.name!r} gives NaN or infinite pixels for the image "
                 f"{group.ids[finite.index(False)]!r}: its weights are damaged"
             )
-        originals, reconstructions = metrics.eight_bit(images), metrics.eight_bit(decoded)
+        # Measurements of a stated range are compared at their own precision, pictures at 8 bits.
+        grade = metrics.clamped if self.images.reading.value_range else metrics.eight_bit
+        originals, reconstructions = grade(images), grade(decoded)
+        self._part.bands.update(originals, reconstructions)
         columns = self._columns(originals, reconstructions)
         height, width = images.shape[-2:]
         for k, (index, name) in enumerate(zip(group.indices, group.ids, strict=True)):
@@ -159,10 +164,12 @@ class Measurement:
             columns["ms_ssim"] = metrics.ms_ssim(originals, reconstructions)
         kept, agreement = self._part.sharpness.update(originals, reconstructions)
         columns |= {"high_frequency_kept": kept, "high_frequency_agreement": agreement}
+        shown = displayed(originals.shape[1], self.images.reading.display)
+        colors = originals[:, shown], reconstructions[:, shown]
         if self.options.lpips is not None:
-            columns["lpips"] = self.options.lpips(originals, reconstructions)
+            columns["lpips"] = self.options.lpips(*colors)
         for network in self.options.networks:
-            a, b = network(originals), network(reconstructions)
+            a, b = network(colors[0]), network(colors[1])
             if network.key not in self._statistics:
                 d = a.shape[1]
                 self._statistics[network.key] = (GaussianStatistics(d), GaussianStatistics(d))
@@ -192,6 +199,7 @@ class Measurement:
         for other in others:
             first.health.merge(other.health)
             first.sharpness.merge(other.sharpness)
+            first.bands.merge(other.bands)
             first.rows += other.rows
             first.probes += other.probes
             first.broken |= other.broken
@@ -206,11 +214,24 @@ class Measurement:
             **self._describe(),
             "metrics": _summaries(first.rows),
             "sharpness": first.sharpness.summary(),
+            "bands": self._bands(first.bands),
             "features": self._feature_distances(first.rows),
             "latent_health": health,
             "unreadable": broken,
             "per_image": [_json_row(row) for row in first.rows],
         }
+
+    def _bands(self, errors: metrics.BandErrors) -> list[dict[str, Any]]:
+        """Figures of each channel, where channels are not just gray or colors."""
+        reading = self.images.reading
+        if reading.channels in (1, 3, 4) and not reading.takes_values:
+            return []
+        names = reading.select or range(reading.channels)
+        low, high = reading.value_range or (0.0, 255.0)
+        return [
+            {"channel": name, **figures, "rmse": figures["rmse"] * (high - low)}
+            for name, figures in zip(names, errors.summary(), strict=True)
+        ]
 
     def _total(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over processes, on the CPU."""

@@ -1,113 +1,17 @@
-"""The export: a plain diffusers folder, with the latents' statistics measured on training data."""
+"""The export: a plain diffusers folder with the statistics of its latents."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from first_stage.distributed.processes import Processes
 from first_stage.files import write_folder, write_json
 from first_stage.handover.reload import check_reload
-from first_stage.metrics.moments import ChannelMoments, merged
-from first_stage.models.codebooks import Discrete
+from first_stage.handover.statistics import LatentStatistics
 from first_stage.models.first_stage import FirstStage, as_first_stage
+from first_stage.models.loading import STATISTICS_FILE
 
-STATISTICS_FILE = "latent_statistics.json"
-"""Beside an export's config: the fields of `LatentStatistics`."""
-_HALF_MAX = 65504.0
-_HALF_HEADROOM = 4.0
-_LEAST_STD = 1e-6
-"""A channel that never varies still has a scaling factor that is a number."""
-
-
-@dataclass(frozen=True)
-class LatentStatistics:
-    """Moments of the posterior samples z ~ q(z|x) over images and places.
-
-    Attributes:
-        mean: Per channel.
-        std: Per channel.
-        overall_mean: Over all channels together: `shift_factor`.
-        overall_std: Over all channels together, around that mean: 1 / `scaling_factor`.
-        images: How many images were measured.
-        largest_activation: Largest magnitude that any layer of encoder or decoder put out.
-    """
-
-    mean: list[float]
-    std: list[float]
-    overall_mean: float
-    overall_std: float
-    images: int
-    largest_activation: float
-
-    @property
-    def scaling_and_shift(self) -> tuple[float, float]:
-        """`scaling_factor` and `shift_factor`."""
-        return 1.0 / self.overall_std, self.overall_mean
-
-    @property
-    def needs_float32(self) -> bool:
-        """Whether float16 comes within a factor 4 of its largest number: `force_upcast`."""
-        return self.largest_activation * _HALF_HEADROOM > _HALF_MAX
-
-
-@torch.no_grad()
-def measure_latents(
-    first_stage: FirstStage | Any, batches: Iterable[Tensor], processes: Processes
-) -> LatentStatistics:
-    """Measure the latents of images.
-
-    No sampling: the moments of draws follow exactly from the posteriors.
-
-    Args:
-        first_stage: A first stage, or a loaded diffusers autoencoder, in float32.
-        batches: This process's share of the images, `(B, C, H, W)` in [-1, 1].
-        processes: The processes that share the images.
-
-    Returns:
-        The statistics over all processes' images, summed in float64.
-    """
-    first_stage = as_first_stage(first_stage)
-    device = first_stage.device
-    found = ChannelMoments(first_stage.latent_channels)
-    peak = torch.zeros((), device=device)
-    with _largest_output(first_stage.model, peak):
-        for batch in batches:
-            encoded = first_stage.encode(batch.to(device))
-            first_stage.decode(encoded.latents)
-            found.update(encoded.latents, encoded.logvar)
-    total = merged(processes.gather(found), first_stage.latent_channels)
-    overall_mean, overall_std = total.overall
-    return LatentStatistics(
-        mean=total.mean.tolist(),
-        std=np.maximum(total.std, _LEAST_STD).tolist(),
-        overall_mean=overall_mean,
-        overall_std=max(overall_std, _LEAST_STD),
-        images=total.images,
-        largest_activation=processes.maximum(peak).item(),
-    )
-
-
-@contextmanager
-def _largest_output(model: nn.Module, peak: Tensor) -> Iterator[None]:
-    """Keep the largest magnitude that any layer puts out in `peak`."""
-
-    def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        if isinstance(output, Tensor):
-            torch.maximum(peak, output.detach().abs().max(), out=peak)
-
-    leaves = [m for m in model.modules() if not list(m.children())]
-    handles = [m.register_forward_hook(look) for m in leaves]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+_TILE = 512
+"""Least side in pixels of the tiles that diffusers cuts large images into, where it is asked to."""
 
 
 def write_export(
@@ -137,7 +41,12 @@ def write_export(
     first_stage.bottleneck.bake(model)
     first_stage.family.carrier.write(model, scaling, shift)
     if "force_upcast" in model.config:
-        model.register_to_config(force_upcast=statistics.needs_float32)
+        model.register_to_config(force_upcast=needs_float32(model, statistics))
+    if "sample_size" in model.config:
+        # As large as a training crop, diffusers' tiles would show as a grid (`enable_tiling`).
+        factor = first_stage.downsample_factor
+        tile = max(_TILE, model.config["sample_size"] or 0)
+        model.register_to_config(sample_size=-(-tile // factor) * factor)
     if kept is None and "latents_mean" in model.config:
         # Only Stable Diffusion XL's pipeline reads these, multiplies by them on top of the scaling
         # factor, and breaks where there are not four channels. They are in a file of their own.
@@ -156,154 +65,6 @@ def write_export(
     write_folder(folder, write)
 
 
-def load_snippet(first_stage: FirstStage, folder: str) -> str:
-    """The lines of Python that load an export with diffusers alone, and encode and decode."""
-    family, name = first_stage.family, type(first_stage.model).__name__
-    encoded, decoded = f"vae.encode(images).{family.encoded_as}", ""
-    if family.carrier.carries_shift:
-        encoded, decoded = f"({encoded} - vae.config.shift_factor)", " + vae.config.shift_factor"
-    lines = [
-        f"from diffusers import {name}",
-        f'vae = {name}.from_pretrained("{folder}")',
-        f"latents = {encoded} * vae.config.scaling_factor",
-        f"images = vae.decode(latents / vae.config.scaling_factor{decoded}).sample",
-    ]
-    if isinstance(first_stage.bottleneck, Discrete):
-        lines += [
-            "tokens = vae.quantize(vae.encode(images).latents)[2][2].view(len(images), h, w)",
-            "images = vae.decode(vae.quantize.embedding(tokens).movedim(3, 1)).sample",
-        ]
-    return "\n".join(lines)
-
-
-def model_card(
-    first_stage: FirstStage | Any,
-    statistics: LatentStatistics,
-    data: str,
-    recipe: str,
-    metrics: dict[str, float],
-    steps: int,
-    images_seen: int,
-    picture: str | None,
-    kept: tuple[float, float] | None = None,
-) -> str:
-    """The export's README: what it is, how to load it, how good it is, what made it.
-
-    Args:
-        first_stage: What is handed over, or a loaded diffusers autoencoder.
-        statistics: Of the latents.
-        data: What it was trained on, as the user named it.
-        recipe: The configuration as YAML.
-        metrics: Name to value, on held-out images.
-        steps: Updates of the autoencoder.
-        images_seen: Images it was trained on, repeats counted.
-        picture: File name of the grid beside the README.
-        kept: Scaling and shift of the first stage whose encoder it kept; `None`: as measured.
-
-    Returns:
-        Markdown.
-    """
-    stage = as_first_stage(first_stage)
-    ranges = "\n".join(
-        f"| {channel} | {mean:.4f} | {std:.4f} |"
-        for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True))
-    )
-    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
-    shown = f"\n![Originals above, reconstructions below]({picture})\n" if picture else ""
-    name = type(stage.model).__name__
-    article = "An" if name.startswith("A") else "A"
-    return f"""---
-library_name: diffusers
-tags: [autoencoder, latent-diffusion, first-stage]
----
-
-# First stage f{stage.downsample_factor}, {len(statistics.mean)} latent channels
-
-{article} `{name}` trained on `{data}` for {steps:,} steps ({images_seen:,} images, repeats
-counted) with a patch critic and the perceptual distance that the critic learned.
-{shown}
-## Use
-
-```python
-{load_snippet(stage, "this-folder")}
-```
-
-Images are in [-1, 1]. {_origin(stage, statistics, kept)}
-{_codes(stage, metrics)}
-Per channel (also in `latent_statistics.json`):
-
-| channel | mean | std |
-|---|---|---|
-{ranges}
-{_upcast(stage, statistics)}
-## Held-out images
-
-| metric | value |
-|---|---|
-{table}
-
-## Recipe
-
-```yaml
-{recipe.rstrip()}
-```
-"""
-
-
-def _origin(
-    stage: FirstStage, statistics: LatentStatistics, kept: tuple[float, float] | None
-) -> str:
-    """Where scaling and shift come from, and which pipelines ignore a shift."""
-    scaling, shift = kept or statistics.scaling_and_shift
-    if not stage.family.carrier.carries_shift:
-        return (
-            f"`scaling_factor` {scaling:.6f} is one over the standard deviation of the\nlatents of "
-            f"{statistics.images:,} training images. Their mean is {shift:.6f}, for which the "
-            f"config of\n`{type(stage.model).__name__}` has no place: pipelines do not subtract it."
-            "\n"
-        )
-    if kept is None:
-        origin = (
-            f"`scaling_factor` {scaling:.6f} is one over the standard deviation of the\nlatents of "
-            f"{statistics.images:,} training images, `shift_factor` {shift:.6f} their mean."
-        )
-    else:
-        origin = (
-            "Only the decoder was trained: latents are those of the first\nstage it was made from, "
-            f"and so are `scaling_factor` {scaling:.6f} and `shift_factor` {shift:.6f}."
-        )
-    return f"""{origin}
-
-**Pipelines that ignore `shift_factor`**: `StableDiffusionPipeline` (1.x, 2.x),
-`StableDiffusionXLPipeline` and `DiTPipeline` use `scaling_factor` only, so their diffusion model
-works on latents that lie {shift * scaling:.4f} higher. `StableDiffusion3Pipeline` and
-`FluxPipeline` use both. Train by the rule of the pipeline that will decode, or fold the statistics
-into the weights (`scripts/export.py --fold_statistics`), after which every pipeline is right.
-"""
-
-
-def _codes(stage: FirstStage, metrics: dict[str, float]) -> str:
-    """What a discrete first stage's codes are, and how they are used."""
-    if not isinstance(stage.bottleneck, Discrete):
-        return ""
-    count, dimensions = stage.bottleneck.table().shape
-    text = (
-        f"\n## Codes\n\n{count:,} codes of {dimensions} dimensions. `encode` gives latents before "
-        "they are quantized, which a diffusion\nmodel trains on; `decode` quantizes."
-    )
-    if "codes_used" in metrics:
-        text += (
-            f" On the held-out images {metrics['codes_used']:.1%} of the codes are\nused, as many "
-            f"as {metrics['codes_perplexity']:,.0f} equally frequent ones would be (perplexity); "
-            f"the most frequent one\nhas {metrics['codes_most_frequent']:.1%} of the tokens."
-        )
-    return text + "\n"
-
-
-def _upcast(stage: FirstStage, statistics: LatentStatistics) -> str:
-    if "force_upcast" not in stage.model.config:
-        return ""
-    return f"""
-`force_upcast` is {str(statistics.needs_float32).lower()}: the largest activation measured was
-{statistics.largest_activation:.1f}, and float16 ends at 65,504.
-"""
+def needs_float32(model: Any, statistics: LatentStatistics) -> bool:
+    """`force_upcast`: once a first stage was found to need it, small crops are no proof against."""
+    return statistics.needs_float32 or bool(model.config.get("force_upcast", False))

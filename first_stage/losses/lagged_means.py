@@ -62,11 +62,14 @@ class LaggedMeans:
             if finish is not None and name in finish:
                 value = finish[name](value)
             mean = self._means.get(name)
-            self._means[name] = (
-                value.clone()
-                if mean is None
-                else torch.lerp(value, mean, self._decays.get(name, self.decay))
-            )
+            if mean is None:
+                if bool(value.isfinite().all()):  # waits for the device once per name and run
+                    self._means[name] = value.clone()
+                continue
+            # A value that overflowed says nothing of the steps to come, and a mean never forgets
+            # an infinity: float16's scaler skips such a step, and so does the mean.
+            moved = torch.lerp(value, mean, self._decays.get(name, self.decay))
+            self._means[name] = torch.where(value.isfinite().all(), moved, mean)
         self._sums, self._counts = {}, {}
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from first_stage.metrics.latents import is_active
 
+EXPLODED = 1000.0
+"""Nats per latent value above which no useful latent lies: its magnitude is then about 45."""
+
 
 @torch.no_grad()
 def critic_log(real_logits: Tensor, fake_logits: Tensor, boundary: float) -> dict[str, Tensor]:
@@ -131,6 +134,16 @@ def _states(values: Mapping[str, float]) -> list[tuple[str, str]]:
                 "the KL has collapsed: no latent channel carries signal beyond its noise, so the "
                 "decoder sees nothing of the image. Lower loss.kl_weight, raise "
                 "loss.kl_ramp_steps, or allow loss.free_bits",
+            )
+        )
+    widest = max(_under("kl_channel/", values).values(), default=0.0)
+    if widest > EXPLODED:
+        states.append(
+            (
+                "exploded",
+                f"the KL explodes: a latent channel carries {widest:.3g} nats per value (useful "
+                "ones carry tens), so its values run away. Raise loss.kl_weight, or lower "
+                "train.learning_rate",
             )
         )
     used, perplexity = values.get("codes/used"), values.get("codes/perplexity", 0.0)

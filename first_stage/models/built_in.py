@@ -58,6 +58,10 @@ class KL(Family):
         """Each level but the last halves."""
         return int(2 ** (len(model.config.block_out_channels) - 1))
 
+    def layout(self, model: Any) -> dict[str, Any]:
+        """All that `build` asks for."""
+        return {**_layout(model.config), "quant_conv": model.config.get("use_quant_conv", True)}
+
     def last_layer(self, model: Any) -> Tensor:
         """Of the decoder's `conv_out`."""
         return model.decoder.conv_out.weight
@@ -114,6 +118,10 @@ class VQ(Family):
     def downsample_factor(self, model: Any) -> int:
         """Each level but the last halves."""
         return int(2 ** (len(model.config.block_out_channels) - 1))
+
+    def layout(self, model: Any) -> dict[str, Any]:
+        """All that `build` asks for, but for the section of its own."""
+        return _layout(model.config)
 
     def latent_channels(self, model: Any) -> int:
         """Dimensions of a code."""
@@ -212,6 +220,10 @@ class DC(Family):
         """Each level but the last halves."""
         return int(2 ** (len(model.config.encoder_block_out_channels) - 1))
 
+    def layout(self, model: Any) -> dict[str, Any]:
+        """Channels and widths."""
+        return _levels(model.config)
+
     def last_layer(self, model: Any) -> Tensor:
         """Of the decoder's last convolution, which may lie in an upsampling block."""
         last = model.decoder.conv_out
@@ -260,6 +272,10 @@ class Tiny(Family):
         """Each level but the first halves."""
         return int(2 ** (len(model.config.encoder_block_out_channels) - 1))
 
+    def layout(self, model: Any) -> dict[str, Any]:
+        """Channels and widths."""
+        return _levels(model.config)
+
     def last_layer(self, model: Any) -> Tensor:
         """Of the decoder's last convolution."""
         last: torch.nn.Conv2d = model.decoder.layers[-1]
@@ -284,6 +300,27 @@ def _blocks(config: ModelConfig, sample_size: int) -> dict[str, Any]:
         "sample_size": sample_size,
         "force_upcast": False,
         "mid_block_add_attention": config.mid_block_attention,
+    }
+
+
+def _layout(config: Any) -> dict[str, Any]:
+    """What `_blocks` was made from."""
+    return {
+        "in_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": tuple(config.block_out_channels),
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": config.norm_num_groups,
+        "mid_block_attention": config.get("mid_block_add_attention", True),
+    }
+
+
+def _levels(config: Any) -> dict[str, Any]:
+    """What `AutoencoderDC` and `AutoencoderTiny` share."""
+    return {
+        "in_channels": config.in_channels,
+        "latent_channels": config.latent_channels,
+        "block_out_channels": tuple(config.encoder_block_out_channels),
     }
 
 

@@ -78,6 +78,22 @@ class Family(ABC):
         """Channels of the images."""
         return int(model.config.in_channels)
 
+    def layout(self, model: Any) -> dict[str, Any]:
+        """The fields of `ModelConfig` in `LAYOUT` that describe a model, as a recipe has them."""
+        config = model.config
+        widths = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+        found = {
+            "family": self.name,
+            "in_channels": self.in_channels(model),
+            "latent_channels": self.latent_channels(model),
+            "block_out_channels": tuple(widths) if widths else None,
+            "layers_per_block": config.get("layers_per_block"),
+            "norm_num_groups": config.get("norm_num_groups"),
+            "mid_block_attention": config.get("mid_block_add_attention"),
+            "quant_conv": config.get("use_quant_conv"),
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
     @abstractmethod
     def last_layer(self, model: Any) -> Tensor:
         """Weight of the decoder's last convolution, where VQGAN balances its losses."""
@@ -88,6 +104,11 @@ class Family(ABC):
         return [part for part in parts if part is not None]
 
 
+LAYOUT = (
+    *("family", "in_channels", "latent_channels", "block_out_channels", "layers_per_block"),
+    *("norm_num_groups", "mid_block_attention", "quant_conv"),
+)
+"""Fields of the recipe that a pretrained model decides itself."""
 FAMILIES: dict[str, Family] = {}
 """The families by name; `register_family` adds one."""
 

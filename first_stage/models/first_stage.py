@@ -3,8 +3,6 @@
 Shapes: images `(B, C_in, H, W)` in [-1, 1]; latents `(B, C, h, w)` with `h = H / f`.
 """
 
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -219,71 +217,3 @@ def reconstruct(first_stage: FirstStage, images: Tensor) -> tuple[Tensor, Encode
             f"{tuple(padded.shape[1:])}: a reconstruction has the size of its original"
         )
     return decoded[..., : images.shape[-2], : images.shape[-1]], encoded
-
-
-def load_autoencoder(name: str, revision: str | None = None) -> Any:
-    """Load any diffusers autoencoder: a folder, a pipeline's folder, or a hub id.
-
-    Args:
-        name: A folder with `config.json` and safetensors weights, a pipeline's folder with a `vae`
-            subfolder, or a hub id of either.
-        revision: The hub revision.
-
-    Returns:
-        The autoencoder as the class that its `config.json` names, float32, in eval mode.
-
-    Raises:
-        UserError: When it cannot be loaded, or is not an autoencoder with `encode` and `decode`.
-    """
-    import diffusers
-
-    if not name.strip():
-        raise UserError("no first stage was named: give a diffusers folder or a hub id")
-    local = Path(name)
-    subfolder = None
-    if local.exists():
-        if (local / "vae" / "config.json").exists():
-            subfolder = "vae"
-        elif not (local / "config.json").exists():
-            raise UserError(
-                f"{name!r} is no diffusers folder: it has neither config.json nor vae/config.json"
-            )
-    elif name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"{name!r} does not exist (and is no hub id of the form owner/name)")
-    try:
-        config, subfolder = _read_config(name, local, subfolder, revision)
-        class_name = str(config.get("_class_name", ""))
-        cls = getattr(diffusers, class_name, None)
-        if cls is None or not (hasattr(cls, "encode") and hasattr(cls, "decode")):
-            raise UserError(
-                f"{name!r} is not an autoencoder: its config.json names the class {class_name!r}, "
-                "which has no encode and decode in diffusers"
-            )
-        model = cls.from_pretrained(
-            name, subfolder=subfolder, revision=revision, use_safetensors=True,
-            torch_dtype=torch.float32,
-        )  # fmt: skip
-    except UserError:
-        raise
-    except Exception as error:
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"the first stage {name!r} cannot be loaded: {first}") from error
-    return model.eval()
-
-
-def _read_config(
-    name: str, local: Path, subfolder: str | None, revision: str | None
-) -> tuple[dict[str, Any], str | None]:
-    if local.exists():
-        folder = local / subfolder if subfolder else local
-        return json.loads((folder / "config.json").read_text()), subfolder
-    from diffusers.configuration_utils import ConfigMixin
-    from huggingface_hub.errors import EntryNotFoundError
-
-    class _Any(ConfigMixin):
-        config_name = "config.json"
-
-    try:
-        return dict(_Any.load_config(name, revision=revision)), None
-    except (EntryNotFoundError, OSError):
-        return dict(_Any.load_config(name, subfolder="vae", revision=revision)), "vae"

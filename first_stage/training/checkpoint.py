@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -69,7 +70,7 @@ def save_checkpoint(
     Args:
         output_dir: The run's folder.
         snapshot: What to write.
-        averaged: Opens a context that gives the first stage with its averaged weights. It may
+        averaged: Opens a context that gives a diffusers model with the averaged weights. It may
             put them in the place of the weights being trained, to which the snapshot's tensors
             refer, so those are written before.
         keep: How many of the newest checkpoints stay, at least 1.
@@ -84,7 +85,7 @@ def save_checkpoint(
             contiguous = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
             save_file(contiguous, folder / f"{name}.safetensors")
         with averaged() as ema:
-            ema.model.save_pretrained(folder / "ema", safe_serialization=True)
+            ema.save_pretrained(folder / "ema", safe_serialization=True)
         (folder / "state.json").write_text(
             json.dumps({"step": snapshot.step, **snapshot.state}, indent=2) + "\n"
         )
@@ -139,6 +140,52 @@ def load_checkpoint(folder: Path) -> Snapshot:
         DamagedCheckpoint: Naming the file that is missing or altered.
         UserError: When the folder is no checkpoint.
     """
+    verify_checkpoint(folder)
+    return read_checkpoint(folder)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compare every file of a checkpoint with its checksum: one process does it for all.
+
+    Raises:
+        DamagedCheckpoint: Naming the file that is missing or altered.
+        UserError: When the folder is no checkpoint.
+    """
+    for name, expected in _checksums(folder).items():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise DamagedCheckpoint(f"checkpoint {folder}: checksums.json names {name}")
+        if not file.is_file():
+            raise DamagedCheckpoint(f"checkpoint {folder} lacks {name}")
+        try:
+            found = sha256(file)
+        except OSError as error:
+            raise DamagedCheckpoint(f"checkpoint {folder}: {name} cannot be read") from error
+        if found != expected:
+            raise DamagedCheckpoint(f"checkpoint {folder}: {name} differs from its checksum")
+
+
+def read_checkpoint(folder: Path) -> Snapshot:
+    """Read a checkpoint that `verify_checkpoint` has passed.
+
+    Raises:
+        DamagedCheckpoint: When it is not the same on this machine.
+        UserError: When it is not there.
+    """
+    sums = _checksums(folder)
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        tensors = {
+            Path(name).stem: load_file(folder / name)
+            for name in sums
+            if name.endswith(".safetensors") and "/" not in name
+        }
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"checkpoint {folder} cannot be read: {error}") from error
+    return Snapshot(state.pop("step"), tensors, state)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint {str(folder)!r}")
     try:
@@ -152,27 +199,9 @@ def load_checkpoint(folder: Path) -> Snapshot:
         ) from error
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"checkpoint {folder}: checksums.json cannot be read") from error
-    for name, expected in sums.items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise DamagedCheckpoint(f"checkpoint {folder}: checksums.json names {name}")
-        if not file.is_file():
-            raise DamagedCheckpoint(f"checkpoint {folder} lacks {name}")
-        try:
-            found = sha256(file)
-        except OSError as error:
-            raise DamagedCheckpoint(f"checkpoint {folder}: {name} cannot be read") from error
-        if found != expected:
-            raise DamagedCheckpoint(f"checkpoint {folder}: {name} differs from its checksum")
     if "state.json" not in sums:
         raise DamagedCheckpoint(f"checkpoint {folder} lacks state.json")
-    state = json.loads((folder / "state.json").read_text())
-    tensors = {
-        Path(name).stem: load_file(folder / name)
-        for name in sums
-        if name.endswith(".safetensors") and "/" not in name
-    }
-    return Snapshot(state.pop("step"), tensors, state)
+    return sums
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
@@ -183,21 +212,21 @@ def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[st
         resume: `latest`, or a checkpoint's folder.
 
     Returns:
-        Its folder, or `None` when `latest` finds no checkpoint yet; and remarks for the user, such
-        as which damaged checkpoint was passed over.
+        Its folder, verified, or `None` when `latest` finds no checkpoint yet; and remarks for the
+        user, such as which damaged checkpoint was passed over.
 
     Raises:
         UserError: When the named checkpoint is not one, or every checkpoint is damaged.
     """
     if resume != "latest":
-        load_checkpoint(Path(resume))
+        verify_checkpoint(Path(resume))
         return Path(resume), []
     remove_leftovers(output_dir / "checkpoints")
     remarks = []
     checkpoints = list_checkpoints(output_dir)
     for _, folder in reversed(checkpoints):
         try:
-            load_checkpoint(folder)
+            verify_checkpoint(folder)
         except DamagedCheckpoint as error:
             remarks.append(f"{error}; falling back to the one before it")
             continue

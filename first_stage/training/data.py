@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
 
 from first_stage.config.schema import DataConfig, TrainConfig
 from first_stage.data import (
@@ -18,20 +17,24 @@ from first_stage.data import (
     TrainingStream,
     fingerprint,
     is_builtin,
-    open_source,
     spare_workers,
     split_source,
+    take_inventory,
     training_loader,
 )
+from first_stage.data.checks import refuse_shared
 from first_stage.data.shard_stream import ShardLoader, ShardStream, StreamSource, split_stream
-from first_stage.data.shards import Shard, ShardedRows, count_rows, find_shards
+from first_stage.data.shards import Shard, ShardedRows, count_rows, find_shards, shards_of
+from first_stage.distributed.accelerator import make_plain_accelerator
 from first_stage.distributed.memory import keep_freed_memory
-from first_stage.distributed.processes import Processes
-from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.distributed.processes import Processes, on_main, shared
+from first_stage.errors import ConfigError, DataError
 from first_stage.files import writing
 from first_stage.training.log import tracker_of
-from first_stage.training.run_folder import SHARDS
-from first_stage.training.step import Trainer
+from first_stage.training.run_folder import INVENTORY, SHARDS
+
+_ANY = None
+"""Of a data set of its own, the only split there is."""
 
 
 def make_accelerator(train: TrainConfig, output_dir: str) -> Accelerator:
@@ -49,8 +52,8 @@ def make_accelerator(train: TrainConfig, output_dir: str) -> Accelerator:
     # versions before 2.13 do not have it.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     try:
-        accelerator = Accelerator(
-            mixed_precision=train.precision,
+        accelerator = make_plain_accelerator(
+            train.precision,
             log_with=tracker,
             project_dir=output_dir,
             # Buffers never differ between processes, and copying them in the critic's second
@@ -77,49 +80,93 @@ def open_data(
     batch_size: int,
     folder: Path,
     processes: Processes | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[Source, Source | None]:
     """The samples to train on, and the held-out ones if there are any.
+
+    Files are listed and rows counted by the first process, for all.
 
     Args:
         data: Which, and how they are divided.
         seed: Of the division.
         batch_size: Images per step; a stream holds as many rows ready.
-        folder: The run's, which remembers the rows of a stream's shards.
-        processes: The first one counts the rows of a stream's shards for all.
+        folder: The run's, which remembers the rows of a stream's shards and lists the files.
+        processes: The first one lists files and counts rows for all.
+        say: Called with lines for the user: what was found, and what was left out.
+
+    Raises:
+        DataError: When there are no images, or held-out ones are trained on.
+    """
+    processes = processes or Processes()
+    opener = _Opener(data, folder, processes, say)
+    held_out: Source | None = None
+    if data.validation_path is not None:
+        split = data.validation_split or _ANY
+        held_out = opener.open(data.validation_path, "validation", split, "held_out.txt")
+    elif data.validation_split is not None:
+        held_out = opener.open(data.path, "validation", data.validation_split, "held_out.txt")
+    share = data.validation_share if held_out is None else 0.0
+    training: Source
+    if data.streaming:
+        rows = opener.rows(data.path, data.split, batch_size)
+        training, spread = split_stream(rows, share)
+        held_out = spread if held_out is None else held_out
+    elif is_builtin(data.path):
+        training = opener.open(data.path, "train", data.split, INVENTORY)
+        if held_out is None:
+            held_out = opener.open(data.path, "validation", data.split, INVENTORY)
+    else:
+        training = opener.open(data.path, "train", data.split, INVENTORY)
+        if share:
+            return split_source(training, share, seed)
+    if held_out is not None and share == 0.0 and not is_builtin(data.path):
+        found: Source = held_out
+        on_main(processes, lambda: refuse_shared(training, found))
+    return training, held_out
+
+
+class _Opener:
+    """Opens data for all processes.
+
+    Args:
+        data: How.
+        folder: The run's, for lists and counts.
+        processes: Those of the run.
+        say: Called with lines for the user.
     """
 
-    def opened(path: str, split: Any) -> Source:
-        return open_source(path, data.image_column, split, data.split)
+    def __init__(
+        self, data: DataConfig, folder: Path, processes: Processes, say: Callable[[str], None]
+    ):
+        self.data, self.folder, self.processes, self.say = data, folder, processes, say
 
-    held_out = None
-    if data.validation_path is not None:
-        held_out = opened(data.validation_path, "validation")
-    if data.streaming:
-        counted = _count_shards(data, folder, processes or Processes())
-        rows = ShardedRows(data.path, counted, data.image_column, batch_size)
-        share = data.validation_share if held_out is None else 0.0
-        training, spread = split_stream(rows, share)
-        return training, spread if held_out is None else held_out
-    if held_out is not None:
-        return opened(data.path, "train"), held_out
-    if is_builtin(data.path):
-        return opened(data.path, "train"), opened(data.path, "validation")
-    source = opened(data.path, "all")
-    if data.validation_share == 0:
-        return source, None
-    return split_source(source, data.validation_share, seed)
+    def _once(self, make: Callable[[], Any]) -> Any:
+        with writing(self.folder, lambda: "Nothing was trained yet"):
+            return shared(self.processes, make)
 
+    def open(self, path: str, part: Any, split: str | None, file: str) -> Source:
+        """Samples that are read one by one; `file` of the run lists the files."""
+        listed = self.folder / file
+        return self.data.open_at(path, part, split, say=self.say, once=self._once, listed=listed)
 
-def _count_shards(data: DataConfig, folder: Path, processes: Processes) -> list[Shard]:
-    shards: list[Shard] = []
+    def rows(self, path: str, split: str | None, batch_size: int) -> ShardedRows:
+        """The rows of shards that are streamed."""
+        shards = self._once(lambda: self._count(path, split))
+        for shard in shards:
+            if shard.problem:
+                self.say(f"{shard.name}: {shard.problem}; its first {shard.rows:,} are used")
+        return ShardedRows(path, shards, self.data.image_column, batch_size)
 
-    def count() -> None:
-        urls = find_shards(data.path, data.split)
-        with writing(folder, lambda: "Nothing was trained yet"):
-            shards.extend(count_rows(urls, folder / SHARDS))
-
-    on_main(processes, count)
-    return list(processes.gather(shards)[0])
+    def _count(self, path: str, split: str | None) -> list[Shard]:
+        root: str | None = None
+        if "://" not in path and (inventory := take_inventory(path, split)).kind != "hub":
+            urls, root = shards_of(inventory), os.fsdecode(inventory.root)
+            inventory.write(self.folder / INVENTORY)
+            for line in inventory.lines():
+                self.say(line)
+        else:
+            urls = find_shards(path, split)
+        return count_rows(urls, self.folder / SHARDS, root)
 
 
 def agreed_fingerprint(source: Source, processes: Processes) -> str:
@@ -150,13 +197,13 @@ def open_stream(
         seed: Of order, crops and flips.
         batch_size: Images per step.
     """
-    view = data.view(data.resolution)
+    view, reading = data.view(data.resolution), data.reading(channels)
     random_crop = data.crop == "random"
     if isinstance(source, StreamSource):
         return ShardStream(
-            source, view, channels, seed, batch_size, data.shuffle_buffer, random_crop, data.flip
+            source, view, reading, seed, batch_size, data.shuffle_buffer, random_crop, data.flip
         )
-    return TrainingStream(source, view, channels, seed, random_crop, data.flip)
+    return TrainingStream(source, view, reading, seed, random_crop, data.flip)
 
 
 def open_loader(
@@ -180,68 +227,3 @@ def open_loader(
         per_step = getattr(positions, "micro_batches", 1)
         return ShardLoader(stream, positions, per_step, workers, pin_memory)
     return training_loader(stream, positions, workers, pin_memory)
-
-
-def introduction(trainer: Trainer, *, micro: int, samples: int, held_out: int) -> str:
-    """What a run says of itself before it begins.
-
-    Args:
-        trainer: Its trainer.
-        micro: Images per forward pass of a process.
-        samples: Images to train on.
-        held_out: Images held out.
-    """
-    config, stage = trainer.config, trainer.first_stage.network
-    world = trainer.processes.world
-    sizes = f"first stage of {_millions(stage)} parameters"
-    if trainer.critic is not None:
-        sizes += f", critic of {_millions(trainer.critic.network)}"
-    return (
-        f"{'1 process' if world == 1 else f'{world} processes'} on "
-        f"{_device(trainer)}, precision {config.train.precision}, batch of "
-        f"{config.train.batch_size} in micro-batches of {micro}\n"
-        f"{samples:,} images to train on, {held_out:,} held out, from {config.data.path}\n"
-        f"{sizes}, f{stage.downsample_factor}, {stage.latent_channels} latent channels"
-        f"{_phases(config.train)}"
-    )
-
-
-def _phases(train: TrainConfig) -> str:
-    """From where on only the decoder learns; nothing where the encoder does to the end."""
-    steps = train.encoder_steps
-    if steps is None or steps >= train.max_steps:
-        return ""
-    return f"; the decoder learns alone {f'from step {steps:,} on' if steps else 'from the start'}"
-
-
-def _device(trainer: Trainer) -> str:
-    """The device, and on a CPU what of it is used: accelerate gives a process one thread."""
-    device, world = trainer.accelerator.device.type, trainer.processes.world
-    if device != "cpu":
-        return device
-    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    text = f"cpu with {threads} thread{'s' if threads > 1 else ''}{' each' if world > 1 else ''}"
-    if (more := cores // world) > threads:
-        text += f" (OMP_NUM_THREADS={more} would use all {cores} cores)"
-    return text
-
-
-def _millions(module: nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
-
-
-def on_main(processes: Processes, work: Callable[[], None]) -> None:
-    """Do something on the main process; what goes wrong there in words is raised on all.
-
-    Raises:
-        UserError: What the main process met.
-    """
-    problem: str | None = None
-    if processes.is_main:
-        try:
-            work()
-        except UserError as error:
-            problem = str(error)
-    told = processes.gather(problem)[0]
-    if told is not None:
-        raise UserError(told)

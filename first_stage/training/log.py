@@ -1,11 +1,13 @@
 """What a run writes down: log.jsonl, the tracker, and the progress bar."""
 
 import json
+import math
 import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -56,7 +58,7 @@ class Logbook:
         self.path = path
         self._accelerator = accelerator
         last = -1 if resumed_at is None else resumed_at
-        kept = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= last]
+        kept = [_line(line) for line in read_log(self.path) if line["step"] <= last]
         write_text(self.path, "".join(kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -64,11 +66,13 @@ class Logbook:
 
         Args:
             step: Steps done.
-            values: Names such as `loss/pixel`, their group before the slash.
+            values: Names such as `loss/pixel`, their group before the slash. What is not finite is
+                written as null, and kept from the tracker: JSON has no word for it.
         """
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._accelerator.log(dict(values), step=step)
+            stream.write(_line({"step": step, **values}))
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._accelerator.log(finite, step=step)
 
     def sync(self) -> None:
         """Make the lines so far survive a power cut: a checkpoint that is kept relies on them."""
@@ -78,6 +82,15 @@ class Logbook:
     def write_speed(self, step: int, values: Mapping[str, float]) -> None:
         """Hand numbers that depend on the machine to the tracker alone."""
         self._accelerator.log(dict(values), step=step)
+
+
+def _line(values: Mapping[str, Any]) -> str:
+    """A line of JSON, without the words that JSON does not have."""
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 class Progress:

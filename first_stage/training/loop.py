@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -16,77 +16,56 @@ from first_stage.data import (
     Batch,
     BrokenFiles,
     StepSampler,
-    View,
     fixed_images,
     images_from_pixels,
     loader_fault,
     start_loader,
 )
-from first_stage.distributed.processes import Processes, StopRequest, end_with_launcher
-from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.data.checks import value_remark
+from first_stage.distributed.processes import (
+    Processes,
+    Stopped,
+    StopRequest,
+    end_with_launcher,
+    on_main,
+)
+from first_stage.errors import ConfigError, UserError
 from first_stage.evaluation import HeldImages, Options, evaluate
-from first_stage.evaluation.grids import save_gif, save_png
+from first_stage.evaluation.grids import save_png
 from first_stage.files import write_text, writing
-from first_stage.handover.export import measure_latents
+from first_stage.handover.statistics import measure_latents
 from first_stage.metrics.training import Watch, derived
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.models.loading import fingerprint_weights, load_autoencoder
+from first_stage.report import write_report
+from first_stage.spans import span
 from first_stage.training import run_folder as files
 from first_stage.training.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
+    read_checkpoint,
     save_checkpoint,
     set_aside,
 )
 from first_stage.training.data import (
     agreed_fingerprint,
-    introduction,
     make_accelerator,
-    on_main,
     open_data,
     open_loader,
     open_stream,
 )
+from first_stage.training.endings import (
+    Ending,
+    Outcome,
+    agree,
+    diverged,
+    memory_told,
+    what_is_saved,
+)
 from first_stage.training.finish import hand_over
+from first_stage.training.introduction import draw_first_batch, introduction
 from first_stage.training.log import Logbook, Progress
-from first_stage.training.resume import check_resumable, lasting, recipe
+from first_stage.training.profiling import StepProfiler
+from first_stage.training.resume import as_saved, check_resumable, find_start, lasting, recipe
 from first_stage.training.step import Trainer
 from first_stage.training.validation import draw_grid, validate
-
-
-class TrainingDiverged(UserError):
-    """A loss or gradient stopped being a number."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        finished: Whether all steps were done; otherwise a signal stopped it.
-        step: Steps done.
-        metrics: Of the held-out images, when it finished.
-        held_out: Number of held-out images.
-        processes: How many took part.
-    """
-
-    finished: bool
-    step: int
-    metrics: dict[str, float]
-    held_out: int
-    processes: int
-
-
-@dataclass(frozen=True)
-class Ending:
-    """Whether the loop ends before its last step.
-
-    Attributes:
-        now: It does.
-        fault: What went wrong, in some process; `None` when a signal asked.
-    """
-
-    now: bool
-    fault: UserError | None = None
 
 
 def train(config: Config) -> Outcome:
@@ -105,13 +84,33 @@ def train(config: Config) -> Outcome:
     """
     check(config)
     end_with_launcher()
-    with StopRequest() as stop:
-        accelerator = make_accelerator(config.train, config.output_dir)
-        processes = Processes(config.train.process_timeout)
-        with processes.together(), files.locked(Path(config.output_dir), processes.is_main):
-            outcome = Run(config, accelerator, processes, stop).fit()
+    with StopRequest(at_once=True) as stop:
+        try:
+            accelerator = make_accelerator(config.train, config.output_dir)
+            processes = Processes(config.train.process_timeout)
+            outcome = _train(config, accelerator, processes, stop)
+        except Stopped:
+            return Outcome(False, 0, {}, 0, 1)
         accelerator.end_training()
     return outcome
+
+
+def _train(
+    config: Config, accelerator: Accelerator, processes: Processes, stop: StopRequest
+) -> Outcome:
+    folder, run = Path(config.output_dir), None
+
+    def saved() -> str:
+        return run.saved_so_far() if run is not None else what_is_saved(folder, 0, 1)
+
+    with (
+        processes.together(),
+        files.locked(folder, processes.is_main),
+        files.earlier_run_kept(folder, processes.is_main),
+        memory_told(config, processes.world, saved),
+    ):
+        run = Run(config, accelerator, processes, stop)
+        return run.fit()
 
 
 class Run:
@@ -133,29 +132,40 @@ class Run:
         self.micro = micro_batch_size(config, processes.world)
         resume = config.resume is not None
         on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
+        start, remarks = find_start(config, processes)
+        for remark in remarks:
+            self._say(remark)
         sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
         self.source, held_out = open_data(
-            config.data, folder=self.folder, processes=processes, **sizes
+            config.data, folder=self.folder, processes=processes, say=self._say, **sizes
         )
         self.fingerprint = agreed_fingerprint(self.source, processes)
         self.held_out = len(held_out) if held_out is not None else 0
-        self.trainer = Trainer(config, accelerator, processes)
+        self.trainer = Trainer(as_saved(config, start), accelerator, processes)
         stage = self.trainer.first_stage.network
         for problem in factor_problems(config, stage.downsample_factor):
             raise ConfigError(problem)
+        self.origin: str | None = None
+        if config.model.pretrained is not None:
+            layout = {"family": stage.family.name, **stage.family.layout(stage.model)}
+            self.config = replace(config, model=replace(config.model, **layout))
+            if start is None and processes.is_main:  # which saves it for all
+                self.origin = fingerprint_weights(stage.model)
         self.stream = open_stream(self.source, config.data, channels=stage.in_channels, **sizes)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
-            View(*config.validation_view),
-            stage.in_channels,
+            config.held_out_view,
+            config.data.reading(stage.in_channels),
             config.validation.images,
             config.seed,
         )
         self.watch = Watch()
         self.broken = BrokenFiles(self.folder / files.BROKEN, config.data.max_broken)
-        self.resumed_at = self._resume()
+        self.resumed_at = self._resume(start)
         self.saved = self.resumed_at or 0
         self.logbook = self._open_logbook()
+        if processes.is_main and (remark := value_remark(self.source, self.stream.reading)):
+            self._say(remark)
         self._say(
             introduction(
                 self.trainer,
@@ -174,15 +184,24 @@ class Run:
         """
         train = self.config.train
         metrics = self._validate(0) if self.resumed_at is None else {}
+        self.stop.defer()  # until here there is nothing to save
         done, ending = self.saved, Ending(False)
         batches = self._load(self._positions(done))
         progress = Progress(done, train.max_steps, train.batch_size, self.processes.is_main)
-        with contextlib.closing(progress), contextlib.closing(batches):
+        profiler = StepProfiler(train.profile_steps, self.folder / files.PROFILE)
+        with contextlib.closing(progress), contextlib.closing(batches), profiler.running():
             while done < train.max_steps:
+                if (trace := profiler.begin_step(done)) is not None:
+                    progress.say(f"trace of steps {train.profile_steps}: {trace}")
                 micro_batches, fault = self._next(batches, progress)
-                ending = self._agree(micro_batches, fault)
+                ending = agree(
+                    micro_batches, fault, self.processes, self.stop.signal is not None, self.broken,
+                    train.batch_size,
+                )  # fmt: skip
                 if ending.now:
                     break
+                if done == 0:
+                    self._draw(micro_batches[0])
                 self.trainer.training_step(done, micro_batches)
                 done += 1
                 last = done == train.max_steps
@@ -196,7 +215,9 @@ class Run:
         if done != self.saved:
             self._save(done)
         if ending.fault is not None:
-            raise type(ending.fault)(f"{ending.fault}. {self._what_is_saved()}")
+            raise type(ending.fault)(f"{ending.fault}. {self.saved_so_far()}")
+        if summary := self.broken.summary():
+            self._say(summary)
         finished = done == train.max_steps
         if finished:
             metrics = metrics or self._measure()
@@ -226,7 +247,8 @@ class Run:
         """This process's micro-batches of a step, or why there are none."""
         began = time.perf_counter()
         try:
-            micro_batches = [next(batches) for _ in range(self._positions(0).micro_batches)]
+            with span("data"):
+                micro_batches = [next(batches) for _ in range(self._positions(0).micro_batches)]
         except (UserError, RuntimeError, OSError, EOFError) as error:
             fault = loader_fault(error, self.processes.rank)
             if fault is None:
@@ -235,30 +257,11 @@ class Run:
         progress.waited(time.perf_counter() - began)
         return [batch.to(self.accelerator.device) for batch in micro_batches], None
 
-    def _agree(self, micro_batches: list[Batch], fault: UserError | None) -> Ending:
-        """Tell the other processes about signals, faults and broken files, and learn theirs.
-
-        All of them then do the same: go on, or end between the same two steps, saved.
-        """
-        skipped = [entry for batch in micro_batches for entry in batch.broken.items()]
-        asked, faults, skips = self.processes.totals(
-            int(self.stop.signal is not None), int(fault is not None), len(skipped)
-        )
-        if faults:
-            told = self.processes.gather(None if fault is None else str(fault))
-            return Ending(True, DataError(next(text for text in told if text is not None)))
-        if asked:
-            return Ending(True)
-        parts = self.processes.gather(skipped) if skips else [[]]
-        try:
-            self.broken.add(
-                self.config.train.batch_size,
-                [entry for part in parts for entry in part],
-                write=self.processes.is_main,
-            )
-        except DataError as error:
-            return Ending(True, error)
-        return Ending(False)
+    def _draw(self, batch: Batch) -> None:
+        """Write the first crops, as the network gets them, as a picture."""
+        if self.processes.is_main:
+            with self._writing():
+                draw_first_batch(batch.pixels, self.folder / files.FIRST_BATCH)
 
     def _log(self, step: int, progress: Progress) -> None:
         self._check_finite()
@@ -293,6 +296,7 @@ class Run:
                 save_png(picture, files.frame_path(self.folder, step))
                 if metrics and self.logbook is not None:
                     self.logbook.write(step, {f"validation/{k}": v for k, v in metrics.items()})
+                write_report(self.folder)
         return metrics
 
     def _check_finite(self) -> None:
@@ -300,13 +304,7 @@ class Run:
         found = self.trainer.meter.first_bad(self.processes.minimum)
         if found is None:
             return
-        step, names = found
-        saved = find_checkpoint(self.folder, "latest")[0]
-        raise TrainingDiverged(
-            f"{', '.join(names)} stopped being finite at step {step}; "
-            + (f"the last good checkpoint is {saved}" if saved else "no checkpoint was due yet")
-            + ". Lower train.learning_rate or the weight of that term, or use train.precision no"
-        )
+        raise diverged(self.folder, *found)
 
     def _save(self, step: int) -> None:
         self._check_finite()
@@ -316,26 +314,23 @@ class Run:
             "data_fingerprint": self.fingerprint,
             "samples": len(self.source),
             "broken": self.broken.state_dict(),
+            "pretrained_fingerprint": self.origin,
         }
         if self.logbook is not None:
             with self._writing():
                 self.logbook.sync()
                 keep = self.config.train.keep_checkpoints
-                save_checkpoint(self.folder, snapshot, self.trainer.ema_weights, keep)
-                frames = [(f"step {done}", file) for done, file in files.list_frames(self.folder)]
-                save_gif(frames, self.shown.pixels.shape[1], self.folder / files.GIF)
+                save_checkpoint(self.folder, snapshot, self.trainer.averaged_model, keep)
+                files.first_saved(self.folder)
         self.processes.wait()
         self.saved = step
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return writing(self.folder, self._what_is_saved)
+        return writing(self.folder, self.saved_so_far)
 
-    def _what_is_saved(self) -> str:
+    def saved_so_far(self) -> str:
         """How the user goes on after an accident."""
-        if self.saved == 0:
-            return "No step had been saved yet"
-        command = files.resume_command(self.folder, self.processes.world)
-        return f"Everything up to step {self.saved} is saved; go on with: {command}"
+        return what_is_saved(self.folder, self.saved, self.processes.world)
 
     def _hand_over(self, metrics: dict[str, float]) -> None:
         """Measure latents and reconstructions once more, and write the export and the report."""
@@ -351,7 +346,8 @@ class Run:
             )
             if self.processes.is_main:
                 with self._writing():
-                    hand_over(self.config, stage, statistics, metrics, found)
+                    cell = self.shown.pixels.shape[1]
+                    hand_over(self.config, stage, statistics, metrics, found, cell)
         self.processes.wait()
 
     def _first_images(self, count: int) -> Iterator[Tensor]:
@@ -363,25 +359,13 @@ class Run:
 
     # -- before the loop ---------------------------------------------------------------------
 
-    def _resume(self) -> int | None:
-        """Restore the checkpoint that `resume` names; returns the steps done."""
-        if self.config.resume is None:
-            return None
-        found: tuple[Path | None, list[str]] = (None, [])
-
-        def find() -> None:
-            nonlocal found
-            found = find_checkpoint(self.folder, str(self.config.resume))
-
-        on_main(self.processes, find)
-        path, remarks = self.processes.gather(found)[0]
-        for remark in remarks:
-            self._say(remark)
+    def _resume(self, path: Path | None) -> int | None:
+        """Restore a checkpoint that was verified; returns the steps done."""
         if path is None:
-            self._say(f"no checkpoint in {self.folder} yet: starting at step 0")
-            self.broken.load_state_dict(self.broken.state_dict(), write=self.processes.is_main)
+            if self.config.resume is not None:
+                self.broken.load_state_dict(self.broken.state_dict(), write=self.processes.is_main)
             return None
-        snapshot = load_checkpoint(path)
+        snapshot = read_checkpoint(path)
         changes = check_resumable(
             self.config,
             snapshot,
@@ -392,6 +376,7 @@ class Run:
         if changes:
             self._say(f"changed since the checkpoint was written:\n{changes}")
         self.trainer.restore(snapshot, load_autoencoder(str(path / "ema")))
+        self.origin = snapshot.state.get("pretrained_fingerprint")
         self.broken.load_state_dict(snapshot.state["broken"], write=self.processes.is_main)
         self._say(f"resuming at step {snapshot.step} from {path}")
         if self.processes.is_main:

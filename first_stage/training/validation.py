@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from first_stage.data import FixedImages, images_from_pixels
+from first_stage.data import FixedImages, displayed, images_from_pixels
 from first_stage.distributed.processes import Processes
 from first_stage.evaluation.codes import CodeCounts
 from first_stage.evaluation.grids import grid
@@ -29,24 +29,36 @@ def validate(
         batch_size: Images per forward pass.
 
     Returns:
-        `psnr` in dB, `ssim`, and `l1` on the [-1, 1] scale; of a first stage with codes also
-        `codes_used` (share of the codes that the images use), `codes_perplexity` and
-        `codes_most_frequent` (share of the tokens).
+        `psnr` in dB, `ssim`, and `l1` on the [-1, 1] scale. Images that are rebuilt exactly have
+        no finite PSNR: they are left out of its mean and counted as `identical_images`; where all
+        are, there is no `psnr`. Of a first stage with codes also `codes_used` (share of the codes
+        that the images use), `codes_perplexity` and `codes_most_frequent` (share of the tokens).
     """
     device = stage.device
-    totals = torch.zeros(len(METRICS), dtype=torch.float64, device=device)
+    is_measured = images.reading is not None and images.reading.value_range is not None
+    grade = metrics.clamped if is_measured else metrics.eight_bit
+    totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
     codes = CodeCounts(stage)
     for batch in _share(images.pixels, processes, batch_size):
         originals = images_from_pixels(batch.to(device))
         rebuilt, encoded = reconstruct(stage, originals)
         codes.update(encoded.latents)
-        rebuilt = metrics.eight_bit(rebuilt)
-        originals = metrics.eight_bit(originals)
+        rebuilt = grade(rebuilt)
+        originals = grade(originals)
+        totals[-1] += (originals == rebuilt).flatten(1).all(1).sum()
         for place, metric in enumerate(METRICS.values()):
-            totals[place] += metric(originals, rebuilt).sum().to(totals)
-    means = processes.sum(totals) / len(images)
-    found = {f"codes_{name}": value for name, value in codes.summary(processes.sum).items()}
-    return dict(zip(METRICS, means.tolist(), strict=True)) | found
+            values = metric(originals, rebuilt)
+            totals[place] += values[values != torch.inf].sum().to(totals)
+    *sums, identical = processes.sum(totals).tolist()
+    result = {name: total / len(images) for name, total in zip(METRICS, sums, strict=True)}
+    if identical:
+        different = len(images) - identical
+        result["psnr"] *= len(images) / max(different, 1)
+        if not different:
+            del result["psnr"]
+        result["identical_images"] = identical
+    found = codes.summary(processes.sum)
+    return result | {f"codes_{name}": value for name, value in found.items()}
 
 
 def _share(pixels: Tensor, processes: Processes, batch_size: int) -> Iterator[Tensor]:
@@ -57,4 +69,6 @@ def _share(pixels: Tensor, processes: Processes, batch_size: int) -> Iterator[Te
 def draw_grid(stage: FirstStage, images: FixedImages, count: int) -> Image.Image:
     """A grid of originals over reconstructions."""
     originals = images_from_pixels(images.pixels[:count].to(stage.device))
-    return grid([originals, reconstruct(stage, originals)[0]])
+    display = images.reading.display if images.reading is not None else None
+    shown = displayed(originals.shape[1], display)
+    return grid([originals[:, shown], reconstruct(stage, originals)[0][:, shown]])

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from first_stage.config.types import Precision
-from first_stage.data import CHANNELS
 from first_stage.errors import first_line
 from first_stage.models.codebooks import Discrete
 from first_stage.models.first_stage import FirstStage
@@ -52,11 +51,6 @@ class LatentEncoder:
         self.is_upcast = precision == "fp16" and bool(config.get("force_upcast", False))
         self.precision: Precision = "no" if self.is_upcast else precision
         self.device, self.first_stage = device, first_stage
-        if first_stage.in_channels not in CHANNELS:
-            raise CacheError(
-                f"the first stage {first_stage.name!r} has {first_stage.in_channels} input "
-                "channels; image files are read into 1, 3 or 4"
-            )
         first_stage.to(device).eval().requires_grad_(False)
         # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
         first_stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from first_stage.data import Source
+from first_stage.data import Reading, Source
 from first_stage.models.first_stage import FirstStage, as_first_stage
 from latent_tools.build.encode import Pass, UnitEncoder
 from latent_tools.build.encoder import BatchSplitter, LatentEncoder
@@ -116,6 +116,8 @@ def precompute(
     if process.rank == 0:
         lock = prepare(folder, launch, source, ids, options, say)
     process.barrier()
+    if (keep := getattr(source, "keep_classes", None)) is not None:
+        keep(Manifest.load(folder).source.get("classes") or [])
     with lock or LaunchLock(folder) as held:
         held.share()
         plan = Plan.load(folder)
@@ -171,7 +173,7 @@ class _Work:
     def _encode(self, source: Source, ids: pa.Array, encoder: LatentEncoder) -> None:
         options, device = self.options, self.process.device
         preprocessing = Preprocessing(
-            channels=encoder.first_stage.in_channels,
+            reading=options.reading or Reading(encoder.first_stage.in_channels),
             resolution=options.resolution,
             resize=options.resize,
             has_buckets=self.launch.preprocessing["buckets"] is not None,

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from first_stage.config.types import NonNegativeInt, PositiveInt, Precision, Share
+from first_stage.data import Reading
 from latent_tools.format.manifest import Representation
 from latent_tools.format.shards import Dtype
 
@@ -24,8 +25,12 @@ class EncodingOptions:
     flip: bool = False
     """Encode the images flipped left to right too."""
     buckets: str | None = None
-    """Shapes for images of several aspect ratios: auto, or heights and widths as in
-    256x256,320x192; null: one square."""
+    """Shapes for images of several aspect ratios: auto; kohya, just as kohya's scripts choose
+    them, who do not turn photos upright; or heights and widths as in 256x256,320x192; null: one
+    square."""
+    update: bool = False
+    """Encode again what changed since it was encoded (files, captions, labels), try again what
+    could not be read, and drop what is gone from the data; the rest stays as it is."""
     columns: tuple[str, ...] | None = None
     """Columns to carry along, as in [label,caption]; null: label, class and caption under their
     usual names."""
@@ -55,6 +60,8 @@ class CacheOptions(EncodingOptions):
     """Decoding processes per encoding process."""
     max_broken: Share = 0.05
     """Share of the samples that may fail before the launch stops."""
+    reading: Reading | None = None
+    """How files are read; `None`: plainly, into the first stage's channels."""
     opened_with: dict[str, Any] = field(default_factory=dict)
     """Image column, split and streaming that the source was opened with, for the manifest."""
     command: str = ""

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from first_stage.data import Sample
-from first_stage.data.sources import encoded_image, find_image_column
+from first_stage.data.columns import encoded_image, find_image_column
 from latent_tools.format.files import CacheError
 
 
@@ -75,11 +75,10 @@ class ParquetStream:
         """A row's encoded image and its other columns; fetches its row group when it is another."""
         place = int(np.searchsorted(self._starts, index, side="right")) - 1
         table = self._group(place)
-        row = table.slice(index - int(self._starts[place]), 1).to_pylist()[0]
-        value = row.pop(self.image_column)
-        if isinstance(value, bytes):
-            value = {"bytes": value}
-        return Sample(self.id(index), encoded_image(value, self.name), row)
+        table = table.slice(index - int(self._starts[place]), 1)
+        image = encoded_image(table[self.image_column].combine_chunks()[0], (self._root,))
+        row = table.drop_columns([self.image_column]).to_pylist()[0]
+        return Sample(self.id(index), image, row)
 
     def _group(self, place: int) -> pa.Table:
         # Kept per process: a forked worker must not use its parent's connections.

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -13,11 +14,11 @@ import torch
 from tqdm import tqdm
 
 from first_stage.config.types import misfits
-from first_stage.data import BrokenImage, Source
+from first_stage.data import Reading, Source, picture_size
 from first_stage.files import TEMPORARY
 from first_stage.models.codebooks import Discrete
 from latent_tools.build.encoder import LatentEncoder
-from latent_tools.build.images import content_hash, file_of, picture_size
+from latent_tools.build.follow import first_free_unit, follow, trim
 from latent_tools.build.options import CacheOptions
 from latent_tools.format.files import CacheError, LaunchLock
 from latent_tools.format.manifest import (
@@ -32,6 +33,7 @@ from latent_tools.format.plan import (
     Shape,
     committed_units,
     duplicate_id,
+    kohya_bucket,
     nearest_bucket,
     parse_buckets,
 )
@@ -47,7 +49,6 @@ from latent_tools.format.shards import (
 _CARRIED = ("label", "labels", "cls", "class", "caption", "captions", "text", "txt", "prompt")
 _SHARD_BYTES = 256 * 2**20
 _LARGEST_UNIT = 1024
-_SPOT_CHECKS = 4
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1, "uint16": 2, "uint32": 4}
 
 
@@ -83,7 +84,7 @@ def describe_launch(source: Source, encoder: LatentEncoder, options: CacheOption
     return Manifest(
         first_stage=describe_first_stage(encoder.first_stage, options.revision),
         preprocessing=describe_preprocessing(
-            encoder.first_stage.in_channels,
+            options.reading or Reading(encoder.first_stage.in_channels),
             options.resolution,
             options.resize if buckets is None else None,
             [list(shape) for shape in buckets] if buckets is not None else None,
@@ -175,21 +176,38 @@ def prepare(
     if (folder / FILE).exists():
         cache = Manifest.load(folder)
         _check_same(folder, cache, launch, say)
-        _check_data(folder, plan, source, ids)
+        _keep_classes(folder, cache, source)
+        new = len(plan.new_ids(ids))
+        if len(plan) and new:
+            say(f"{new} samples are new since the last launch")
+        followed = follow(folder, plan, source, ids, options.update, say)
     else:
         launch.save(folder)
-    positions = plan.new_ids(ids)
-    if len(plan) and len(positions):
-        say(f"{len(positions)} samples are new since the last launch")
-    if len(plan) and (gone := int((plan.places_in(ids) < 0).sum())):
-        say(f"{gone} planned samples are no longer in {source.name!r}; their latents stay")
+        _keep_classes(folder, launch, source)
+        followed = plan
+    positions = followed.new_ids(ids)
     if len(positions):
-        buckets = launch.preprocessing["buckets"]
-        shapes = _shapes(source, positions, options.resolution, buckets, options.workers)
+        shapes = _shapes(source, positions, options, launch.preprocessing)
         unit_size = options.unit_size or _unit_size(launch, shapes)
         names = ids.take(pa.array(positions)).to_pylist()
-        plan.extend(names, shapes, unit_size).save(folder)
+        first = first_free_unit(folder, plan)
+        followed.extend(names, shapes, unit_size, first).save(folder)
+    elif len(followed) < len(plan):
+        followed.save(folder)
+    trim(folder, Plan.load(folder))
     return lock
+
+
+def _keep_classes(folder: Path, cache: Manifest, source: Source) -> None:
+    """Let classes keep their labels when folders come in between; new ones get the next."""
+    keep = getattr(source, "keep_classes", None)
+    if keep is None:
+        return
+    known = cache.source.get("classes") or _committed_classes(folder)
+    names = keep(known)
+    if names != known:
+        cache.source["classes"] = names
+        cache.save(folder)
 
 
 def _check_folder(folder: Path) -> None:
@@ -229,52 +247,32 @@ def _check_same(
             )
 
 
-def _check_data(folder: Path, plan: Plan, source: Source, ids: pa.Array) -> None:
-    """Refuse another data set whose ids happen to be the same, row numbers above all."""
-    places = plan.places_in(ids)
-    if len(plan) and (places < 0).all():
-        raise CacheError(
-            f"none of the {len(plan)} samples planned in {str(folder)!r} is in data.path "
-            f"{source.name!r}: it is another data set; give another --output"
-        )
-    committed = sorted(committed_units(folder))
-    chosen = {committed[i * (len(committed) - 1) // 3] for i in range(4)} if committed else set()
-    where = dict(zip(ids.to_pylist(), range(len(ids)), strict=True)) if chosen else {}
-    for unit in sorted(chosen)[:_SPOT_CHECKS]:
-        commit = read_commit(folder, unit)
-        for name, content in zip(commit["ids"][:1], commit["content"][:1], strict=True):
-            if name in where and _content_of(source, where[name]) != content:
-                raise CacheError(
-                    f"the sample {name!r} of {source.name!r} is not the one that was encoded into "
-                    f"{str(folder)!r}: its content changed, or it is another data set; give "
-                    "another --output"
-                )
-
-
-def _content_of(source: Source, place: int) -> str | None:
-    try:
-        return content_hash(file_of(source.read(place).image))
-    except BrokenImage:
-        return None
+def _committed_classes(folder: Path) -> list[str]:
+    """Class names in the order of their labels, of a cache that does not say them itself."""
+    labels: dict[str, int] = {}
+    for unit in committed_units(folder):
+        columns = read_commit(folder, unit)["columns"]
+        labels |= dict(zip(columns.get("class", []), columns.get("label", []), strict=False))
+    names = [name for name in labels if name is not None]
+    return sorted(names, key=lambda name: labels[name])
 
 
 def _shapes(
-    source: Source,
-    positions: np.ndarray,
-    resolution: int,
-    buckets: list[list[int]] | None,
-    workers: int,
+    source: Source, positions: np.ndarray, options: CacheOptions, preprocessing: dict[str, Any]
 ) -> np.ndarray:
+    buckets = preprocessing["buckets"]
     if buckets is None:
-        return np.full((len(positions), 2), resolution)
+        return np.full((len(positions), 2), options.resolution)
+    reading = options.reading or Reading(preprocessing["channels"])
 
     def size(position: int) -> tuple[int, int]:
-        return picture_size(source.read(position).image)
+        return picture_size(source.read(position).image, reading)
 
-    with ThreadPoolExecutor(max(1, workers)) as pool:
+    with ThreadPoolExecutor(max(1, options.workers)) as pool:
         found = pool.map(size, positions.tolist())
         sizes = list(tqdm(found, total=len(positions), desc="reading sizes", unit=" images"))
-    return nearest_bucket(np.array(sizes), [(h, w) for h, w in buckets])
+    choose = kohya_bucket if options.buckets == "kohya" else nearest_bucket
+    return choose(np.array(sizes), [(h, w) for h, w in buckets])
 
 
 def _unit_size(launch: Manifest, shapes: np.ndarray) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
+from first_stage.data import Reading
 from first_stage.files import write_json
 from latent_tools.format.files import CacheError, read_json
 
@@ -160,6 +161,10 @@ class Manifest:
             raise CacheError(
                 f"{str(path)!r} has format version {version}; this release reads {VERSION}"
             )
+        if isinstance(values.get("preprocessing"), dict):
+            # Before there was a choice, embedded color profiles were left alone.
+            values["preprocessing"].setdefault("color", "keep")
+            values["preprocessing"].setdefault("upright", True)
         known = {f.name for f in dataclasses.fields(Manifest)}
         if missing := {"first_stage", "preprocessing", "store"} - set(values):
             raise CacheError(f"{str(path)!r} lacks {', '.join(sorted(missing))}")
@@ -202,23 +207,23 @@ def describe_codebook(autoencoder: nn.Module) -> dict[str, Any]:
         return {}
     table = weight.detach().float().cpu().contiguous()
     digest = hashlib.sha256(f"{tuple(table.shape)} ".encode())
-    digest.update(table.flatten().view(torch.uint8).numpy())
+    digest.update(table.flatten().view(torch.uint8).numpy().tobytes())
     return {"codes": len(table), "codebook_sha256": digest.hexdigest()}
 
 
 def describe_preprocessing(
-    channels: int, resolution: int, resize: int | None, buckets: list[list[int]] | None
+    reading: Reading, resolution: int, resize: int | None, buckets: list[list[int]] | None
 ) -> dict[str, Any]:
     """The manifest's `preprocessing` entry.
 
     Args:
-        channels: Channels that files are read into.
+        reading: How files are read.
         resolution: Side of the centre crop.
         resize: Shorter side after resizing; `None` keeps sizes.
         buckets: Shapes (height, width) instead of the square, or `None`.
     """
     return {
-        "channels": channels,
+        **reading.describe(),
         "pixel_range": [-1, 1],
         "resolution": resolution,
         "resize": resize,

@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from first_stage.command_line import command_line
 from first_stage.files import write_json
 from first_stage.metrics.moments import ChannelMoments
 from latent_tools.format.files import CacheError, read_json, write_bytes
@@ -201,6 +202,60 @@ def write_unit(
     return commit
 
 
+def trimmed(folder: Path, commit: dict[str, Any], keep: set[str]) -> str | None:
+    """Write a unit anew with some of its samples: what is stored of them stays bit for bit.
+
+    The shard gets another name, so that the old one is whole until the commit names the new one.
+
+    Args:
+        folder: The cache.
+        commit: The unit's commit.
+        keep: Ids of the samples and failures to keep.
+
+    Returns:
+        The shard's name now, `None` when no sample is left.
+    """
+    rows = [row for row, name in enumerate(commit["ids"]) if name in keep]
+    new = {
+        **commit,
+        "count": len(rows),
+        **{key: [commit[key][row] for row in rows]
+           for key in ("ids", "content", "original_size", "crop")},
+        "columns": {k: [values[row] for row in rows] for k, values in commit["columns"].items()},
+        "failures": [failure for failure in commit["failures"] if failure["id"] in keep],
+        "retried_in_float32": [name for name in commit["retried_in_float32"] if name in keep],
+    }  # fmt: skip
+    if rows and len(rows) < commit["count"]:
+        new |= _trimmed_shard(folder, commit, rows)
+    elif not rows:
+        channels = len(commit["sums"]["mean"])
+        empty = ChannelMoments(channels).to_json()
+        new |= {"shard": None, "sums": empty}
+        new = {key: value for key, value in new.items() if key not in ("sha256", "bytes")}
+    write_json(commit_path(folder, commit["unit"]), new, indent=None)
+    return new["shard"]
+
+
+def _trimmed_shard(folder: Path, commit: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    with safetensors.safe_open(folder / SHARDS / commit["shard"], framework="pt") as file:
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name)[rows].contiguous() for name in names}
+    ids = [commit["ids"][row] for row in rows]
+    about = json.dumps({"unit": commit["unit"], "ids": ids}, ensure_ascii=False)
+    content = safetensors.torch.save(tensors, {"latent_cache": about})
+    stem, _, number = commit["shard"].removesuffix(".safetensors").partition(".")
+    name = f"{stem}.{int(number or 0) + 1}.safetensors"
+    write_bytes(folder / SHARDS / name, content)
+    main = "moments" if "moments" in tensors else "latents"
+    channels = len(commit["sums"]["mean"])
+    return {
+        "shard": name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "sums": _moments(_unpack_all(tensors, main), channels).to_json(),
+    }
+
+
 def read_commit(folder: Path, unit: int) -> dict[str, Any]:
     """A unit's commit.
 
@@ -254,7 +309,7 @@ class ShardReader:
             except (OSError, safetensors.SafetensorError) as error:
                 raise CacheError(
                     f"the shard {str(path)!r} cannot be read ({error}): "
-                    f"python -m latent_tools verify {self.folder}"
+                    f"{command_line('latents', 'verify', self.folder)} says more"
                 ) from error
             while len(self._open) >= self.keep:
                 self._open.pop(next(iter(self._open)))

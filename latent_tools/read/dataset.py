@@ -108,7 +108,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         if isinstance(first_stage, nn.Module):
             return first_stage
         # Reading latents needs no diffusers, whose import takes seconds in every worker.
-        from first_stage.models.first_stage import load_autoencoder
+        from first_stage.models.loading import load_autoencoder
 
         name, revision = str(first_stage), self.manifest.first_stage["revision"]
         is_the_same = name == self.manifest.first_stage["name"]

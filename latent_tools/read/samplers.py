@@ -37,7 +37,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         rank: int | None = None,
         world: int | None = None,
-        drop_last: bool = True,
+        drop_last: bool = False,
     ):
         is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if rank is None:

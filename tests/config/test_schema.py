@@ -70,7 +70,7 @@ def test_a_misspelt_key_is_refused_by_name(tmp_path, where):
         ({"data__path": ""}, ["data.path is empty"]),
         ({"data__resolution": 17}, ["data.resolution (17)", "factor (2)", "16 or 18"]),
         ({"validation__resolution": 19}, ["validation.resolution (19)", "18 or 20"]),
-        ({"model__in_channels": 2}, ["model.in_channels is 2", "1, 3 or 4"]),
+        ({"model__in_channels": 0}, ["model.in_channels is 0", "above 0"]),
         ({"model__norm_num_groups": 5}, ["model.norm_num_groups (5)", "width 8"]),
         ({"train__micro_batch_size": 3}, ["train.micro_batch_size (3)", "train.batch_size (4)"]),
         ({"train__learning_rate": -1}, ["train.learning_rate is -1", "above 0"]),

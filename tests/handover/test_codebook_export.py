@@ -9,10 +9,11 @@ from diffusers import AutoencoderDC, AutoencoderTiny, VQModel
 
 from first_stage.config import parse_config
 from first_stage.errors import UserError
-from first_stage.handover.export import load_snippet
+from first_stage.handover.card import load_snippet
 from first_stage.handover.folding import common_deviation, fold_statistics
 from first_stage.handover.reload import check_reload
-from first_stage.models.first_stage import FirstStage, load_autoencoder
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import load_autoencoder
 from first_stage.training.loop import train
 from first_stage.training.run_folder import EXPORT
 from first_stage.training.step import Trainer

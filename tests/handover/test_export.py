@@ -11,7 +11,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from first_stage.distributed.processes import Processes
-from first_stage.handover.export import measure_latents, model_card, write_export
+from first_stage.handover.card import model_card
+from first_stage.handover.export import write_export
+from first_stage.handover.statistics import measure_latents
 
 STOCK = ROOT / "tests" / "helpers" / "stock_diffusers.py"
 

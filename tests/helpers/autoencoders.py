@@ -25,10 +25,12 @@ def build_autoencoder(
     return family_named("kl").build(layout, sample_size)
 
 
-def tiny_kl(in_channels: int = 3, latent_channels: int = 4, levels: int = 2) -> AutoencoderKL:
+def tiny_kl(
+    in_channels: int = 3, latent_channels: int = 4, levels: int = 2, attention: bool = False
+) -> AutoencoderKL:
     torch.manual_seed(0)
     widths = (8, 16, 16)[:levels]
-    return build_autoencoder(in_channels, latent_channels, widths, 1, 4, False, True, 16).eval()
+    return build_autoencoder(in_channels, latent_channels, widths, 1, 4, attention, True, 16).eval()
 
 
 def tiny_vq() -> VQModel:

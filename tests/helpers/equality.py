@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from first_stage.config import parse_config
 from first_stage.files import read_log
-from first_stage.models.first_stage import FirstStage, load_autoencoder
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import load_autoencoder
 
 RECORDING = Path(__file__).with_name("recording.py")
 

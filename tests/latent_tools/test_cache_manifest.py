@@ -18,7 +18,11 @@ from latent_tools.format.manifest import (
 def manifest(vae, **changes):
     return Manifest(
         first_stage=describe_first_stage(as_first_stage(vae, "x"), None),
-        preprocessing={"resolution": changes.get("resolution", 16)},
+        preprocessing={
+            "resolution": changes.get("resolution", 16),
+            "color": "srgb",
+            "upright": True,
+        },
         store={"dtype": changes.get("dtype", "float16")},
         source={},
         made_with={},

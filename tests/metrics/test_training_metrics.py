@@ -92,3 +92,13 @@ def test_the_report_repeats_the_warnings(tmp_path):
     body = training_section(read_run(tmp_path)).body
     assert body.count("the critic has won") == 1
     assert "warning at step 50" in body
+
+
+def test_a_kl_that_explodes_is_told():
+    watch, said = Watch(), []
+    for step in range(4):
+        said += watch.read(step, GOOD | {"kl_channel/0": 12.0, "kl_channel/1": 5e6})
+    assert len(said) == 1
+    assert "the KL explodes: a latent channel carries 5e+06 nats per value" in said[0]
+    assert "loss.kl_weight" in said[0]
+    assert not Watch(1).read(0, GOOD | {"kl_channel/0": 20.0})  # as of public first stages

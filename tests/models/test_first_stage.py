@@ -1,13 +1,11 @@
-import json
-
 import pytest
 import torch
 from autoencoders import build_autoencoder
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
 
-from first_stage.errors import UserError
 from first_stage.models.bottlenecks import Gaussian
-from first_stage.models.first_stage import FirstStage, load_autoencoder
+from first_stage.models.first_stage import (
+    FirstStage,
+)
 
 
 def tiny_vae(**overrides):
@@ -77,52 +75,3 @@ def test_facts_of_a_gaussian_tell_signal_from_noise():
 def test_channel_counts(in_channels):
     stage = FirstStage(tiny_vae(in_channels=in_channels))
     assert stage(torch.zeros(1, in_channels, 16, 16))[0].shape == (1, in_channels, 16, 16)
-
-
-def test_loading_a_folder_a_pipeline_and_other_kinds(tmp_path):
-    vae = tiny_vae()
-    vae.save_pretrained(tmp_path / "plain")
-    vae.save_pretrained(tmp_path / "pipeline/vae")
-    for name in ("plain", "pipeline"):
-        loaded = load_autoencoder(str(tmp_path / name))
-        assert isinstance(loaded, AutoencoderKL)
-        assert not loaded.training
-        for key, value in vae.state_dict().items():
-            assert torch.equal(loaded.state_dict()[key], value)
-    small = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
-    )  # fmt: skip
-    small.save_pretrained(tmp_path / "tiny")
-    loaded = load_autoencoder(str(tmp_path / "tiny"))
-    assert isinstance(loaded, AutoencoderTiny)
-
-
-def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path):
-    UNet2DModel(
-        block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-    ).save_pretrained(tmp_path / "unet")  # fmt: skip
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "unknown").mkdir()
-    (tmp_path / "unknown/config.json").write_text(json.dumps({"_class_name": "os"}))
-    tiny_vae().save_pretrained(tmp_path / "torn")
-    weights = tmp_path / "torn/diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    for name, words in [
-        ("unet", "no encode and decode"),
-        ("empty", "neither config.json nor vae/config.json"),
-        ("unknown", "names the class 'os'"),
-        ("torn", "cannot be loaded"),
-        ("nowhere", "does not exist"),
-    ]:
-        with pytest.raises(UserError, match=words) as caught:
-            load_autoencoder(str(tmp_path / name))
-        assert "\n" not in str(caught.value)
-
-
-def test_pickled_weights_are_never_loaded(tmp_path):
-    tiny_vae().save_pretrained(tmp_path, safe_serialization=False)
-    assert list(tmp_path.glob("*.bin"))
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_autoencoder(str(tmp_path))

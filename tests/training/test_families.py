@@ -12,7 +12,8 @@ from test_resume import contents, train_until
 from first_stage.config import parse_config
 from first_stage.errors import ConfigError
 from first_stage.files import read_log
-from first_stage.models.first_stage import FirstStage, load_autoencoder
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import load_autoencoder
 from first_stage.training.loop import train
 
 FAMILIES = {

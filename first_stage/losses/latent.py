@@ -56,8 +56,8 @@ class LatentLoss:
             log[f"loss/{name}"] = value.detach()
             if name == "kl":
                 total = total + self._kl_weight(step, images) * self._kl(value, code)
-            elif (weight := self.weights.get(name, 0.0)) > 0:
-                total = total + weight * value
+            else:  # at weight 0 too: every parameter has a gradient then, as processes expect
+                total = total + self.weights.get(name, 0.0) * value
         return total, log
 
     def _kl_weight(self, step: int, images: Tensor) -> float:

@@ -96,7 +96,7 @@ def build_critic(config: CriticConfig, first_stage: FirstStage) -> Critic:
 
 def _pretrained(config: ModelConfig, name: str) -> FirstStage:
     model = load_autoencoder(name, field="model.pretrained")
-    family = trainable_family_of(model, name)
+    family = trainable_family_of(model, name, config.family)
     stage = FirstStage(model, family, family.bottleneck(model, config), name)
     if stage.in_channels != config.in_channels:
         raise ConfigError(

@@ -14,8 +14,8 @@ from first_stage.data import images_from_pixels
 from first_stage.seeding import Purpose, generator
 from latent_tools.build.encoder import BatchSplitter
 from latent_tools.build.images import DecodedPortion
-from latent_tools.format.manifest import Representation
-from latent_tools.format.shards import DTYPES, Dtype, EncodedUnit
+from latent_tools.format.manifest import Representation, tensor_name
+from latent_tools.format.shards import DTYPES, Dtype, EncodedUnit, TokenDtype
 
 
 def sample_key(name: str) -> int:
@@ -47,7 +47,7 @@ class UnitEncoder:
 
     Args:
         splitter: The encoder, in batches that fit.
-        representation: `moments`, `mean` or `sample`.
+        representation: `moments`, `mean`, `sample` or `tokens`.
         dtype: What latents will be stored as; a sample outside of its range fails.
         flip: Encode the flipped pixels too.
         seed: Of the draws that `sample` stores.
@@ -58,7 +58,7 @@ class UnitEncoder:
         splitter: BatchSplitter,
         *,
         representation: Representation,
-        dtype: Dtype,
+        dtype: Dtype | TokenDtype,
         flip: bool,
         seed: int,
     ):
@@ -105,7 +105,7 @@ class UnitEncoder:
 
     def _current(self, portion: DecodedPortion) -> tuple[EncodedUnit, list[list[Tensor]]]:
         if portion.unit not in self._open:
-            name = "moments" if self.representation == "moments" else "latents"
+            name = tensor_name(self.representation)
             unit = EncodedUnit(portion.unit, portion.shape, name, None, None, [], [])
             self._open[portion.unit] = (unit, [])
         return self._open[portion.unit]
@@ -137,7 +137,7 @@ class UnitEncoder:
 
     def _can_be_stored(self, latents: list[Tensor]) -> Tensor:
         """Which samples are finite, and are so in the type they are stored in: `(B,)`."""
-        stored = torch.float32 if self.dtype == "uint8" else DTYPES[self.dtype]
+        stored = torch.float32 if self.dtype.startswith("uint") else DTYPES[self.dtype]
         finite = [part.to(stored).isfinite().flatten(1).all(1) for part in latents]
         return torch.stack(finite).all(0)
 

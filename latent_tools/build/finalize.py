@@ -51,12 +51,13 @@ def finalize(folder: Path) -> Manifest:
         sums.append(ChannelMoments.from_json(commit["sums"]))
         if commit["count"]:
             tables.append(_index_table(commit))
-            errors.append((commit["count"], commit["storage_error"]))
+            if "storage_error" in commit:  # tokens are stored as they are
+                errors.append((commit["count"], commit["storage_error"]))
             size += commit["bytes"]
     _write_table(folder / INDEX, _concat(tables))
     schema = pa.schema({"id": pa.string(), "reason": pa.string(), "unit": pa.int32()})
     _write_table(folder / FAILURES, pa.Table.from_pylist(failures, schema))
-    total = merged(sums, manifest.first_stage["latent_channels"])
+    total = merged(sums, manifest.tensor_channels)
     manifest.statistics = summary(total, manifest.representation == "moments")
     if errors:
         manifest.statistics["storage_error"] = _pooled(errors)

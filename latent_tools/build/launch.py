@@ -104,7 +104,10 @@ def precompute(
     say = say if process.rank == 0 else _silent
     folder = Path(output)
     first_stage = as_first_stage(autoencoder, name)
-    encoder = LatentEncoder(first_stage, process.device, options.precision, options.compile)
+    encoder = LatentEncoder(
+        first_stage, process.device, options.precision, options.compile,
+        tokens=options.representation == "tokens",
+    )  # fmt: skip
     if encoder.is_upcast:
         say("the first stage asks for force_upcast: encoding in float32 instead of fp16")
     launch = describe_launch(source, encoder, options)
@@ -189,7 +192,7 @@ class _Work:
         units = UnitEncoder(
             splitter,
             representation=self.launch.representation,
-            dtype=options.dtype,
+            dtype=self.launch.store["dtype"],
             flip=options.flip,
             seed=options.seed,
         )
@@ -210,7 +213,7 @@ class _Work:
     ) -> None:
         started: Pass | None = units.start(next(portions))
         with UnitWriter(
-            self.folder, self.options.dtype, self.launch.first_stage["latent_channels"],
+            self.folder, self.launch.store["dtype"], self.launch.tensor_channels,
             self._written,
         ) as writer:  # fmt: skip
             while started is not None:

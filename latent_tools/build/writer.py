@@ -7,7 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from latent_tools.format.shards import Dtype, EncodedUnit, write_unit
+from latent_tools.format.shards import Dtype, EncodedUnit, TokenDtype, write_unit
 
 
 class UnitWriter:
@@ -19,7 +19,7 @@ class UnitWriter:
     Args:
         folder: The cache.
         dtype: What latents are stored as.
-        channels: Latent channels C.
+        channels: Latent channels C; 1 for tokens.
         written: Called with each commit, in the thread.
         waiting: How many units may wait; more make `put` block, which bounds the memory.
     """
@@ -27,7 +27,7 @@ class UnitWriter:
     def __init__(
         self,
         folder: Path,
-        dtype: Dtype,
+        dtype: Dtype | TokenDtype,
         channels: int,
         written: Callable[[dict[str, Any]], None],
         waiting: int = 2,

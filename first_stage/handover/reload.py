@@ -47,7 +47,12 @@ def check_reload(first_stage: FirstStage, folder: Path) -> None:
         theirs = stock.quantize(latents.to(stock.dtype))[2][2].flatten()
         if differing := int((ours != theirs).sum()):
             problems.append(f"{differing} of {len(ours)} codes differ")
-    if not _close(stock.decode(latents.to(stock.dtype)).sample, first_stage.decode(latents)):
+        # The stock class does the quantizing itself; elsewhere nothing lies in between.
+        decoded = stock.decode(latents.to(stock.dtype)).sample
+    else:
+        settled = first_stage.bottleneck.settle(latents)
+        decoded = first_stage.family.to_images(stock, settled.to(stock.dtype))
+    if not _close(decoded, first_stage.decode(latents)):
         problems.append("its decoder gives other images")
     if problems:
         raise UserError(

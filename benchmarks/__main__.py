@@ -5,6 +5,7 @@
     python -m benchmarks cache --config configs/demo.yaml --images 2000
     python -m benchmarks read --latents 20000
     python -m benchmarks scale --config configs/demo.yaml --picture scaling.png
+    python -m benchmarks quantize --config configs/demo_vq.yaml
 
 Machines differ and are noisy: what is compared takes turns within one run, ratios are taken turn by
 turn, and the median is printed with the smallest and largest value.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import caching, training
+from benchmarks.quantizing import benchmark_quantize
 from benchmarks.reading import benchmark_read
 from benchmarks.scaling import benchmark_scale
 from benchmarks.timing import machine
@@ -27,12 +29,12 @@ _LATENT_SHAPE = (4, 32, 32)
 
 
 def main() -> None:
-    """Run one of the four, print its tables, and write them as JSON."""
+    """Run one of them, print its tables, and write them as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
         epilog="Further arguments are those of training: --config FILE, --field.name value.",
     )
-    parser.add_argument("what", choices=("train", "cache", "read", "scale"))
+    parser.add_argument("what", choices=("train", "cache", "read", "scale", "quantize"))
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: 5)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a step form's turn, about")
     parser.add_argument("--random_vgg", action="store_true", help="train: add a VGG16 term")
@@ -72,6 +74,8 @@ def _measure(options: argparse.Namespace, recipe: list[str]) -> dict[str, Any]:
             return training.benchmark_train(whole, repeats, seconds)
     if options.what == "cache":
         return caching.benchmark_cache(recipe, options.images, options.side, repeats)
+    if options.what == "quantize":
+        return benchmark_quantize(recipe, repeats)
     if options.what == "read":
         return benchmark_read(options.latents, _LATENT_SHAPE, repeats)
     return benchmark_scale(recipe, seconds, options.counts, options.side, options.picture)

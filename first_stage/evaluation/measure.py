@@ -13,6 +13,7 @@ from tqdm import tqdm
 from first_stage.data import displayed
 from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
+from first_stage.evaluation.codes import CodeCounts
 from first_stage.evaluation.images import Group, ImageList, batches, require_some
 from first_stage.metrics import images as metrics
 from first_stage.metrics.feature_networks import FeatureNetwork, cosine_distance
@@ -77,6 +78,7 @@ class Measurement:
         self.stage, self.images = first_stage, images
         self.options, self.processes = options, processes
         self._part = _Part(LatentHealth(first_stage.latent_channels))
+        self._codes = CodeCounts(first_stage)
         self._statistics: dict[str, tuple[GaussianStatistics, GaussianStatistics]] = {}
         stride = max(len(images) / max(options.probed, 1), 1.0)
         self._probed = {int(k * stride) for k in range(math.ceil(len(images) / stride))}
@@ -149,6 +151,7 @@ class Measurement:
             row = {"index": index, "id": name, "width": width, "height": height}
             self._part.rows.append(row | {key: values[k] for key, values in columns.items()})
         self._part.health.update(encoded.latents, encoded.logvar)
+        self._codes.update(encoded.latents)
         self._probe(group, images, encoded)
 
     def _columns(self, originals: Tensor, reconstructions: Tensor) -> dict[str, list[float]]:
@@ -217,6 +220,7 @@ class Measurement:
             "bands": self._bands(first.bands),
             "features": self._feature_distances(first.rows),
             "latent_health": health,
+            "codes": self._codes.summary(self.processes.sum),
             "unreadable": broken,
             "per_image": [_json_row(row) for row in first.rows],
         }

@@ -98,6 +98,29 @@ def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
             "of the latents: they carry signal",
         ),
     ]
+    result += [
+        Column(
+            "codes used",
+            "higher",
+            lambda s: s.get("codes", {}).get("used"),
+            lambda v: f"{v:.1%}",
+            "share of the codebook that these images use",
+        ),
+        Column(
+            "code perplexity",
+            "",
+            lambda s: s.get("codes", {}).get("perplexity"),
+            lambda v: f"{v:,.0f}",
+            "how many equally frequent codes would be as hard to guess",
+        ),
+        Column(
+            "most frequent code",
+            "",
+            lambda s: s.get("codes", {}).get("most_frequent"),
+            lambda v: f"{v:.1%}",
+            "its share of the tokens",
+        ),
+    ]
     return [c for c in result if any(c.value(stage) is not None for stage in stages)]
 
 

@@ -40,6 +40,8 @@ _ABOUT = {
     "kl_channel": "KL of each latent channel in nats per latent value",
     "penalty": "What keeps the critic in bounds, before its weight",
     "noise": "Learned logarithm of the pixel term's noise level",
+    "codes": "Codes of the last hundred steps; perplexity: how many equally frequent ones would be "
+    "as hard to guess",
     "gradient_norm": "Before clipping",
     "learning_rate": "",
     "speed": "",

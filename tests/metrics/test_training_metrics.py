@@ -56,6 +56,17 @@ def test_active_channels_by_hand():
     assert found == {"kl/active_channels": 1, "kl_channel/1": 0.2}
 
 
+def test_codes_that_are_not_used_are_said_once_after_three_lines():
+    watch = Watch()
+    values = {"codes/used": 0.03, "codes/perplexity": 21.0}
+    assert [watch.read(step, values) for step in (10, 20)] == [[], []]
+    (line,) = watch.read(30, values)
+    assert "only 3% of the codes are used" in line
+    assert "perplexity 21" in line
+    assert watch.read(40, values) == []
+    assert not any(watch.read(step, {"codes/used": 0.9}) for step in (50, 60, 70, 80))
+
+
 GOOD = {"critic/ranking": 0.7, "critic/logit_gap": 0.8, "kl/active_channels": 3.0}
 
 

@@ -100,12 +100,10 @@ def gc(cache: str, delete: bool = False) -> None:
         cache: The cache's folder.
         delete: Delete what is listed.
     """
-    found = tools.leftovers(Path(cache))
-    size = sum(path.stat().st_size for path, _ in found)
-    for path, reason in found:
-        print(f"{path}: {reason}")
-        if delete:
-            path.unlink()
+    found = tools.leftovers(Path(cache), delete)
+    size = sum(item.size for item in found)
+    for item in found:
+        print(f"{item.path}: {item.reason}")
     if not found:
         print("nothing is left over")
     elif delete:
@@ -115,15 +113,9 @@ def gc(cache: str, delete: bool = False) -> None:
         print(f"{len(found)} files, {size / 2**20:.1f} MiB; to delete them: {again}")
 
 
-Name = Literal[
-    "lightningdit", "mar", "fast-dit", "edm2", "repa", "dc-ae", "kohya-sd", "kohya-sdxl",
-    "webdataset", "datasets",
-]  # fmt: skip
-
-
 def export(
     cache: str,
-    format: Name | None = None,
+    format: str | None = None,
     output: str | None = None,
     draw: Literal["posterior", "mean"] | None = None,
     seed: int = 0,
@@ -133,7 +125,8 @@ def export(
 
     Args:
         cache: The cache's folder.
-        format: The layout.
+        format: The layout: lightningdit, mar, fast-dit, edm2, repa, dc-ae, kohya-sd, kohya-sdxl,
+            webdataset or datasets.
         output: The folder to write into; for kohya that of the images.
         draw: For layouts without moments: one draw from each posterior (the default where there
             is one), or its mean.

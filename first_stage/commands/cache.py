@@ -184,7 +184,20 @@ def _this_process() -> Process:
         accelerator.num_processes,
         accelerator.device,
         accelerator.wait_for_everyone,
+        lambda numbers: _handed_over(numbers, accelerator.device),
     )
+
+
+def _handed_over(numbers: list[int], device: torch.device) -> list[int]:
+    """What the first process calls this with, on every process."""
+    from accelerate.utils import broadcast
+
+    count: Any = broadcast(torch.tensor(len(numbers), device=device))
+    values = torch.zeros(int(count), dtype=torch.int64, device=device)
+    if len(numbers) == len(values):
+        values = torch.tensor(numbers, dtype=torch.int64, device=device)
+    handed: Any = broadcast(values)
+    return [int(number) for number in handed.tolist()]
 
 
 def _cache_options(options: Options, autoencoder: Any, process: Process) -> CacheOptions:

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from first_stage.data import BrokenImage, Source, View, open_image, pixels_of
-from latent_tools.format.files import CacheError
+from first_stage.errors import UserError
+from latent_tools.build.unit import SampleRecord
+from latent_tools.format.files import CacheError, MachineError, patiently
 from latent_tools.format.plan import Plan, Shape, Unit
-from latent_tools.format.shards import SampleRecord
 
 _NOT_THERE = "no longer in the data"
 
@@ -56,6 +57,8 @@ class DecodedPortion:
         records: Those samples.
         failures: Id and reason of the others.
         is_last: Whether it is the unit's last portion.
+        fault: Why the launch cannot go on, if so: what a worker raises would arrive with a whole
+            traceback for its message.
     """
 
     unit: int
@@ -64,6 +67,7 @@ class DecodedPortion:
     records: list[SampleRecord]
     failures: list[tuple[str, str]] = field(default_factory=list)
     is_last: bool = False
+    fault: str | None = None
 
     def pin_memory(self) -> "DecodedPortion":
         """Called by the `DataLoader`'s pinning thread."""
@@ -116,6 +120,9 @@ class PortionReader(Dataset[DecodedPortion]):
             except BrokenImage as error:
                 result.failures.append((name, str(error)))
                 continue
+            except UserError as error:
+                result.fault = str(error)
+                return result
             result.records.append(record)
             arrays.append(pixels)
         if arrays:
@@ -137,10 +144,11 @@ class PortionReader(Dataset[DecodedPortion]):
 
         Raises:
             BrokenImage: When it cannot be decoded, or is not there.
+            MachineError: When the machine fails to read it, several times over.
         """
         if place < 0:
             raise BrokenImage(_NOT_THERE)
-        sample = self.source.read(place)
+        sample = patiently(lambda: self.source.read(place), f"the sample {name!r}")
         file = file_of(sample.image)
         image = open_image(file, self.preprocessing.channels)
         width, height = image.size
@@ -158,11 +166,12 @@ def file_of(image: bytes | Path | Image.Image) -> bytes | Image.Image:
 
     Raises:
         BrokenImage: When the file cannot be read.
+        MachineError: When the machine fails to read it, several times over.
     """
     if not isinstance(image, Path):
         return image
     try:
-        return image.read_bytes()
+        return patiently(image.read_bytes, repr(str(image)))
     except OSError as error:
         raise BrokenImage(f"cannot be read: {error.strerror or error}") from None
 
@@ -182,16 +191,25 @@ def picture_size(image: bytes | Path | Image.Image) -> tuple[int, int]:
     """(height, width) of a picture as it is seen, from its header; (0, 0) when it has none.
 
     A picture with an EXIF orientation of a quarter turn swaps its sides.
+
+    Raises:
+        MachineError: When the machine fails to read it, several times over.
     """
+    if isinstance(image, Image.Image):
+        return image.height, image.width
     try:
-        if isinstance(image, Image.Image):
-            return image.height, image.width
-        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
-            is_turned = picture.getexif().get(0x0112, 1) >= 5
-            width, height = picture.size
+        return patiently(lambda: _size_in_header(image), repr(str(image)[:200]))
+    except MachineError:
+        raise
     except Exception:
         # Pillow raises whatever its format plugins do; the encoding pass will say what is wrong.
         return 0, 0
+
+
+def _size_in_header(image: bytes | Path) -> tuple[int, int]:
+    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
+        is_turned = picture.getexif().get(0x0112, 1) >= 5
+        width, height = picture.size
     return (width, height) if is_turned else (height, width)
 
 

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from first_stage.data import Sample
 from first_stage.data.sources import encoded_image, find_image_column
-from latent_tools.format.files import CacheError
+from latent_tools.format.files import CacheError, patiently
 
 
 class ParquetStream:
@@ -86,8 +86,7 @@ class ParquetStream:
         if self._kept is None or self._kept[:2] != (os.getpid(), place):
             file, group = self._groups[place].tolist()
             try:
-                with self._open(file) as stream:
-                    table = pq.ParquetFile(stream).read_row_group(group)
+                table = patiently(lambda: self._fetch(file, group), repr(self._files[file]))
             except (OSError, pa.ArrowException) as error:
                 raise CacheError(
                     f"{self._files[file]!r} of {self.name!r} cannot be read: {error}; start the "
@@ -96,17 +95,24 @@ class ParquetStream:
             self._kept = (os.getpid(), place, table)
         return self._kept[2]
 
+    def _fetch(self, file: int, group: int) -> pa.Table:
+        with self._open(file) as stream:
+            return pq.ParquetFile(stream).read_row_group(group)
+
     def _open(self, file: int) -> Any:
         import fsspec
 
         system, root = fsspec.core.url_to_fs(self._root)
         return system.open(f"{root.rstrip('/')}/{self._files[file]}", "rb")
 
+    def _footer(self, file: int) -> Any:
+        with self._open(file) as stream:
+            return pq.ParquetFile(stream).metadata
+
     def _footers(self) -> Sequence[Any]:
         def footer(file: int) -> Any:
             try:
-                with self._open(file) as stream:
-                    return pq.ParquetFile(stream).metadata
+                return patiently(lambda: self._footer(file), repr(self._files[file]))
             except (OSError, pa.ArrowException) as error:
                 raise CacheError(
                     f"{self._files[file]!r} of {self.name!r} is no parquet file: {error}"

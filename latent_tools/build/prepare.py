@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -34,7 +35,7 @@ from latent_tools.format.plan import (
     nearest_bucket,
     parse_buckets,
 )
-from latent_tools.format.shards import COMMITS, SHARDS, read_commit
+from latent_tools.format.shards import COMMITS, SHARDS, commit_path, read_commit
 
 _CARRIED = ("label", "labels", "cls", "class", "caption", "captions", "text", "txt", "prompt")
 _SHARD_BYTES = 256 * 2**20
@@ -165,12 +166,13 @@ def prepare(
         (folder / name).mkdir(parents=True, exist_ok=True)
     lock = LaunchLock(folder)
     lock.take()
-    plan = Plan.load(folder)
-    if (folder / FILE).exists():
-        cache = Manifest.load(folder)
-        _check_same(folder, cache, launch, say)
+    plan = _plan(folder, say)
+    if (folder / FILE).exists() and (_is_begun(folder, plan) or not lock.is_held):
+        _check_same(folder, Manifest.load(folder), launch, say)
         _check_data(folder, plan, source, ids)
     else:
+        # What an earlier launch wanted binds nobody as long as nothing is encoded so.
+        plan = Plan.empty()
         launch.save(folder)
     positions = plan.new_ids(ids)
     if len(plan) and len(positions):
@@ -186,6 +188,33 @@ def prepare(
     return lock
 
 
+def _plan(folder: Path, say: Callable[[str], None]) -> Plan:
+    """The plan that is there; made anew from the commits when its file was lost."""
+    plan = Plan.load(folder)
+    if len(plan) or not (folder / FILE).exists():
+        return plan
+    there = sorted(committed_units(folder))
+    if not there:
+        return plan
+    say(f"the plan is not there: making it anew from {len(there)} commits")
+    plan = Plan.of_units(_planned(folder, unit) for unit in there)
+    plan.save(folder)
+    return plan
+
+
+def _planned(folder: Path, unit: int) -> tuple[int, Shape, list[str]]:
+    commit = read_commit(folder, unit)
+    ids = [*commit["ids"], *(failure["id"] for failure in commit["failures"])]
+    return unit, (commit["height"], commit["width"]), ids
+
+
+def _is_begun(folder: Path, plan: Plan) -> bool:
+    """Whether any unit is committed; a directory that lags behind is asked by name too."""
+    return any(True for _ in committed_units(folder)) or any(
+        commit_path(folder, unit.number).exists() for unit in plan.units
+    )
+
+
 def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"output {str(folder)!r} is a file: give a folder")
@@ -196,7 +225,7 @@ def _check_folder(folder: Path) -> None:
             for path in folder.iterdir()
             if path.name not in ours and not path.name.startswith(TEMPORARY)
         ]
-        committed = any(committed_units(folder))
+        committed = any(True for _ in committed_units(folder))
         if others or committed:
             found = sorted(others)[0] if others else COMMITS
             raise CacheError(
@@ -233,11 +262,11 @@ def _check_data(folder: Path, plan: Plan, source: Source, ids: pa.Array) -> None
         )
     committed = sorted(committed_units(folder))
     chosen = {committed[i * (len(committed) - 1) // 3] for i in range(4)} if committed else set()
-    where = dict(zip(ids.to_pylist(), range(len(ids)), strict=True)) if chosen else {}
     for unit in sorted(chosen)[:_SPOT_CHECKS]:
         commit = read_commit(folder, unit)
         for name, content in zip(commit["ids"][:1], commit["content"][:1], strict=True):
-            if name in where and _content_of(source, where[name]) != content:
+            place = pc.index(ids, name).as_py()
+            if place >= 0 and _content_of(source, place) != content:
                 raise CacheError(
                     f"the sample {name!r} of {source.name!r} is not the one that was encoded into "
                     f"{str(folder)!r}: its content changed, or it is another data set; give "

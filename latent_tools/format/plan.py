@@ -6,7 +6,7 @@ processes. When the data set grows, units are added behind the planned ones, whi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latent_tools.format.files import CacheError, write_bytes
+from latent_tools.format.files import CacheError, patiently, write_bytes
 
 Shape = tuple[int, int]
 """(height, width) of the encoded pixels."""
@@ -68,8 +68,8 @@ class Plan:
         widths = self.table["width"].to_numpy()[starts].tolist()
         return [
             Unit(number, (height, width), start, stop)
-            for number, (height, width, start, stop) in enumerate(
-                zip(heights, widths, starts.tolist(), stops, strict=True)
+            for number, height, width, start, stop in zip(
+                numbers[starts].tolist(), heights, widths, starts.tolist(), stops, strict=True
             )
         ]
 
@@ -98,7 +98,7 @@ class Plan:
         Returns:
             The longer plan.
         """
-        number = len(self.units)
+        number = int(self.table["unit"][-1].as_py()) + 1 if len(self) else 0
         parts: list[tuple[np.ndarray, Shape, np.ndarray]] = []
         for shape in sorted({(int(h), int(w)) for h, w in shapes}):
             rows = np.flatnonzero((shapes == shape).all(1))
@@ -121,6 +121,32 @@ class Plan:
         ]
         return Plan(pa.concat_tables([self.table, *added]))
 
+    @staticmethod
+    def empty() -> "Plan":
+        """No samples."""
+        return Plan(_SCHEMA.empty_table())
+
+    @staticmethod
+    def of_units(units: Iterable[tuple[int, Shape, Sequence[str]]]) -> "Plan":
+        """A plan made anew from what its units hold.
+
+        Args:
+            units: Number, shape and ids of each, in the order of their numbers.
+        """
+        parts = [
+            pa.table(
+                {
+                    "id": pa.array(ids, pa.string()),
+                    "height": pa.array([height] * len(ids), pa.int32()),
+                    "width": pa.array([width] * len(ids), pa.int32()),
+                    "unit": pa.array([number] * len(ids), pa.int32()),
+                    "row": pa.array(range(len(ids)), pa.int32()),
+                }
+            )
+            for number, (height, width), ids in units
+        ]
+        return Plan(pa.concat_tables([_SCHEMA.empty_table(), *parts]))
+
     def save(self, folder: Path) -> None:
         """Write `plan.parquet` atomically."""
         sink = pa.BufferOutputStream()
@@ -136,11 +162,16 @@ class Plan:
         """
         path = folder / FILE
         if not path.exists():
-            return Plan(_SCHEMA.empty_table())
+            return Plan.empty()
         try:
-            return Plan(pq.read_table(path, schema=_SCHEMA))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise CacheError(f"the plan {str(path)!r} cannot be read: {error}") from error
+            return Plan(patiently(lambda: pq.read_table(path, schema=_SCHEMA), repr(str(path))))
+        except (OSError, pa.ArrowException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CacheError(
+                f"the plan {str(path)!r} cannot be read ({reason}): delete that file and start the "
+                "command that makes the cache again; it plans anew from the commits, and nothing "
+                "is encoded twice"
+            ) from error
 
 
 _SCHEMA = pa.schema(
@@ -161,17 +192,6 @@ def duplicate_id(ids: pa.Array) -> str | None:
     counts = pc.value_counts(ids)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     return str(repeated[0]["values"])
-
-
-def units_of_process(units: Sequence[Unit], rank: int, world: int) -> list[Unit]:
-    """The units that one process encodes.
-
-    Args:
-        units: The units left to do, in order.
-        rank: The process, from 0.
-        world: Number of processes.
-    """
-    return [unit for unit in units if unit.number % world == rank]
 
 
 def bucket_shapes(resolution: int, step: int, max_aspect: float = 2.0) -> list[Shape]:

@@ -8,11 +8,12 @@ Var(z) = Var(mean) + E[std^2]: the spread of the means plus the average posterio
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,31 @@ class ChannelSums:
         return ChannelSums(0, 0, *(np.zeros(channels) for _ in range(3)))
 
     @staticmethod
-    def of(mean: np.ndarray, logvar: np.ndarray | None) -> "ChannelSums":
+    def of(mean: Tensor, logvar: Tensor | None) -> "ChannelSums":
         """The sums over some samples.
 
         Args:
             mean: `(N, C, h, w)`.
             logvar: `(N, C, h, w)` log-variance, or `None` for latents without a posterior.
         """
+        return ChannelSums.empty(mean.shape[1]).merge_samples(mean, logvar)
+
+    def merge_samples(self, mean: Tensor, logvar: Tensor | None) -> "ChannelSums":
+        """The sums over these samples too, one after the other.
+
+        However samples are cut into portions, the result is the same bit for bit.
+        """
+        total = self
         # One sample at a time: a unit's latents in float64 would not be small.
-        total = ChannelSums.empty(mean.shape[1])
         for n in range(len(mean)):
-            values = mean[n].astype(np.float64).reshape(mean.shape[1], -1)
+            values = mean[n].double().flatten(1)
             center = values.mean(1)
-            spread = np.square(values - center[:, None]).sum(1)
-            variance = np.zeros_like(center)
+            spread = (values - center[:, None]).square_().sum(1)
+            variance = torch.zeros_like(center)
             if logvar is not None:
-                variance = np.exp(logvar[n].astype(np.float64)).reshape(len(center), -1).sum(1)
-            total = total.merge(ChannelSums(1, values.shape[1], center, spread, variance))
+                variance = logvar[n].double().flatten(1).exp().sum(1)
+            parts = (part.numpy() for part in (center, spread, variance))
+            total = total.merge(ChannelSums(1, values.shape[1], *parts))
         return total
 
     def merge(self, other: "ChannelSums") -> "ChannelSums":
@@ -91,14 +100,6 @@ class ChannelSums:
         """What `to_json` gave."""
         arrays = (np.array(values[k], np.float64) for k in ("mean", "squares", "variance"))
         return ChannelSums(int(values["images"]), int(values["count"]), *arrays)
-
-
-def merge_all(parts: Iterable[ChannelSums], channels: int) -> ChannelSums:
-    """Merge in the order given."""
-    total = ChannelSums.empty(channels)
-    for part in parts:
-        total = total.merge(part)
-    return total
 
 
 def summary(sums: ChannelSums, has_posterior: bool) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from first_stage.seeding import Purpose, hashed_bits, standard_normals
-from latent_tools.build.finalize import INDEX
 from latent_tools.format.files import CacheError
+from latent_tools.format.index import INDEX
 from latent_tools.format.manifest import Manifest, check_weights
 from latent_tools.format.plan import Shape
 from latent_tools.format.shards import ShardReader

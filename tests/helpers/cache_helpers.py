@@ -123,9 +123,9 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess:
 
 def encode_logged(data: Path, output: Path, log: Path) -> None:
     """Precompute, writing down each unit whose pixels go into the encoder."""
-    from latent_tools.build.encode import UnitEncoder
+    from latent_tools.build.encode import PortionEncoder
 
-    original = UnitEncoder.start
+    original = PortionEncoder.start
 
     def start(self, portion):
         handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -133,6 +133,6 @@ def encode_logged(data: Path, output: Path, log: Path) -> None:
         os.close(handle)
         return original(self, portion)
 
-    UnitEncoder.start = start
+    PortionEncoder.start = start
     torch.set_num_threads(1)
     cache(data, output, unit_size=8, batch_size=2, flip=True, workers=1)

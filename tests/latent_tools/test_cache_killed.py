@@ -24,7 +24,7 @@ from cache_helpers import (
 
 from first_stage.data import open_source
 from latent_tools import LatentDataset, Manifest
-from latent_tools.build import writer
+from latent_tools.build.unit import OpenUnit
 from latent_tools.format.plan import committed_units
 
 pytestmark = pytest.mark.slow
@@ -174,13 +174,13 @@ def test_more_processes_than_samples(many, tmp_path):
 def test_memory_stays_flat_over_ten_thousand_samples(tmp_path, monkeypatch):
     write_photos(tmp_path / "data", 10_000, side=32)
     used: list[int] = []
-    original = writer.write_unit
+    original = OpenUnit.write
 
     def write(*arguments):
         used.append(psutil.Process().memory_info().rss)
         return original(*arguments)
 
-    monkeypatch.setattr(writer, "write_unit", write)
+    monkeypatch.setattr(OpenUnit, "write", write)
     cache(
         tmp_path / "data", tmp_path / "c", NumberReader(), resolution=32, resize=32, flip=True,
         dtype="float32", unit_size=100, batch_size=50,

@@ -1,9 +1,11 @@
+import functools
 import json
 
 import numpy as np
 import pytest
+import torch
 
-from latent_tools.format.statistics import ChannelSums, merge_all, summary
+from latent_tools.format.statistics import ChannelSums, summary
 
 
 def reference(mean, logvar):
@@ -26,11 +28,12 @@ def test_merged_sums_equal_one_shot(offset, cuts):
     mean = (rng.standard_normal((23, 3, 4, 5)) + offset).astype(np.float32)
     logvar = rng.standard_normal((23, 3, 4, 5)).astype(np.float32)
     parts = [
-        ChannelSums.of(m, v)
+        ChannelSums.of(torch.from_numpy(m), torch.from_numpy(v))
         for m, v in zip(np.split(mean, cuts), np.split(logvar, cuts), strict=True)
     ]
     parts = [ChannelSums.from_json(json.loads(json.dumps(p.to_json()))) for p in parts]
-    found = summary(merge_all(parts, 3), has_posterior=True)
+    total = functools.reduce(ChannelSums.merge, parts, ChannelSums.empty(3))
+    found = summary(total, has_posterior=True)
     assert found["images"] == 23
     for name, values in reference(mean, logvar).items():
         np.testing.assert_allclose(found[name], values, rtol=1e-11)
@@ -39,7 +42,7 @@ def test_merged_sums_equal_one_shot(offset, cuts):
 def test_scaling_and_shift_are_of_all_channels():
     rng = np.random.default_rng(1)
     latents = rng.standard_normal((7, 2, 3, 3)) * [[[[2.0]], [[0.5]]]] + [[[[3.0]], [[-1.0]]]]
-    found = summary(ChannelSums.of(latents, None), has_posterior=False)
+    found = summary(ChannelSums.of(torch.from_numpy(latents), None), has_posterior=False)
     np.testing.assert_allclose(1 / found["scaling_factor"], latents.std(), rtol=1e-12)
     np.testing.assert_allclose(found["shift_factor"], latents.mean(), rtol=1e-12)
     assert "posterior_std" not in found

@@ -3,11 +3,13 @@
 Nothing here deletes anything unless told to.
 """
 
+import math
 import os
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,12 +78,24 @@ def describe(folder: Path) -> list[str]:
             f"samples       {counts['samples']}, {counts['failures']} failed, "
             f"{counts['bytes'] / 2**20:.1f} MiB"
         )
-        if error := manifest.statistics.get("storage_error"):
-            lines.append(f"rounding      rms {error['rms']:.3g}, largest {error['max']:.3g}")
+        lines += _error_lines(manifest.statistics)
     if len(done) < len(units) or not (folder / INDEX).exists():
         lines.append(f"not finished; to go on: {manifest.command or 'start its command again'}")
     elif counts and counts["samples"] + counts["failures"] < len(plan):
         lines.append("grown since it was finished; start its command again to finish it")
+    return lines
+
+
+def _error_lines(statistics: dict[str, Any]) -> list[str]:
+    """What storing and encoding changed, of the latents and of the posteriors' spread."""
+    lines = []
+    for name, title in (("storage_error", "rounding"), ("precision_error", "precision")):
+        if error := statistics.get(name):
+            line = f"{title:14}rms {error['rms']:.3g}, largest {error['max']:.3g}"
+            if spread := statistics.get(f"{name}_logvar"):
+                # An error e of a log-variance scales the standard deviation by exp(e / 2).
+                line += f"; posterior std by up to {math.expm1(spread['max'] / 2):.2%}"
+            lines.append(line)
     return lines
 
 

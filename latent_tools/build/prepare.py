@@ -244,12 +244,10 @@ def _check_same(
         )
     if cache.first_stage["decoder_sha256"] != launch.first_stage["decoder_sha256"]:
         say("the decoder differs from the cache's; the latents do not depend on it")
-    for field in ("scaling_factor", "shift_factor"):
-        if cache.first_stage[field] != launch.first_stage[field]:
-            say(
-                f"the first stage's {field} is now {launch.first_stage[field]}; the cache keeps "
-                f"{cache.first_stage[field]}"
-            )
+    for field in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        kept, now = cache.first_stage.get(field), launch.first_stage[field]
+        if kept != now:
+            say(f"the first stage's {field} is now {now}; the cache keeps {kept}")
 
 
 def _check_data(folder: Path, plan: Plan, source: Source, ids: pa.Array) -> None:

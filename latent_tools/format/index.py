@@ -158,8 +158,14 @@ class Index:
 
     @property
     def schema(self) -> pa.Schema:
-        """Of the carried columns."""
-        return pa.schema([(name, self.column(name).type) for name in self.column_names])
+        """Of the carried columns, with text of the usual type."""
+        kinds = {name: self.column(name).type for name in self.column_names}
+        return pa.schema(
+            [
+                (name, pa.string() if pa.types.is_large_string(kind) else kind)
+                for name, kind in kinds.items()
+            ]
+        )
 
     def find(self, name: str) -> int:
         """The row of an id, by looking through all; -1 when it is not there."""

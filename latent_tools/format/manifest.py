@@ -166,10 +166,26 @@ def describe_first_stage(
         "config": latent_config(config),
         "latent_channels": latent_channels,
         "downsample_factor": factor,
-        # Pipelines see (z - shift_factor) * scaling_factor; absent or null means 1 and 0.
+        **pipeline_statistics(autoencoder),
+        "encoder_tensors": weights.tensors,
+    }
+
+
+def pipeline_statistics(autoencoder: nn.Module) -> dict[str, Any]:
+    """What pipelines normalize an autoencoder's latents by.
+
+    Returns:
+        `scaling_factor` and `shift_factor` (absent or null in the config means 1 and 0),
+        `latents_mean` and `latents_std` (a list each, or `None`), and whether there is a
+        `batch_norm` over patches of latents, as in Flux 2.
+    """
+    config: Mapping[str, Any] = getattr(autoencoder, "config", {})
+    lists = {name: config.get(name) for name in ("latents_mean", "latents_std")}
+    return {
         "scaling_factor": float(config.get("scaling_factor") or 1.0),
         "shift_factor": float(config.get("shift_factor") or 0.0),
-        "encoder_tensors": weights.tensors,
+        **{name: None if v is None else [float(x) for x in v] for name, v in lists.items()},
+        "batch_norm": getattr(getattr(autoencoder, "bn", None), "running_mean", None) is not None,
     }
 
 

@@ -78,6 +78,23 @@ class TestValues:
             error = dataset.stats[name]
             np.testing.assert_allclose(error["max"], difference[:, part].max(), rtol=1e-2)
 
+    def test_encoding_in_less_than_float32_says_what_it_changed(self, tmp_path):
+        write_photos(tmp_path / "data", 8)
+        vae = make_vae()
+        cache(tmp_path / "data", tmp_path / "c", vae, dtype="float32", precision="bf16")
+        dataset = LatentDataset(tmp_path / "c")
+        assert dataset.stats["storage_error"]["max"] == 0.0
+        truth = moments(vae, images_of(tmp_path / "data", dataset.ids))
+        difference = (stored(dataset) - truth)[:2]  # two samples of the unit are measured
+        for name, part in (("precision_error", slice(4)), ("precision_error_logvar", slice(4, 8))):
+            found = difference[:, part].double()
+            assert found.abs().max() > 1e-4
+            error = dataset.stats[name]
+            np.testing.assert_allclose(error["max"], found.abs().max(), rtol=1e-2)
+            np.testing.assert_allclose(error["rms"], found.square().mean().sqrt(), rtol=1e-2)
+        cache(tmp_path / "data", tmp_path / "exact", vae, dtype="float32")
+        assert "precision_error" not in LatentDataset(tmp_path / "exact").stats
+
     def test_uint8_is_within_half_a_level_and_says_its_error(self, tmp_path):
         write_photos(tmp_path / "data", 6)
         vae = make_vae()

@@ -255,7 +255,10 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """
         if len(indices) == 0:
             return []
-        there = self.unit_table.shapes[self.unit_table.of(np.asarray(indices))]
+        shapes = self.unit_table.shapes
+        if len(shapes) == 1 or (shapes == shapes[0]).all():
+            return self._items(list(indices), epoch)
+        there = shapes[self.unit_table.of(np.asarray(indices))]
         if (there == there[0]).all():
             return self._items(list(indices), epoch)
         items: dict[int, dict[str, Any]] = {}

@@ -18,8 +18,9 @@ class Epoch:
     """A number in shared memory, so that it reaches workers that stay alive between epochs."""
 
     def __init__(self) -> None:
-        # The epoch; the one that was told; the loader's count when it was, and by now.
-        self._state = torch.tensor([0, _NEVER, _NEVER, _NEVER]).share_memory_()
+        # The epoch; the one that was told; the loader's count when it was, and by now; whether any
+        # reader's was restored.
+        self._state = torch.tensor([0, _NEVER, _NEVER, _NEVER, 0]).share_memory_()
         self._restored = torch.full((_READERS,), _NEVER).share_memory_()
 
     @property
@@ -30,29 +31,28 @@ class Epoch:
     @property
     def number(self) -> int:
         """The epoch."""
-        number, told, _, _ = self._state.tolist()
-        return number if told != _NEVER else self._of_restored(number)
+        number, told, _, _, is_restored = self._state.tolist()
+        return self._of_readers() if is_restored and told == _NEVER else number
 
-    def _of_restored(self, number: int) -> int:
-        there = self._restored[self._restored != _NEVER]
+    def _of_readers(self) -> int:
         # Where one reader is not done with an epoch, it is the one that goes on.
-        return int(there.min()) if len(there) else number
+        return int(self._restored[self._restored != _NEVER].min())
 
     def tell(self, epoch: int) -> None:
         """The training loop says which epoch comes."""
-        self._state.copy_(torch.tensor([epoch, epoch, _NEVER, int(self._state[3])]))
+        self._state[:3] = torch.tensor([epoch, epoch, _NEVER])
 
     def count(self, passes: int) -> None:
         """A loader says how many passes it has made."""
-        number, told, first, before = self._state.tolist()
-        if told == _NEVER and bool((self._restored != _NEVER).any()):
-            # The state was restored in the pass before.
-            told, first = self._of_restored(number), before
+        _, told, first, before, is_restored = self._state.tolist()
+        if told == _NEVER and is_restored:  # in the pass before
+            told, first = self._of_readers(), before
         if told == _NEVER:
-            self._state.copy_(torch.tensor([passes, _NEVER, _NEVER, passes]))
-            return
-        first = passes if first == _NEVER else first
-        self._state.copy_(torch.tensor([told + passes - first, told, first, passes]))
+            epoch = passes
+        else:
+            first = passes if first == _NEVER else first
+            epoch = told + passes - first
+        self._state[:4] = torch.tensor([epoch, told, first, passes])
 
     def restore(self, epoch: int, reader: int = 0) -> None:
         """A reader's saved state says which epoch it is of; what the loop told goes first.
@@ -62,6 +62,7 @@ class Epoch:
             reader: Its number among those of this process.
         """
         self._restored[reader] = epoch
+        self._state[4] = 1
 
 
 def is_asked_by_accelerate() -> bool:

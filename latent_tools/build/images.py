@@ -6,6 +6,7 @@ encoder sees the same batches for any number of processes and workers.
 
 import hashlib
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,7 +199,8 @@ def picture_size(image: bytes | Path | Image.Image) -> tuple[int, int]:
     if isinstance(image, Image.Image):
         return image.height, image.width
     try:
-        return patiently(lambda: _size_in_header(image), repr(str(image)[:200]))
+        what = repr(str(image)) if isinstance(image, Path) else "an image"
+        return patiently(lambda: _size_in_header(image), what)
     except MachineError:
         raise
     except Exception:
@@ -251,9 +253,11 @@ def portions(
         places: Where each planned sample stands in the source, -1 where it does not.
         batch_size: Samples per portion.
         lanes: How many units are open at a time, taking turns. A `DataLoader` deals its workers
-            portions in turn, so with as many lanes as workers each worker reads whole units.
+            portions in turn, so with as many lanes as workers each worker reads whole units, and
+            those that lie side by side.
     """
-    each = [_lane(plan, units[lane::lanes], places, batch_size) for lane in range(lanes)]
+    cuts = [len(units) * lane // lanes for lane in range(lanes + 1)]
+    each = [_lane(plan, units[a:b], places, batch_size) for a, b in itertools.pairwise(cuts)]
     while each:
         for lane in list(each):
             portion = next(lane, None)

@@ -24,6 +24,7 @@ from latent_tools.build.encoder import BatchSplitter, Encoder
 from latent_tools.build.finalize import finalize, is_finished, missing_units
 from latent_tools.build.images import DecodedPortion, PortionReader, Preprocessing, portion_loader
 from latent_tools.build.options import CacheOptions
+from latent_tools.build.parquet import ParquetStream
 from latent_tools.build.prepare import describe_launch, prepare, source_ids
 from latent_tools.build.progress import Progress, Watch, example_failure, timed
 from latent_tools.build.unit import EncodedPortion
@@ -231,6 +232,8 @@ class _Work:
             has_buckets=self.launch.preprocessing["buckets"] is not None,
             columns=tuple(self.launch.store["columns"]),
         )
+        if isinstance(source, ParquetStream):
+            source = source.with_columns(preprocessing.columns)
         loader = portion_loader(
             PortionReader(source, preprocessing),
             self.plan,
@@ -240,6 +243,11 @@ class _Work:
             workers=options.workers,
             pin_memory=device.type == "cuda",
         )
+        if options.compile:
+            # Dynamo compiles 8 shapes and runs the rest uncompiled; here each may be met in two
+            # precisions and once more at its own batch size.
+            shapes = {unit.shape for unit in self.units}
+            torch._dynamo.config.recompile_limit = 8 + 4 * len(shapes)
         splitter = BatchSplitter(encoder, options.batch_size, is_padded=options.compile)
         portions_of = PortionEncoder(
             splitter, self.launch.representation, options.dtype, options.flip, options.seed

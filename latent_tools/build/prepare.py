@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,13 +11,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from first_stage.data import BrokenImage, Source
 from first_stage.files import TEMPORARY
 from latent_tools.build.encoder import Encoder
-from latent_tools.build.images import content_hash, file_of, picture_size
+from latent_tools.build.images import content_hash, file_of
 from latent_tools.build.options import CacheOptions
+from latent_tools.build.parquet import ParquetStream
+from latent_tools.build.sizes import FOLDER as PLANNING
+from latent_tools.build.sizes import forget_sizes, image_sizes
 from latent_tools.format.files import CacheError, LaunchLock
 from latent_tools.format.manifest import (
     FILE,
@@ -180,12 +181,33 @@ def prepare(
     if len(plan) and (gone := int((plan.places_in(ids) < 0).sum())):
         say(f"{gone} planned samples are no longer in {source.name!r}; their latents stay")
     if len(positions):
-        buckets = launch.preprocessing["buckets"]
-        shapes = _shapes(source, positions, options.resolution, buckets, options.workers)
-        unit_size = options.unit_size or _unit_size(launch, shapes)
-        names = ids.take(pa.array(positions)).to_pylist()
-        plan.extend(names, shapes, unit_size).save(folder)
+        names = ids.take(pa.array(positions))
+        _extended(plan, folder, launch, source, positions, names, options).save(folder)
+        forget_sizes(folder)
     return lock
+
+
+def _extended(
+    plan: Plan, folder: Path, launch: Manifest, source: Source, positions: np.ndarray,
+    names: pa.Array, options: CacheOptions,
+) -> Plan:  # fmt: skip
+    """The plan with the samples at these positions of the source."""
+    buckets = launch.preprocessing["buckets"]
+    if buckets is None:
+        shapes = np.full((len(positions), 2), options.resolution)
+        return plan.extend(names, shapes, options.unit_size or _unit_size(launch, shapes))
+    sizes = image_sizes(folder, source, positions, names, options.workers)
+    shapes = nearest_bucket(sizes, [(h, w) for h, w in buckets])
+    unit_size = options.unit_size or _unit_size(launch, shapes)
+    if not isinstance(source, ParquetStream):
+        return plan.extend(names, shapes, unit_size)
+    # Units of all shapes for a stretch of row groups: whoever encodes them reads each group once.
+    start = 0
+    for count in source.stretches(positions, unit_size * len(buckets)):
+        part = slice(start, start + count)
+        plan = plan.extend(names[part], shapes[part], unit_size)
+        start += count
+    return plan
 
 
 def _plan(folder: Path, say: Callable[[str], None]) -> Plan:
@@ -219,7 +241,7 @@ def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"output {str(folder)!r} is a file: give a folder")
     if folder.is_dir() and not (folder / FILE).exists():
-        ours = {SHARDS, COMMITS, ".lock"}
+        ours = {SHARDS, COMMITS, PLANNING, ".lock"}
         others = [
             path.name
             for path in folder.iterdir()
@@ -277,25 +299,6 @@ def _content_of(source: Source, place: int) -> str | None:
         return content_hash(file_of(source.read(place).image))
     except BrokenImage:
         return None
-
-
-def _shapes(
-    source: Source,
-    positions: np.ndarray,
-    resolution: int,
-    buckets: list[list[int]] | None,
-    workers: int,
-) -> np.ndarray:
-    if buckets is None:
-        return np.full((len(positions), 2), resolution)
-
-    def size(position: int) -> tuple[int, int]:
-        return picture_size(source.read(position).image)
-
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        found = pool.map(size, positions.tolist())
-        sizes = list(tqdm(found, total=len(positions), desc="reading sizes", unit=" images"))
-    return nearest_bucket(np.array(sizes), [(h, w) for h, w in buckets])
 
 
 def _unit_size(launch: Manifest, shapes: np.ndarray) -> int:

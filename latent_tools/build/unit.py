@@ -94,10 +94,10 @@ class Deviation:
     def add(self, one: Tensor, other: Tensor) -> None:
         """Take in samples `(N, K, h, w)`."""
         self._samples += len(one)
-        difference = one.double() - other
-        for part, values in enumerate(difference.split(self._channels, dim=1)):
-            self._largest[part] = max(self._largest[part], float(values.abs().max()))
-            self._squares[part] += float(values.square().sum())
+        for part, values in enumerate((one - other).split(self._channels, dim=1)):
+            least, most = values.aminmax()
+            self._largest[part] = max(self._largest[part], -float(least), float(most))
+            self._squares[part] += float(values.square().sum(dtype=torch.float64))
             self._counts[part] += values.numel()
 
     def to_json(self, name: str) -> dict[str, dict[str, float]]:

@@ -124,9 +124,6 @@ class LaunchLock:
         """
         self._take_alone()
         if self.is_held:
-            self._file.truncate(0)
-            self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            self._file.flush()
             self.share()
 
     def take_alone(self) -> None:
@@ -151,12 +148,15 @@ class LaunchLock:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             raise CacheError(
-                f"another launch ({holder}) is still filling {str(self.path.parent)!r}: wait for "
-                "it or end it, then start this command again"
+                f"another launch ({holder}), or gc, is still at {str(self.path.parent)!r}: wait "
+                "for it or end it, then start this command again"
             ) from None
         except OSError:
             return
         self.is_held = True
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._file.flush()
 
     def share(self) -> None:
         """Hold the lock together with the launch's other processes."""

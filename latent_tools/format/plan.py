@@ -21,6 +21,7 @@ Shape = tuple[int, int]
 """(height, width) of the encoded pixels."""
 
 FILE = "plan.parquet"
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Plan:
         planned = pc.is_in(ids, value_set=self.table["id"].combine_chunks())
         return np.flatnonzero(~planned.to_numpy(zero_copy_only=False))
 
-    def extend(self, ids: Sequence[str], shapes: np.ndarray, unit_size: int) -> "Plan":
+    def extend(self, ids: Sequence[str] | pa.Array, shapes: np.ndarray, unit_size: int) -> "Plan":
         """The plan with more samples in new units; the units that are there stay as they are.
 
         Args:
@@ -100,13 +101,13 @@ class Plan:
         """
         number = int(self.table["unit"][-1].as_py()) + 1 if len(self) else 0
         parts: list[tuple[np.ndarray, Shape, np.ndarray]] = []
-        for shape in sorted({(int(h), int(w)) for h, w in shapes}):
+        for shape in map(tuple, np.unique(shapes, axis=0).tolist() if len(shapes) else []):
             rows = np.flatnonzero((shapes == shape).all(1))
             parts.append((rows, shape, number + np.arange(len(rows)) // unit_size))
             number += math.ceil(len(rows) / unit_size)
         if not parts:
             return self
-        names = pa.array(ids, pa.string())
+        names = ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string())
         added = [
             pa.table(
                 {
@@ -269,12 +270,17 @@ def nearest_bucket(sizes: np.ndarray, buckets: Sequence[Shape]) -> np.ndarray:
     Returns:
         `(N, 2)`, heights and widths. Images of unknown size get the squarest bucket.
     """
-    known = (sizes > 0).all(1)
-    aspect = np.log(np.where(known, sizes[:, 0], 1) / np.where(known, sizes[:, 1], 1))
     shapes = np.array(buckets)
     targets = np.log(shapes[:, 0] / shapes[:, 1])
-    order = np.argmin(np.abs(aspect[:, None] - targets[None]), axis=1)
-    return shapes[order]
+    chosen = np.empty((len(sizes), 2), np.int32)
+    # A block at a time: a row of distances for each image would not be small.
+    for start in range(0, len(sizes), _BLOCK):
+        block = sizes[start : start + _BLOCK]
+        known = (block > 0).all(1)
+        aspect = np.log(np.where(known, block[:, 0], 1) / np.where(known, block[:, 1], 1))
+        order = np.argmin(np.abs(aspect[:, None] - targets[None]), axis=1)
+        chosen[start : start + _BLOCK] = shapes[order]
+    return chosen
 
 
 def committed_units(folder: Path) -> Iterator[int]:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from first_stage.data import open_source
 from first_stage.models.first_stage import build_autoencoder
-from latent_tools import CacheOptions, Outcome, precompute
+from latent_tools import CacheError, CacheOptions, Outcome, precompute
+from latent_tools.maintenance import leftovers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,4 +137,23 @@ def encode_logged(data: Path, output: Path, log: Path) -> None:
 
     PortionEncoder.start = start
     torch.set_num_threads(1)
-    cache(data, output, unit_size=8, batch_size=2, flip=True, workers=1)
+    while True:
+        try:
+            cache(data, output, unit_size=8, batch_size=2, flip=True, workers=1)
+            return
+        except CacheError as error:  # while gc has the lock
+            if "another launch" not in str(error):
+                raise
+            time.sleep(0.01)
+
+
+def tidy_all_the_time(output: Path, deleted: Path) -> None:
+    """`gc --delete`, again and again, writing down what was deleted."""
+    while True:
+        try:
+            found = leftovers(output, delete=True)
+        except (CacheError, OSError):  # no cache yet, or a launch that fills it
+            found = []
+        with deleted.open("a") as file:
+            file.writelines(f"{item.path.name}\n" for item in found)
+        time.sleep(0.5)  # a launch must find the lock free between two of them

@@ -19,6 +19,7 @@ from cache_helpers import (
     launch_command,
     make_vae,
     shard_hashes,
+    tidy_all_the_time,
     write_photos,
 )
 
@@ -33,7 +34,8 @@ KILLS = 20
 UNITS = 250
 
 
-def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("beside_gc", [False, True])
+def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypatch, beside_gc):
     # The server that forks the runs imports everything once; it looks for modules there.
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'latent_tools'}")
     context = multiprocessing.get_context("forkserver")
@@ -50,6 +52,9 @@ def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypat
     undisturbed.join()
     assert undisturbed.exitcode == 0
 
+    gc, deleted = context.Process(target=tidy_all_the_time, args=(output, tmp_path / "gc")), []
+    if beside_gc:
+        gc.start()
     moments, again = random.Random(7), []
     done: set[int] = set()
     progress = []
@@ -76,6 +81,12 @@ def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypat
     last = start(data, output, log)
     last.join()
     assert last.exitcode == 0
+    if beside_gc:
+        assert gc.is_alive()
+        gc.kill()
+        gc.join()
+        deleted = (tmp_path / "gc").read_text().split()
+        assert deleted  # what the kills left
     again += [unit for unit in map(int, log.read_text().split()[lines:]) if unit in done]
     assert again == []
     assert {n: h for n, h in shard_hashes(output).items() if not n.startswith(".")} == shard_hashes(

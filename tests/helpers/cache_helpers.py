@@ -1,6 +1,7 @@
 """Small real autoencoders and images, and launches through the launcher that users use."""
 
 import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -137,6 +138,9 @@ def encode_logged(data: Path, output: Path, log: Path) -> None:
 
     PortionEncoder.start = start
     torch.set_num_threads(1)
+    # As in a launch of its own: of a server's child the workers would come from another server,
+    # which imports everything anew and outlives whoever is killed.
+    multiprocessing.set_start_method("fork", force=True)
     while True:
         try:
             cache(data, output, unit_size=8, batch_size=2, flip=True, workers=1)

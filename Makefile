@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUNS ?= runs
 STAMP := $(VENV)/.installed
-# accelerate gives a process one core unless told otherwise.
+# accelerate gives a process one core unless told otherwise; first-stage alone takes them all.
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 LAUNCH := OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --num_machines 1 \
   --mixed_precision no --dynamo_backend no
+FIRST_STAGE := $(BIN)/first-stage
 
-.PHONY: demo demo-diffusion test test-slow lint types format clean
+.PHONY: demo demo-diffusion test test-slow lint layers types docs format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -17,12 +18,12 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)  ## Train on the built-in photos and hand the result to diffusers.
-	$(LAUNCH) scripts/train.py --config configs/demo.yaml --output_dir $(RUNS)/demo --overwrite true
+	$(FIRST_STAGE) train --config demo --output_dir $(RUNS)/demo --overwrite true
 
 demo-diffusion: $(STAMP)  ## From digits to a first stage, a latent cache and a diffusion model's digits.
-	$(LAUNCH) scripts/train.py --config configs/digits.yaml --output_dir $(RUNS)/digits --overwrite true
+	$(FIRST_STAGE) train --config digits --output_dir $(RUNS)/digits --overwrite true
 	rm -rf $(RUNS)/digits/latents $(RUNS)/digits/diffusion  # of the first stage that was replaced
-	$(LAUNCH) scripts/cache_latents.py --first_stage $(RUNS)/digits/export --data.path digits \
+	$(FIRST_STAGE) cache --first_stage $(RUNS)/digits/export --data.path digits \
 	  --output $(RUNS)/digits/latents
 	$(LAUNCH) examples/digits/train_diffusion.py --latents $(RUNS)/digits/latents \
 	  --output_dir $(RUNS)/digits/diffusion --steps 1200
@@ -32,18 +33,26 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+layers: $(STAMP)  ## Imports go one way.
+	$(BIN)/lint-imports --no-logo
+
 types: $(STAMP)
 	$(BIN)/mypy
 
-test: lint types  ## Lint, types and the fast tests.
+test: lint layers types  ## Lint, layers, types and the fast tests.
 	$(BIN)/python -m pytest -m "not slow" -n 2
 
 test-slow: $(STAMP)  ## What takes longer: kill tests, larger multi-process runs.
 	$(BIN)/python -m pytest -m slow
+
+docs: $(STAMP)  ## The site, in site/; a broken link is an error.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	$(BIN)/python docs/generate_reference.py
+	$(BIN)/zensical build --clean --strict
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from first_stage.data import Source, images_from_pixels
-from latent_tools.build.encoder import Encoder
+from first_stage.models.first_stage import as_first_stage
+from latent_tools.build.encoder import LatentEncoder
 from latent_tools.build.images import PortionReader, Preprocessing
 from latent_tools.build.launch import Process, precompute
 from latent_tools.build.options import CacheOptions
@@ -57,11 +58,12 @@ def cache_rates(
         The rates. Everything is encoded once before anything is timed.
     """
     device = device or torch.device("cpu")
-    encoder = Encoder(autoencoder, "benchmark", device, options.precision, options.compile)
+    stage = as_first_stage(autoencoder, "benchmark")
+    encoder = LatentEncoder(stage, device, options.precision, options.compile)
     shape = (options.resolution, options.resolution)
     reader = PortionReader(
         source,
-        Preprocessing(encoder.in_channels, options.resolution, options.resize, False, ()),
+        Preprocessing(stage.in_channels, options.resolution, options.resize, False, ()),
     )
     start = time.perf_counter()
     pixels = [

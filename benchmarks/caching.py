@@ -13,13 +13,14 @@ from PIL import Image
 
 from benchmarks.cache_rates import cache_rates
 from benchmarks.timing import device, peak_memory, show_turn, synchronise, table_of
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
+from first_stage.config.types import Precision
 from first_stage.data import Source, open_source
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.training.step import make_first_stage
 from latent_tools.build.encoder import autocast
 from latent_tools.build.launch import Process, precompute
-from latent_tools.build.options import CacheOptions, Precision
+from latent_tools.build.options import CacheOptions
 
 OURS = "ours, files to cache"
 
@@ -82,7 +83,7 @@ def _first_stage(recipe: list[str], side: int) -> tuple[Any, int, Precision]:
         keep_freed_memory()  # as the command does; here the plain loops have it too
     config = parse_config(recipe)
     torch.manual_seed(0)
-    vae = make_first_stage(config.model, side).vae.to(device())
+    vae = make_first_stage(config.model, side).model.to(device())
     return vae, config.train.batch_size, config.train.precision
 
 

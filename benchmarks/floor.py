@@ -31,19 +31,18 @@ def random_batch(trainer: Trainer) -> Batch:
     config = trainer.config
     side, count = config.data.resolution, config.train.batch_size // trainer.processes.world
     pixels = torch.randint(0, 256, (count, side, side, config.model.in_channels), dtype=torch.uint8)
-    noise = torch.randn(count, *trainer.first_stage.network.latent_shape(side))
-    return Batch(pixels, noise, [""] * count)
+    return Batch(pixels, list(range(count)), [""] * count)
 
 
 def step_flops(config: Config) -> float:
     """Floating-point operations of one step, counted on the meta device: nothing is computed."""
-    trainer = Trainer(config, make_accelerator(config), Processes())
+    trainer = Trainer(config, make_accelerator(config.train, config.output_dir), Processes())
     meta = torch.device("meta")
     trainer.first_stage.network.to(meta)
     if trainer.critic is not None:
         trainer.critic.network.to(meta)
-    if trainer.objective.pretrained is not None:
-        trainer.objective.pretrained.to(meta)
+    for network in trainer.objective.surroundings.networks:
+        network.to(meta)
     # The optimizers still hold the parameters that lay on the device.
     for player in [p for p in (trainer.first_stage, trainer.critic) if p is not None]:
         player.optimizer.param_groups[0]["params"] = list(player.network.parameters())

@@ -13,9 +13,10 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from benchmarks.timing import show_turn, table_of
+from first_stage.config.schema import ModelConfig
 from first_stage.data import Sample
 from first_stage.data.sources import ListSource
-from first_stage.models.first_stage import build_autoencoder
+from first_stage.models.families import family_named
 from latent_tools import LatentDataset
 from latent_tools.build.launch import precompute
 from latent_tools.build.options import CacheOptions
@@ -99,7 +100,11 @@ def make_latents(folder: Path, count: int, shape: tuple[int, int, int]) -> None:
     draw = np.random.default_rng(0)
     noise = draw.integers(0, 256, (count, side, side, 3), dtype=np.uint8)
     samples = [Sample(f"{index:06d}", Image.fromarray(n)) for index, n in enumerate(noise)]
-    vae = build_autoencoder(3, channels, (8,), 1, 4, False, False, side).eval()
+    layout = ModelConfig(
+        latent_channels=channels, block_out_channels=(8,), layers_per_block=1, norm_num_groups=4,
+        mid_block_attention=False, quant_conv=False,
+    )  # fmt: skip
+    vae = family_named("kl").build(layout, side).eval()
     options = CacheOptions(resolution=side, resize=None, batch_size=64, workers=0)
     precompute(vae, "benchmark", ListSource("noise", samples), str(folder / "cache"), options)
     raw = LatentDataset(folder / "cache", sample="raw", normalize="none")

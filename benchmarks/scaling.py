@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training import COMMAND, OURS, run_apart
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 
 
 def benchmark_scale(

@@ -11,22 +11,23 @@ from torch import Tensor, nn
 
 from first_stage.data import Batch, images_from_pixels
 from first_stage.losses.learned import feature_distances
-from first_stage.losses.objective import pixel_error
+from first_stage.losses.pixel import pixel_error
+from first_stage.losses.terms import Inputs
 from first_stage.training.step import Trainer
 
 
 def one_pass_step(trainer: Trainer, batch: Batch) -> None:
     """One pass of the autoencoder; the critic sees its detached reconstruction."""
     images = images_from_pixels(batch.pixels).contiguous()
-    reconstruction = _first_stage_update(trainer, images, batch.noise)
+    reconstruction = _first_stage_update(trainer, images, trainer.noise(batch))
     _critic_update(trainer, images, reconstruction)
 
 
 def two_pass_step(trainer: Trainer, batch: Batch) -> None:
     """A full pass for each player, as with one optimizer index after the other."""
     images = images_from_pixels(batch.pixels).contiguous()
-    _first_stage_update(trainer, images, batch.noise)
-    reconstruction, _, _ = trainer.first_stage.module(images, batch.noise)
+    _first_stage_update(trainer, images, trainer.noise(batch))
+    reconstruction = trainer.first_stage.module(images, trainer.noise(batch)).images
     _critic_update(trainer, images, reconstruction)
 
 
@@ -38,16 +39,14 @@ def first_stage_loss(trainer: Trainer, images: Tensor, noise: Tensor) -> tuple[T
     """
     config = trainer.config.loss
     stage, critic = trainer.first_stage, trainer.critic
-    reconstruction, posterior, _ = stage.module(images, noise)
+    reconstruction, code, _ = stage.module(images, noise)
     pixel = pixel_error(
         reconstruction, images, config.pixel, config.huber_delta, config.pixel_cutoff
     )
     others = config.pixel_weight * pixel
-    if trainer.objective.pretrained is not None:
-        with trainer.accelerator.autocast():
-            values = trainer.objective.pretrained(reconstruction, images)
-        for weight, value in values.values():
-            others = others + weight * value
+    for name in ("vgg", "lpips", "gram"):
+        if (term := trainer.objective.terms.get(name)) is not None:
+            others = others + term.weight * term.value(Inputs(0, images, reconstruction))
     adversarial = reconstruction.new_zeros(())
     factor = adversarial
     if critic is not None:
@@ -60,9 +59,9 @@ def first_stage_loss(trainer: Trainer, images: Tensor, noise: Tensor) -> tuple[T
             if magnitudes is not None:
                 distances = distances / magnitudes
             others = others + config.learned.weight * distances.mean()
-        adversarial = trainer.objective.pair.generator(fakes.logits, fakes.logits)
+        adversarial = trainer.objective.critic.pair.generator(fakes.logits, fakes.logits)
         factor = _adaptive_weight(others, adversarial, stage.network.last_layer)
-    kl = config.kl_weight * posterior.kl().mean() / images[0].numel()
+    kl = config.kl_weight * code.penalties["kl"].mean() / images[0].numel()
     return others + config.adversarial.weight * factor * adversarial + kl, reconstruction
 
 
@@ -80,7 +79,7 @@ def _first_stage_update(trainer: Trainer, images: Tensor, noise: Tensor) -> Tens
     if trainer.critic is not None:
         trainer.critic.network.requires_grad_(True)
     _apply(trainer, trainer.first_stage)
-    trainer.ema.step(trainer.vae.parameters())
+    trainer.ema.step(trainer.first_stage.network.parameters())
     return reconstruction
 
 
@@ -89,7 +88,7 @@ def _critic_update(trainer: Trainer, images: Tensor, reconstruction: Tensor) -> 
     if critic is None:
         return
     reals, fakes = critic.module(images), critic.module(reconstruction.detach())
-    trainer.accelerator.backward(trainer.objective.pair.critic(reals.logits, fakes.logits))
+    trainer.accelerator.backward(trainer.objective.critic.pair.critic(reals.logits, fakes.logits))
     _apply(trainer, critic)
 
 

@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from benchmarks.floor import matrix_rate, random_batch, step_flops
 from benchmarks.steps import one_pass_step, two_pass_step
 from benchmarks.timing import Stopwatch, peak_memory, show_turn, spread, synchronise, text
-from first_stage.config.schema import Config, parse_config
+from first_stage.config import Config, parse_config
 from first_stage.data import Batch, StepSampler
 from first_stage.distributed.processes import Processes
-from first_stage.losses.pretrained import VGG16Features
+from first_stage.models.vgg import VGG16Features
 from first_stage.training.data import make_accelerator, open_data, open_loader, open_stream
 from first_stage.training.step import Trainer
 
@@ -192,7 +192,7 @@ class Variant:
 
     def __init__(self, name: str, config: Config):
         self.name = name
-        accelerator = make_accelerator(config)
+        accelerator = make_accelerator(config.train, config.output_dir)
         self.trainer = Trainer(config, accelerator, Processes())
         self.batch = random_batch(self.trainer).to(accelerator.device)
         self.done = 0
@@ -220,11 +220,12 @@ class Variant:
         """Share of the time that each part of our step takes."""
         clock = Stopwatch()
         trainer, objective, critic = self.trainer, self.trainer.objective, self.trainer.critic
+        network = next(iter(objective.surroundings.networks), None)
         with (
             clock.around(trainer.first_stage.module, "forward", "first-stage forward"),
             clock.around(critic.module if critic else None, "forward", "critic forward"),
-            clock.around(objective.pretrained, "forward", "pretrained forward"),
-            clock.around(objective, "_learned_distance", "learned distance forward"),
+            clock.around(network, "forward", "pretrained forward"),
+            clock.around(objective.terms.get("learned"), "value", "learned distance forward"),
             clock.around(objective.balance, "weighted", "balance"),
             clock.around(objective, "gradient", "losses down to the pixels"),
             clock.around(trainer.accelerator, "backward", "backward of both players"),
@@ -238,8 +239,8 @@ def as_usual(trainer: Trainer) -> None:
     """What public trainers leave at its default: mode, memory layout, optimizer, moving average."""
     trainer.first_stage.network.train()
     trainer.ema.foreach = False
-    if trainer.objective.pretrained is not None:
-        trainer.objective.pretrained.to(memory_format=torch.contiguous_format)
+    for network in trainer.objective.surroundings.networks:
+        network.to(memory_format=torch.contiguous_format)
     for player in [p for p in (trainer.first_stage, trainer.critic) if p is not None]:
         player.network.to(memory_format=torch.contiguous_format)
         group = player.optimizer.param_groups[0]
@@ -251,12 +252,14 @@ def as_usual(trainer: Trainer) -> None:
 def data_rate(config: Config, seconds: float) -> float:
     """Images per second of the recipe's own loader, with nothing beside it."""
     processes = Processes()
-    source, _ = open_data(config, processes)
-    trainer = Trainer(config, make_accelerator(config), processes)
-    stream = open_stream(config, source, trainer.first_stage.network)
+    sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
+    folder = Path(config.output_dir)
+    source, _ = open_data(config.data, folder=folder, processes=processes, **sizes)
+    trainer = Trainer(config, make_accelerator(config.train, config.output_dir), processes)
+    stream = open_stream(source, config.data, trainer.first_stage.network, **sizes)
     size = config.train.batch_size
     sampler = StepSampler(size, size, 0, config.train.max_steps, 0, 1)
-    batches = iter(open_loader(config, stream, sampler, pin_memory=False))
+    batches = iter(open_loader(stream, sampler, workers=config.data.workers, pin_memory=False))
     next(batches)
     began, count = time.perf_counter(), 0
     for _ in itertools.takewhile(lambda _: time.perf_counter() - began < seconds, batches):

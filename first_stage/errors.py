@@ -23,6 +23,11 @@ class DataError(UserError):
     """The data cannot be read as asked."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind when it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main`; a `UserError` ends as one line on stderr and exit code 2.
 

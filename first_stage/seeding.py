@@ -29,6 +29,8 @@ class Purpose(IntEnum):
     """Choice of held-out samples and other fixed choices of a run."""
     PRIOR = 7
     """Latents drawn from the prior in training: (position in the stream of samples,)."""
+    RESTART = 9
+    """Vectors of a step's batch that unused codes are moved to: (step,)."""
     MIX = 8
     """Where between real and fake a penalty is taken: (position in the stream of samples,)."""
 

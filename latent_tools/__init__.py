@@ -4,6 +4,7 @@ from latent_tools.build.launch import Outcome, Process, precompute
 from latent_tools.build.options import CacheOptions
 from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
+from latent_tools.read.collate import collate
 from latent_tools.read.dataset import LatentDataset
 from latent_tools.read.samplers import BucketBatchSampler
 from latent_tools.read.stream import LatentStream
@@ -17,5 +18,6 @@ __all__ = [
     "Manifest",
     "Outcome",
     "Process",
+    "collate",
     "precompute",
 ]

@@ -1,4 +1,7 @@
-"""`python -m latent_tools info|verify|stats|preview|gc|export DIR`."""
+"""`first-stage latents info|verify|stats|preview|gc|export CACHE`.
+
+The same as `python -m latent_tools info ...`.
+"""
 
 import sys
 from collections.abc import Sequence
@@ -7,8 +10,11 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from first_stage.command_line import command_line
 from first_stage.config.parsing import parser_class, with_values
+from first_stage.config.types import NonNegativeInt, PositiveInt
 from first_stage.errors import ConfigError, run_command
+from first_stage.files import writing
 from latent_tools import maintenance as tools
 from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
@@ -52,14 +58,14 @@ def verify(cache: str, release: bool = False, data: bool = False, path: str | No
         return
     if found:
         raise CacheError(
-            f"{len(found)} of {units} units are damaged; to encode only these again: python -m "
-            f"latent_tools verify {tools.quoted(folder)} --release, then "
+            f"{len(found)} of {units} units are damaged; to encode only these again: "
+            f"{command_line('latents', 'verify', folder, '--release')}, then "
             f"{tools.redo_command(manifest)}"
         )
     if changed:
         raise CacheError(
             f"{len(changed)} samples of the data are not those that were encoded: restore them, "
-            "or make a new cache"
+            f"or take them in with {tools.redo_command(manifest)} --update"
         )
     print(f"{units} units are whole{', and so is the data' if data else ''}")
 
@@ -76,7 +82,7 @@ def stats(cache: str) -> None:
 def preview(
     cache: str,
     output: str = "preview.png",
-    count: int = 8,
+    count: PositiveInt = 8,
     path: str | None = None,
     first_stage: str | None = None,
 ) -> None:
@@ -89,7 +95,7 @@ def preview(
         path: Where the images are now, if they moved.
         first_stage: The first stage's folder or hub id, if it moved.
     """
-    names = tools.preview(Path(cache), Path(output), count, path, first_stage)
+    names = tools.preview(Path(cache), Path(output), int(count), path, first_stage)
     print(f"{output}: originals above, decoded latents below: {', '.join(names)}")
 
 
@@ -109,7 +115,7 @@ def gc(cache: str, delete: bool = False) -> None:
     elif delete:
         print(f"deleted {len(found)} files, {size / 2**20:.1f} MiB")
     else:
-        again = f"python -m latent_tools gc {tools.quoted(Path(cache))} --delete"
+        again = command_line("latents", "gc", cache, "--delete")
         print(f"{len(found)} files, {size / 2**20:.1f} MiB; to delete them: {again}")
 
 
@@ -118,7 +124,7 @@ def export(
     format: str | None = None,
     output: str | None = None,
     draw: Literal["posterior", "mean"] | None = None,
-    seed: int = 0,
+    seed: NonNegativeInt = 0,
     any_pixel_range: bool = False,
 ) -> None:
     """Write a cache in the layout that another project's trainer reads; resumes where it stopped.
@@ -140,7 +146,7 @@ def export(
         raise ConfigError(
             f"export needs --format ({', '.join(FORMATS)}) and --output, the folder to write into"
         )
-    print("\n".join(export_cache(cache, format, output, draw, seed, any_pixel_range)))
+    print("\n".join(export_cache(cache, format, output, draw, int(seed), any_pixel_range)))
 
 
 _SWITCHES = dict.fromkeys(("--release", "--data", "--delete", "--any_pixel_range"), "true")
@@ -156,13 +162,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import jsonargparse
 
     given = list(sys.argv[1:] if arguments is None else arguments)
-    jsonargparse.auto_cli(
-        [info, verify, stats, preview, gc, export],
-        args=with_values(given, _SWITCHES),
-        parser_class=parser_class(),
-        prog="python -m latent_tools",
-        as_positional=True,
-    )
+    with writing(None, lambda: "Nothing of the cache is lost by it"):
+        jsonargparse.auto_cli(
+            [info, verify, stats, preview, gc, export],
+            args=with_values(given, _SWITCHES),
+            parser_class=parser_class(),
+            prog="first-stage latents",
+            as_positional=True,
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""What `python -m latent_tools` does: look into a cache, check it, picture it, tidy it up.
+"""What `first-stage latents` does: look into a cache, check it, picture it, tidy it up.
 
 Nothing here deletes anything unless told to.
 """
 
 import math
 import os
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,20 @@ from PIL import Image
 
 from first_stage.data import (
     BrokenImage,
+    Reading,
     Source,
+    displayed,
     images_from_pixels,
-    open_source,
+    open_inventory,
     pixels_from_images,
+    take_inventory,
 )
 from first_stage.errors import UserError
-from first_stage.files import TEMPORARY, sha256
-from latent_tools.build.images import PortionReader, Preprocessing, content_hash, file_of
+from first_stage.files import TEMPORARY, sha256, write_atomic
+from latent_tools.build.follow import changed_ids, notice
+from latent_tools.build.images import PortionReader, Preprocessing
 from latent_tools.build.parquet import ParquetStream
+from latent_tools.build.prepare import source_ids
 from latent_tools.format.files import CacheError, LaunchLock
 from latent_tools.format.index import INDEX
 from latent_tools.format.manifest import Manifest
@@ -182,23 +186,9 @@ def changed_samples(folder: Path, data: str | None = None) -> Iterator[tuple[str
     """
     manifest, plan = Manifest.load(folder), Plan.load(folder)
     source = _open(manifest, data)
-    where = {source.id(place): place for place in range(len(source))}
-    there = set(committed_units(folder))
-    for unit in plan.units:
-        if unit.number not in there:
-            continue
-        commit = read_commit(folder, unit.number)
-        for name, content in zip(commit["ids"], commit["content"], strict=True):
-            if name not in where:
-                yield name, "is no longer in the data"
-                continue
-            try:
-                same = content_hash(file_of(source.read(where[name]).image)) == content
-            except BrokenImage as error:
-                yield name, str(error)
-                continue
-            if not same:
-                yield name, "has other content"
+    if (keep := getattr(source, "keep_classes", None)) is not None:
+        keep(manifest.source.get("classes") or [])
+    yield from changed_ids(notice(folder, plan, source, source_ids(source), everything=True))
 
 
 def statistics_table(folder: Path) -> list[str]:
@@ -256,9 +246,13 @@ def preview(
     originals = _originals(dataset, names, (shape[0], shape[1]), data)
     lines = [np.concatenate(line, axis=1) for line in (originals, decoded) if line]
     picture = np.concatenate(lines)
+    picture = picture[:, :, displayed(picture.shape[2])]
     if picture.shape[2] == 1:
         picture = picture[:, :, 0]
-    Image.fromarray(picture).save(output)
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise CacheError(f"output {str(output)!r} does not end as a picture does: name a .png")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(output, lambda path: Image.fromarray(picture).save(path))
     return names
 
 
@@ -277,7 +271,7 @@ def _originals(
     reader = PortionReader(
         source,
         Preprocessing(
-            seen["channels"], seen["resolution"], seen["resize"], seen["buckets"] is not None, ()
+            _reading(seen), seen["resolution"], seen["resize"], seen["buckets"] is not None, ()
         ),
     )
     pictures = []
@@ -292,15 +286,25 @@ def _originals(
     return pictures
 
 
+def _reading(seen: dict[str, Any]) -> Reading:
+    """How a cache's images were read."""
+    select, value_range = seen.get("select"), seen.get("value_range")
+    return Reading(
+        seen["channels"],
+        tuple(select) if select is not None else None,
+        (value_range[0], value_range[1]) if value_range is not None else None,
+        seen.get("color", "keep"),
+        upright=seen.get("upright", True),
+    )
+
+
 def _open(manifest: Manifest, data: str | None) -> Source:
     about = manifest.source
-    if about.get("streaming"):
-        return ParquetStream(
-            data or about["path"], about.get("image_column"), about.get("split") or "train"
-        )
-    return open_source(
-        data or about["path"], about.get("image_column"), "all", about.get("split") or "train"
-    )
+    path, split = data or about["path"], about.get("split") or "train"
+    inventory = take_inventory(path, split) if "://" not in path else None
+    if inventory is None or (about.get("streaming") and inventory.kind in ("parquet", "hub")):
+        return ParquetStream(path, about.get("image_column"), split)
+    return open_inventory(inventory, about.get("image_column"), "all", split)
 
 
 @dataclass(frozen=True)
@@ -337,7 +341,8 @@ def leftovers(folder: Path, delete: bool = False) -> list[Leftover]:
             delete, since that cannot be known there.
     """
     Manifest.load(folder)  # refuses a folder that is no cache
-    with LaunchLock(folder) as lock:
+    lock = LaunchLock(folder)
+    with lock:
         if delete:
             lock.take_alone()
         else:
@@ -379,8 +384,3 @@ def _is_needed(folder: Path, path: Path) -> bool:
 def redo_command(manifest: Manifest) -> str:
     """The command that goes on with a cache."""
     return manifest.command or "the command that made the cache"
-
-
-def quoted(path: Path) -> str:
-    """A path for a shell."""
-    return shlex.quote(str(path))

@@ -1,10 +1,11 @@
-"""Precompute the latents of a data set: exactly once each, resumable, tied to the weights.
+"""Precompute the latents of a data set: `first-stage cache`, in a clone.
 
 accelerate launch scripts/cache_latents.py --first_stage DIR --data.path DATA --output CACHE
 """
 
-from first_stage.commands.cache import main
-from first_stage.errors import run_command
+import sys
+
+from first_stage.__main__ import main
 
 if __name__ == "__main__":
-    run_command(main)
+    main(["cache", *sys.argv[1:]])

@@ -1,12 +1,13 @@
-"""Measure first stages, and make the report to look at.
+"""Measure first stages, and make the report to look at: `first-stage evaluate`, in a clone.
 
     python scripts/evaluate.py --first_stage DIR --data.path DATA --output DIR
 
 Also under `accelerate launch`, on several processes, with the same result.
 """
 
-from first_stage.commands.evaluate import main
-from first_stage.errors import run_command
+import sys
+
+from first_stage.__main__ import main
 
 if __name__ == "__main__":
-    run_command(main)
+    main(["evaluate", *sys.argv[1:]])

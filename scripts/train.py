@@ -1,45 +1,11 @@
-"""Train a first stage: `accelerate launch scripts/train.py --config configs/demo.yaml`."""
+"""Train a first stage: `first-stage train`, in a clone.
 
-from pathlib import Path
+accelerate launch scripts/train.py --config configs/demo.yaml
+"""
 
-from accelerate import PartialState
+import sys
 
-from first_stage.config.schema import parse_config
-from first_stage.errors import run_command
-from first_stage.training.loop import train
-from first_stage.training.run_folder import resume_command
-
-
-def main() -> None:
-    """Train, export, and say what was made and what comes next."""
-    config = parse_config()
-    outcome = train(config)
-    if not PartialState().is_main_process:
-        return
-    folder = Path(config.output_dir)
-    if not outcome.finished:
-        print(
-            f"stopped after step {outcome.step} of {config.train.max_steps}; everything is saved. "
-            f"Go on with:\n  {resume_command(folder, outcome.processes)}"
-        )
-        return
-    if outcome.metrics:
-        numbers = ", ".join(f"{k.upper()} {v:.4g}" for k, v in outcome.metrics.items())
-        print(f"held out ({outcome.held_out} images): {numbers}")
-    pictures = sorted((folder / "pictures").glob("step-*.png"))
-    print(
-        f"export  {folder}/export\n"
-        f"grid    {pictures[-1]}\n"
-        f"gif     {folder}/training.gif\n"
-        f"report  {folder}/report.html\n"
-        "Load it with diffusers:\n"
-        "  from diffusers import AutoencoderKL\n"
-        f'  vae = AutoencoderKL.from_pretrained("{folder}/export")\n'
-        "Cache a data set's latents with it:\n"
-        f"  accelerate launch scripts/cache_latents.py --first_stage {folder}/export "
-        f"--data.path {config.data.path} --output {folder}/latents"
-    )
-
+from first_stage.__main__ import main
 
 if __name__ == "__main__":
-    run_command(main)
+    main(["train", *sys.argv[1:]])

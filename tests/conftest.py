@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from first_stage.config.schema import Config, parse_config
+from first_stage.config import Config, parse_config
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -107,3 +107,28 @@ def run_script(*line: object, env: dict[str, str] | None = None, timeout: float 
         text=True,
         timeout=timeout,
     )
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mounts small file systems; `disk(kilobytes, options)` is the folder."""
+    mounted: list[Path] = []
+
+    def mount(kilobytes: int) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        options = f"size={kilobytes}k"
+        try:
+            done = subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True
+            )
+        except OSError as error:
+            pytest.skip(f"no small file system can be mounted here: {error}")
+        if done.returncode:
+            pytest.skip(f"no small file system can be mounted here: {done.stderr.decode()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -54,7 +54,8 @@ def main() -> None:
     pipeline = DiTPipeline.from_pretrained(options.pipeline)
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
-    side = pipeline.vae.config.sample_size
+    factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    side = pipeline.transformer.config.sample_size * factor
     judge, real = train_judge(side)
     print(f"judge     reads {real:.1%} of the held-out real digits right")
 

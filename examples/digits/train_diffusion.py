@@ -29,7 +29,7 @@ from first_stage.config.parsing import read_options
 from first_stage.errors import ConfigError, run_command
 from first_stage.files import write_folder
 from first_stage.handover.folding import fold_statistics
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.models.loading import load_autoencoder
 from first_stage.seeding import Purpose, hashed_bits, standard_normals
 from first_stage.training.checkpoint import (
     Snapshot,
@@ -52,7 +52,7 @@ class Options:
     """Train a class-conditional diffusion transformer on a latent cache."""
 
     latents: str = ""
-    """The cache, as scripts/cache_latents.py writes it, with labels."""
+    """The cache, as first-stage cache writes it, with labels."""
     output_dir: str = "runs/diffusion"
     """Folder for checkpoints and the pipeline."""
     first_stage: str | None = None
@@ -226,9 +226,11 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's latents and labels from step `start` on, epoch after epoch."""
     rank, world = accelerator.process_index, accelerator.num_processes
+    # A step trains on a whole batch: what is left of an epoch over comes in another one.
     sampler = BucketBatchSampler(
-        dataset, options.batch_size // world, seed=options.seed, rank=rank, world=world
-    )
+        dataset, options.batch_size // world, seed=options.seed, rank=rank, world=world,
+        drop_last=True,
+    )  # fmt: skip
     if len(sampler) == 0:
         raise ConfigError(
             f"batch_size {options.batch_size} is more than the {len(dataset)} samples of the cache"
@@ -370,7 +372,7 @@ def parse_options() -> Options:
     """Read the command line."""
     options = read_options(Options, switches={"--resume": "true"})
     if not options.latents:
-        raise ConfigError("--latents is missing: the folder that scripts/cache_latents.py wrote")
+        raise ConfigError("--latents is missing: the folder that first-stage cache wrote")
     return options
 
 

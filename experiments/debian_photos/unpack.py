@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from experiments.debian_photos.qt_resources import read_resources
+from first_stage.command_line import command_line
 from first_stage.config.parsing import plain_parser
 from first_stage.errors import DataError, UserError
 from first_stage.files import write_folder
@@ -54,7 +55,7 @@ def main() -> None:
         "Compare objectives on them and those of the Python packages:\n"
         f"  python -m experiments.objectives --small --more {output}\n"
         "Train on them:\n"
-        f"  accelerate launch scripts/train.py --config configs/kl_f4.yaml --data.path {output}"
+        f"  {command_line('train', '--config', 'kl_f4', '--data.path', output)}"
     )
 
 

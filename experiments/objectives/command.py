@@ -14,6 +14,7 @@ from experiments.objectives.photos import packaged_photos, shrunk, tiles
 from experiments.objectives.results import figure, stripes_table, table, verdicts
 from experiments.objectives.rows import BUDGETS, START, VGG, Budget, Size, row_names
 from experiments.objectives.stripes import feature_ratio, pixel_ratio, stripes
+from first_stage.command_line import command_line
 from first_stage.config.parsing import plain_parser
 from first_stage.data import Source, open_source
 from first_stage.errors import ConfigError
@@ -101,11 +102,8 @@ def main() -> None:
     print(f"table   {output}/comparison.md\nnumbers {output}/comparison.json")
     print(f"figure  {output}/comparison.png")
     best = folders.get("learned+hinge", folders[rows[-1]])
-    print(
-        "Look at a first stage closely with:\n"
-        f"  python scripts/evaluate.py --first_stage {best} --data.path photos "
-        f"--output {output}/evaluation"
-    )
+    look = ("--first_stage", best, "--data.path", "photos", "--output", output / "evaluation")
+    print(f"Look at a first stage closely with:\n  {command_line('evaluate', *look)}")
 
 
 def parse_options(arguments: list[str] | None = None) -> Options:

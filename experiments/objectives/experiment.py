@@ -17,13 +17,13 @@ from torch import Tensor
 from experiments.objectives.measures import LocalFeatures, Scores, score
 from experiments.objectives.rows import START, Budget, row_config, warmup_config
 from experiments.objectives.stripes import critic_ratios
-from first_stage.config.schema import Config, to_dict
+from first_stage.config.parsing import to_dict
+from first_stage.config.schema import Config
 from first_stage.data import (
     Batch,
     Source,
     StepSampler,
     TrainingStream,
-    View,
     fingerprint,
     training_loader,
 )
@@ -161,7 +161,7 @@ class Experiment:
             untrained = self._stripes(trainer)
             self._train(trainer, config, self.budget.warmup_steps, row)
             with trainer.ema_weights() as averaged:
-                vae = copy.deepcopy(averaged)
+                vae = copy.deepcopy(averaged.model)
             stripes = self._stripes(trainer)
             stripes |= {f"untrained {name}": ratio for name, ratio in untrained.items()}
         seconds = time.perf_counter() - began
@@ -194,7 +194,7 @@ class Experiment:
             self._train(trainer, config, 0, "warm-up")
             snapshot = trainer.snapshot(steps)
             snapshot.state["made_by"] = self._identity(config)
-            save_checkpoint(folder, snapshot, trainer.ema_weights, keep=1)
+            save_checkpoint(folder, snapshot, trainer.averaged_model, keep=1)
         loaded = load_checkpoint(saved)
         self._same(loaded.state["made_by"], config, saved)
         ema = AutoencoderKL.from_pretrained(saved / "ema", use_safetensors=True)
@@ -224,13 +224,11 @@ class Experiment:
                 )
 
     def _batches(self, trainer: Trainer, config: Config, sampler: StepSampler) -> Iterator[Batch]:
-        stage = trainer.first_stage.network
         stream = TrainingStream(
             self.photos.training,
-            View(config.data.resolution, config.view_resize),
-            stage.in_channels,
+            config.data.view(config.data.resolution),
+            trainer.first_stage.network.in_channels,
             config.seed,
-            stage.latent_shape(config.data.resolution),
         )
         return iter(training_loader(stream, sampler, workers=0, pin_memory=False))
 

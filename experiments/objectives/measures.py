@@ -1,16 +1,16 @@
 """What the objectives are judged by, on held-out photos: fidelity, realism, detail."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from first_stage.metrics import images as metrics
 from first_stage.metrics.feature_networks import EfficientNetLite0, as_rgb
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
 from first_stage.metrics.spectrum import SharpnessSums
-from first_stage.training.validation import reconstruct
+from first_stage.models.first_stage import as_first_stage, reconstruct
 
 BLOCK = 5
 """Which inverted residual block's output is the local feature: 40 channels per 8 x 8 pixels."""
@@ -59,24 +59,23 @@ class LocalFeatures(nn.Module):
 
 
 @torch.no_grad()
-def score(
-    vae: AutoencoderKL, images: Tensor, network: LocalFeatures, batch_size: int = 16
-) -> Scores:
+def score(first_stage: Any, images: Tensor, network: LocalFeatures, batch_size: int = 16) -> Scores:
     """Measure a first stage by the 8-bit protocol: the posterior's mode, clamped and rounded.
 
     Args:
-        vae: The first stage, in eval mode.
+        first_stage: A first stage or a diffusers autoencoder, in eval mode.
         images: `(N, C, H, W)` in [-1, 1].
         network: Gives the local features.
         batch_size: Images at a time; it does not change the result.
     """
-    device = next(vae.parameters()).device
+    stage = as_first_stage(first_stage)
+    device = stage.device
     sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)]
     statistics: list[GaussianStatistics] = []
     sharpness = SharpnessSums()
     for batch in images.split(batch_size):
         originals = metrics.eight_bit(batch.to(device))
-        rebuilt = metrics.eight_bit(reconstruct(vae, batch.to(device)))
+        rebuilt = metrics.eight_bit(reconstruct(stage, batch.to(device))[0])
         sums[0] += metrics.psnr(originals, rebuilt).sum()
         sharpness.update(originals, rebuilt)
         features = [network(x) for x in (originals, rebuilt)]

@@ -13,7 +13,7 @@ from torch import Tensor
 from experiments.objectives.experiment import Photos, Result
 from experiments.objectives.measures import Scores
 from first_stage.evaluation.grids import grid
-from first_stage.training.validation import reconstruct
+from first_stage.models.first_stage import FirstStage, reconstruct
 
 Results = Mapping[str, Sequence[Result]]
 """Results of the seeds, by row."""
@@ -187,7 +187,7 @@ def figure(folders: Mapping[str, Path], photos: Photos, columns: int = 8) -> Ima
     rows: dict[str, Tensor] = {"original": shown}
     for row, folder in folders.items():
         vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True).eval()
-        rows[row] = reconstruct(vae, shown)
+        rows[row] = reconstruct(FirstStage(vae), shown)[0]
     sheet = grid(list(rows.values()))
     factor = max(_SHOWN_SIDE // shown.shape[-1], 1)
     sheet = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)

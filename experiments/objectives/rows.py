@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from first_stage.config.schema import (
+from first_stage.config import (
     AdversarialConfig,
     Config,
     CriticConfig,

@@ -1,23 +1,29 @@
-"""The command `cache_latents`: reads its options, precomputes, and says what to do next."""
+"""The command `first-stage cache`: reads its options, precomputes, and says what to do next."""
 
+import dataclasses
 import os
-import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from first_stage.command_line import command_line
+from first_stage.config.images import ImagesConfig, shorter_side
 from first_stage.config.parsing import read_options
-from first_stage.data import Source, open_source, spare_workers
+from first_stage.config.types import NonNegativeInt, PositiveInt, Share
+from first_stage.data import Source, spare_workers, take_inventory
+from first_stage.data.checks import value_remark
 from first_stage.distributed.memory import keep_freed_memory
+from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.files import writing
+from first_stage.models.loading import load_autoencoder, training_resolution
 from latent_tools.build.launch import Outcome, Process, precompute
-from latent_tools.build.options import CacheOptions, Dtype, Precision, Representation
+from latent_tools.build.options import CacheOptions, EncodingOptions
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.format.manifest import Manifest
 
@@ -26,77 +32,49 @@ _PLANNING_TIME = timedelta(days=2)
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class CacheData(ImagesConfig):
     """Which images, and how they are seen."""
 
     path: str = ""
-    """A folder of images (nested or not), a folder written by datasets' save_to_disk, parquet or
-    WebDataset (.tar) shards or a folder of them, a built-in set (photos, digits), or a data set id
-    on the Hugging Face hub."""
-    resolution: int | None = None
+    resolution: PositiveInt | None = None
     """Side of the square centre crop, in pixels; with buckets, of the square whose area they have;
     null: the first stage's training resolution."""
-    resize: int | None = None
+    resize: NonNegativeInt | None = None
     """Shorter side after resizing, in pixels (bicubic, antialiased); null: the resolution; 0:
     images keep their size. An image smaller than the crop is always enlarged to fit. Buckets
     do not use it."""
-    image_column: str | None = None
-    """Column with the images, for data sets that have columns; null: found by its type."""
     split: str = "train"
-    """Which split of a hub or saved data set."""
     streaming: bool = False
     """Read parquet files where they are, a row group at a time, instead of copying them: for data
     larger than the disk. path may then be any address that fsspec knows (hf://, s3://)."""
-    workers: int | None = None
+    workers: NonNegativeInt | None = None
     """Decoding processes per encoding process; null: on GPUs all of the machine's cores, divided
     over its processes; on CPUs one per core left over, at most 8; 0: none."""
-    max_broken: float = 0.05
+    max_broken: Share = 0.05
     """Share of samples that may be unreadable before the launch stops; they are listed in
     failures.parquet."""
 
 
 @dataclass(frozen=True)
-class Options:
-    """Precompute the latents of a data set."""
+class Places:
+    """What is encoded, with what, and where the latents go."""
 
     first_stage: str = ""
     """A diffusers autoencoder: the folder of an export, a pipeline's folder, or a hub id."""
     output: str = ""
     """The cache's folder. It is made when it is not there, and continued when it is."""
-    data: DataOptions = field(default_factory=DataOptions)
-    """Which images, and how they are seen."""
-    revision: str | None = None
-    """Revision of the first stage on the hub."""
-    representation: Representation | None = None
-    """What is stored: the posterior's moments (mean and log-variance), its mean, or one sample;
-    null: moments, or the latents of a first stage without a posterior."""
-    dtype: Dtype = "float16"
-    """What it is stored as. uint8 spreads 256 levels over each sample's and channel's range; the
-    error is measured and stands in the manifest."""
-    flip: bool = False
-    """Encode the images flipped left to right too."""
-    buckets: str | None = None
-    """Shapes for images of several aspect ratios: auto, or heights and widths as in
-    256x256,320x192; null: one square."""
-    columns: list[str] | None = None
-    """Columns to carry along, as in [label,caption]; null: label, class and caption under their
-    usual names."""
-    precision: Precision = "no"
-    """Autocast type of the encoder; no: float32."""
-    batch_size: int = 32
-    """Images per forward pass of one process; halved when the memory runs out."""
-    unit_size: int = 0
-    """Images per unit: what is written at once, and encoded again after a kill; 0: as many as 256
-    MiB hold, at most 1024."""
-    compile: bool = False
-    """Compile the encoder, once per shape."""
-    seed: int = 0
-    """Seed of the draws when representation is sample."""
+    data: CacheData = field(default_factory=CacheData)
+
+
+@dataclass(frozen=True)
+class Options(EncodingOptions, Places):
+    """Precompute the latents of a data set."""
 
 
 _SWITCHES = {
     "--flip": "true",
     "--compile": "true",
+    "--update": "true",
     "--data.streaming": "true",
     "--buckets": "auto",
 }
@@ -135,7 +113,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Command line without the program's name; `None` reads `sys.argv`.
     """
-    options = parse_options(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse_options(given)
     process = _this_process()
 
     def say(line: str) -> None:
@@ -144,23 +123,40 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     count = process.world
     say(f"{count} process{'es' if count > 1 else ''} on {process.device.type}")
-    autoencoder = load_autoencoder(options.first_stage, options.revision)
-    source = _open(options.data)
-    cache_options = _cache_options(options, autoencoder, process)
+    autoencoder = load_autoencoder(options.first_stage, options.revision, "--first_stage")
+    source = _open(options.data, say)
+    cache_options = _cache_options(options, autoencoder, process, command_line("cache", *given))
+    if process.rank == 0 and (remark := value_remark(source, cache_options.reading)):
+        say(remark)
+    kept = "Complete units are kept: start the same command to go on"
     try:
-        outcome = precompute(
-            autoencoder, options.first_stage, source, options.output, cache_options, process, say
-        )
+        with writing(Path(options.output), lambda: kept):
+            outcome = precompute(
+                autoencoder, options.first_stage, source, options.output, cache_options, process,
+                say,
+            )  # fmt: skip
     except KeyboardInterrupt:
         say("stopped; the units that are complete are kept: start the same command to go on")
         sys.exit(130)
     _report(options, outcome, process)
 
 
-def _open(data: DataOptions) -> Source:
-    if data.streaming:
+def _open(data: CacheData, say: Callable[[str], None]) -> Source:
+    processes = Processes()
+
+    def once(make: Callable[[], Any]) -> Any:
+        return shared(processes, make)
+
+    is_far = "://" in data.path
+    if is_far or (data.streaming and once(lambda: _is_parquet(data))):
+        if data.min_side:
+            raise ConfigError("data.min_side needs all sizes first: set data.streaming to false")
         return ParquetStream(data.path, data.image_column, data.split)
-    return open_source(data.path, data.image_column, "all", data.split)
+    return data.open("all", say=say, once=once)
+
+
+def _is_parquet(data: CacheData) -> bool:
+    return take_inventory(data.path, data.split).kind in ("parquet", "hub")
 
 
 def _this_process() -> Process:
@@ -185,55 +181,38 @@ def _this_process() -> Process:
         accelerator.num_processes,
         accelerator.device,
         accelerator.wait_for_everyone,
-        lambda numbers: _handed_over(numbers, accelerator.device),
+        Processes().broadcast,
     )
 
 
-def _handed_over(numbers: list[int], device: torch.device) -> list[int]:
-    """What the first process calls this with, on every process."""
-    from accelerate.utils import broadcast
-
-    count: Any = broadcast(torch.tensor(len(numbers), device=device))
-    values = torch.zeros(int(count), dtype=torch.int64, device=device)
-    if len(numbers) == len(values):
-        values = torch.tensor(numbers, dtype=torch.int64, device=device)
-    handed: Any = broadcast(values)
-    return [int(number) for number in handed.tolist()]
-
-
-def _cache_options(options: Options, autoencoder: Any, process: Process) -> CacheOptions:
-    resolution = options.data.resolution
+def _cache_options(
+    options: Options, autoencoder: Any, process: Process, command: str
+) -> CacheOptions:
+    data = options.data
+    resolution = data.resolution
     if resolution is None:
-        resolution = getattr(autoencoder.config, "sample_size", None)
-        if not isinstance(resolution, int) or resolution < 1:
+        resolution = training_resolution(options.first_stage, autoencoder)
+        if resolution is None:
             raise ConfigError(
-                "--data.resolution is missing, and the first stage's config has no sample_size"
+                "--data.resolution is missing, and the first stage does not say what it was "
+                "trained on"
             )
-    resize = options.data.resize
-    if not 0.0 <= options.data.max_broken <= 1.0:
-        raise ConfigError(f"data.max_broken is {options.data.max_broken}; a share lies in [0, 1]")
+    reading = data.reading(int(getattr(autoencoder.config, "in_channels", 3)))
+    if options.buckets == "kohya":
+        reading = dataclasses.replace(reading, upright=False)
     return CacheOptions(
         resolution=resolution,
-        resize=resolution if resize is None else (resize or None),
-        representation=options.representation,
-        dtype=options.dtype,
-        flip=options.flip,
-        buckets=options.buckets,
-        columns=tuple(options.columns) if options.columns is not None else None,
-        precision=options.precision,
-        batch_size=options.batch_size,
-        unit_size=options.unit_size,
-        workers=_workers(options.data.workers, process),
-        max_broken=options.data.max_broken,
-        compile=options.compile,
-        seed=options.seed,
-        revision=options.revision,
+        resize=shorter_side(data.resize, resolution),
+        reading=reading,
+        workers=_workers(data.workers, process),
+        max_broken=data.max_broken,
         opened_with={
-            "image_column": options.data.image_column,
-            "split": options.data.split,
-            "streaming": options.data.streaming,
+            "image_column": data.image_column,
+            "split": data.split,
+            "streaming": data.streaming,
         },
-        command=shlex.join(["accelerate", "launch", *sys.argv]),
+        command=command,
+        **{f.name: getattr(options, f.name) for f in fields(EncodingOptions)},
     )
 
 
@@ -275,7 +254,7 @@ def _summary(output: str) -> str:
             f"{counts['failures']} samples failed: {Path(output, 'failures.parquet')} says why"
         )
     lines.append(
-        f"next: python -m latent_tools info {shlex.quote(output)}, or in Python "
+        f"next: {command_line('latents', 'info', output)}, or in Python "
         f"latent_tools.LatentDataset({output!r})"
     )
     return "\n".join(lines)

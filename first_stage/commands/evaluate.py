@@ -1,4 +1,4 @@
-"""The command `scripts/evaluate.py`: arguments, messages, files."""
+"""The command `first-stage evaluate`: arguments, messages, files."""
 
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -8,10 +8,13 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from first_stage.config.images import ImagesConfig
 from first_stage.config.parsing import read_options
-from first_stage.data import View, open_source, spare_workers
+from first_stage.config.types import NonNegativeInt, PositiveInt
+from first_stage.data import spare_workers
 from first_stage.data.builtin import NAMES
-from first_stage.distributed.processes import Processes
+from first_stage.data.checks import value_remark
+from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
 from first_stage.evaluation import Evaluation, Options, evaluate, save
 from first_stage.evaluation.files import METRICS
@@ -23,7 +26,8 @@ from first_stage.metrics.feature_networks import (
     load_feature_network,
     load_lpips,
 )
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import load_autoencoder
 from first_stage.report import REPORT, write_report
 
 _SEVERAL = {
@@ -36,24 +40,17 @@ _SEVERAL = {
 
 
 @dataclass(frozen=True)
-class DataArguments:
+class EvaluationData(ImagesConfig):
     """The images to reconstruct."""
 
     path: str = ""
-    """A folder of images (nested or not), a folder written by datasets' save_to_disk, parquet or
-    WebDataset (.tar) shards or a folder of them, a built-in set (photos, digits), or a data set id
-    on the hub."""
-    resolution: int | None = None
+    resolution: PositiveInt | None = None
     """Side of a centre crop, in pixels; null: whole images in their own sizes."""
-    resize: int | None = None
-    """Shorter side before the crop, in pixels (bicubic, antialiased); null: the resolution; 0:
-    images keep their size."""
-    image_column: str | None = None
-    """Column with the images, for data sets that have columns; null: found by its type."""
     split: str | None = None
-    """Which split of a hub or saved data set; of a built-in set: train, validation or all. null:
-    train, or all of a built-in set."""
-    workers: int | None = None
+    """Which split, where names of files or folders or the data set itself say splits; of a
+    built-in set: train, validation or all. null: the only one (of the hub: train), or all of a
+    built-in set."""
+    workers: NonNegativeInt | None = None
     """Decoding processes per process; null: one per core left over, at most 8; 0: none."""
 
 
@@ -64,19 +61,19 @@ class Arguments:
     first_stage: list[str] | None = None
     output: str = ""
     """Folder for metrics.json, report.html and the report's pictures."""
-    data: DataArguments = field(default_factory=DataArguments)
-    num_images: int | None = None
+    data: EvaluationData = field(default_factory=EvaluationData)
+    num_images: PositiveInt | None = None
     """How many images at most, chosen by the seed; null: all."""
-    batch_size: int = 16
+    batch_size: PositiveInt = 16
     """Images per forward pass of one process."""
-    seed: int = 0
-    """Seed of the choice of images; >= 0."""
+    seed: NonNegativeInt = 0
+    """Seed of the choice of images."""
     features: list[str] | None = None
     lpips: bool = False
     """Measure LPIPS (AlexNet); needs the package lpips and its weights."""
-    pairs: int = 12
+    pairs: NonNegativeInt = 12
     """How many images the report shows beside their reconstructions."""
-    probed_images: int = 64
+    probed_images: NonNegativeInt = 64
     """On how many images the latents are flipped, turned and scaled, and their histograms taken."""
     overwrite: bool = False
     """Replace an evaluation that is already in the output folder."""
@@ -97,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     say = print if processes.is_main else _nothing
     first_stages = a.first_stage or []
     _writable(Path(a.output))
+    _check(first_stages)
     say(f"{processes.world} process(es) on {accelerator.device.type}, float32", flush=True)
     options = Options(
         batch_size=a.batch_size,
@@ -106,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         probed=a.probed_images,
         pairs=a.pairs,
     )
-    images = _Images(a)
-    say(f"{len(images(3)):,} of {len(images.source):,} images from {a.data.path}", flush=True)
+    images = _Images(a, processes, say)
+    count = min(a.num_images or len(images.source), len(images.source))
+    say(f"{count:,} of {len(images.source):,} images from {a.data.path}", flush=True)
     evaluation = evaluate(
         _first_stages(first_stages, accelerator.device),
         images,
@@ -146,19 +145,6 @@ def _problems(a: Arguments) -> Iterator[str]:
         yield f"--data.split is {a.data.split!r}; {a.data.path} has train, validation and all"
     if not a.output:
         yield "--output is missing: name a folder for metrics.json and report.html"
-    least = {
-        "batch_size": (a.batch_size, 1),
-        "num_images": (1 if a.num_images is None else a.num_images, 1),
-        "data.resolution": (1 if a.data.resolution is None else a.data.resolution, 1),
-        "data.resize": (a.data.resize or 0, 0),
-        "data.workers": (a.data.workers or 0, 0),
-        "seed": (a.seed, 0),
-        "pairs": (a.pairs, 0),
-        "probed_images": (a.probed_images, 0),
-    }
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            yield f"--{name} is {value}; it must be at least {minimum}"
     if a.data.resize and a.data.resolution is None:
         yield (
             f"--data.resize {a.data.resize} without --data.resolution: say what to crop, too "
@@ -175,25 +161,48 @@ def _problems(a: Arguments) -> Iterator[str]:
 class _Images:
     """The images for a number of channels; the source is opened once."""
 
-    def __init__(self, a: Arguments):
+    def __init__(self, a: Arguments, processes: Processes, say: Any):
         split = a.data.split
         part: Any = split if split in ("train", "validation", "all") else "all"
-        self.source = open_source(a.data.path, a.data.image_column, part, split or "train")
-        self.arguments = a
+        self.source = a.data.open(
+            part,
+            say=say,
+            once=lambda make: shared(processes, make),
+            listed=Path(a.output) / "files.txt",
+        )
+        self.arguments, self.say, self.is_main = a, say, processes.is_main
 
     def __call__(self, channels: int) -> EvaluationImages:
-        data = self.arguments.data
-        view = None
-        if data.resolution is not None:
-            resize = data.resolution if data.resize is None else (data.resize or None)
-            view = View(data.resolution, resize)
         a = self.arguments
-        return EvaluationImages(self.source, channels, view, a.num_images, a.seed)
+        view = None if a.data.resolution is None else a.data.view(a.data.resolution)
+        reading = a.data.reading(channels)
+        if self.is_main and (remark := value_remark(self.source, reading)):
+            self.say(remark)
+        return EvaluationImages(self.source, reading, view, a.num_images, a.seed)
 
 
 def _first_stages(names: Sequence[str], device: Any) -> Iterator[tuple[str, Any]]:
     for name, label in zip(names, short_names(names), strict=True):
-        yield label, load_autoencoder(name).to(device)
+        yield label, load_autoencoder(name, field="--first_stage").to(device)
+
+
+def _check(names: Sequence[str]) -> None:
+    """Load every first stage once before the first is measured, which may take hours.
+
+    Raises:
+        UserError: When one cannot be loaded, or takes other images than the first.
+    """
+    if len(names) < 2:
+        return
+    channels: dict[str, int] = {}
+    for name in names:
+        stage = FirstStage(load_autoencoder(name, field="--first_stage"), name=name)
+        channels[name] = stage.in_channels
+        if channels[name] != channels[names[0]]:
+            raise ConfigError(
+                f"--first_stage {name!r} takes images of {channels[name]} channels, but "
+                f"{names[0]!r} of {channels[names[0]]}: evaluate them separately"
+            )
 
 
 def short_names(names: Sequence[str]) -> list[str]:

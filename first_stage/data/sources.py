@@ -1,123 +1,28 @@
 """Where images come from: folders, hub data sets, saved data sets, shards, built-in sets.
 
 A `Source` is a fixed list of samples. Every sample has a stable id, an image (encoded bytes, a
-path or a decoded picture) and, on request, columns such as label or caption. `open_source` tells
-the kinds apart by what lies at the path.
+path, a decoded picture or an array) and, on request, columns such as label or caption.
+`take_inventory` tells the kinds apart by what lies at a path; `open_inventory` opens them.
 """
 
-import dataclasses
+import errno
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
 from first_stage.data import builtin
-from first_stage.errors import DataError
+from first_stage.data.columns import encoded_image, find_image_column
+from first_stage.data.folder import FolderSource
+from first_stage.data.inventory import Inventory, take_inventory
+from first_stage.data.sample import Sample, Source
+from first_stage.data.shards import RowSource, ShardedRows, count_rows, shards_of
+from first_stage.errors import DataError, first_line
 from first_stage.seeding import Purpose, generator
 
 Split = Literal["train", "validation", "all"]
-
-IMAGE_SUFFIXES = frozenset(
-    f".{name}"
-    for name in (
-        *("avif", "bmp", "gif", "jfif", "jp2", "jpeg", "jpg", "pbm"),
-        *("pgm", "png", "ppm", "tga", "tif", "tiff", "webp"),
-    )
-)
-_IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp", "pixels", "picture", "photo")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One sample of a source.
-
-    Attributes:
-        id: Stable and unique in its source: the path relative to the data folder *with* its
-            extension, or the shard's key, or the row.
-        image: Encoded bytes, a path, or a decoded picture.
-        columns: The columns asked for, as Python values.
-    """
-
-    id: str
-    image: bytes | Path | Image.Image
-    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
-class Source(Protocol):
-    """A fixed list of samples."""
-
-    name: str
-    """What a user would recognise: the path or id."""
-    columns: tuple[str, ...]
-    """Names of the columns that samples can carry beside the image."""
-
-    def __len__(self) -> int: ...
-
-    def id(self, index: int) -> str:
-        """The id of a sample, without reading its image."""
-        ...
-
-    def read(self, index: int) -> Sample:
-        """Read one sample; what is in the file is not decoded yet."""
-        ...
-
-
-class FolderSource:
-    """A folder of images, nested or not; the first folder level is the label when all have one.
-
-    Args:
-        root: The folder. Links that lead out of it are left out.
-
-    Raises:
-        DataError: When there is no image in it.
-    """
-
-    def __init__(self, root: str | Path):
-        self.root = Path(root)
-        self.name = str(root)
-        self._paths = sorted(_image_files(self.root))
-        if not self._paths:
-            kinds = " ".join(sorted(IMAGE_SUFFIXES))
-            raise DataError(
-                f"data.path {str(root)!r} holds no images (looked in every subfolder for {kinds})"
-            )
-        tops = {path.split("/", 1)[0] if "/" in path else "" for path in self._paths}
-        self.classes: list[str] = [] if "" in tops else sorted(tops)
-        self._labels = {name: number for number, name in enumerate(self.classes)}
-        self.columns: tuple[str, ...] = ("label", "class") if self.classes else ()
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def id(self, index: int) -> str:
-        """The path relative to the folder, with its extension."""
-        return self._paths[index]
-
-    def read(self, index: int) -> Sample:
-        """The sample's path, and its label and class name where there are class folders."""
-        path = self._paths[index]
-        columns: dict[str, Any] = {}
-        if self.classes:
-            top = path.split("/", 1)[0]
-            columns = {"label": self._labels[top], "class": top}
-        return Sample(path, self.root / path, columns)
-
-
-def _image_files(root: Path) -> Iterator[str]:
-    inside = root.resolve()
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for file in files:
-            if Path(file).suffix.lower() not in IMAGE_SUFFIXES or file.startswith("."):
-                continue
-            path = Path(folder, file)
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
-                continue
-            yield path.relative_to(root).as_posix()
 
 
 class DatasetSource:
@@ -127,87 +32,73 @@ class DatasetSource:
         dataset: The data set.
         name: Its path or hub id, for messages.
         image_column: The column with the images; found by type and name when `None`.
+        roots: Folders that paths in rows may lead into.
+        files: For parquet files, each one's path, what ids call it, and its rows.
 
     Raises:
         DataError: When the column is not there or does not hold images.
     """
 
-    def __init__(self, dataset: Any, name: str, image_column: str | None = None):
-        import datasets
-
+    def __init__(
+        self,
+        dataset: Any,
+        name: str,
+        image_column: str | None = None,
+        roots: Sequence[str] = (),
+        files: Sequence[tuple[str, str, int]] = (),
+    ):
         if len(dataset) == 0:
             raise DataError(f"data.path {name!r} holds no samples")
-        column = find_image_column(dataset.features, name, image_column)
-        self.dataset = dataset.cast_column(column, datasets.Image(decode=False))
-        self.name = name
-        self.image_column = column
-        self.columns = tuple(c for c in dataset.column_names if c != column)
-        self._key = "__key__" if "__key__" in dataset.column_names else None
-        self._keys = self.dataset.select_columns([self._key]) if self._key else None
+        self.image_column = find_image_column(dataset.features, name, image_column)
+        # As Arrow, nothing is decoded: not the images, and no other column of images either.
+        self.dataset = dataset.with_format("arrow")
+        self.name, self.roots = name, tuple(roots)
+        self._classes = {
+            column: feature.names
+            for column, feature in dataset.features.items()
+            if hasattr(feature, "names") and hasattr(feature, "int2str")
+        }
+        names = [c for c in dataset.column_names if c not in (self.image_column, "__url__")]
+        if "label" in self._classes and "class" not in names:
+            names.append("class")
+        self.columns: tuple[str, ...] = tuple(names)
+        self._files = [file for _, file, _ in files]
+        self._places = [place for place, _, _ in files]
+        self._starts = np.cumsum([0, *(rows for *_, rows in files)])
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def id(self, index: int) -> str:
-        """The row's number, after the shard's key for WebDataset shards."""
-        # Keys repeat across shards in the wild; the row makes the id unique.
-        row = f"{index:09d}"
-        return f"{self._keys[index][self._key]}#{row}" if self._keys is not None else row
+        """The file and the row's number in it, or the row's number."""
+        if not self._files:
+            return f"{index:09d}"
+        file = self._file(index)
+        return f"{self._files[file]}#{index - int(self._starts[file]):09d}"
+
+    def _file(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    def touched(self, index: int) -> float | None:
+        """When the row's file was last changed; `None` where rows are in no file of their own."""
+        if not self._files:
+            return None
+        facts = os.stat(self._places[self._file(index)])
+        return max(facts.st_mtime, facts.st_ctime)
+
+    columns_touched = touched
 
     def read(self, index: int) -> Sample:
         """The row's encoded image and its other columns."""
-        row = self.dataset[index]
-        image = encoded_image(row.pop(self.image_column), self.name)
-        row.pop("__url__", None)
+        table = self.dataset[index : index + 1]
+        image = encoded_image(table[self.image_column].combine_chunks()[0], self.roots)
+        others = [name for name in table.column_names if name in self.columns]
+        row = table.select(others).to_pylist()[0]
+        if "class" in self.columns and "class" not in row:
+            label = row.get("label")
+            is_known = isinstance(label, int) and 0 <= label < len(self._classes["label"])
+            row["class"] = self._classes["label"][label] if is_known else None
         return Sample(self.id(index), image, row)
-
-
-def encoded_image(value: Any, name: str) -> bytes | Path:
-    """The file inside an undecoded `datasets.Image` value; empty bytes where there is none."""
-    if value is None:
-        return b""
-    if value.get("bytes") is not None:
-        return bytes(value["bytes"])
-    if value.get("path"):
-        return Path(value["path"])
-    return b""
-
-
-def find_image_column(features: Any, name: str, wanted: str | None) -> str:
-    """The column that holds images.
-
-    Args:
-        features: `datasets.Features` of the data set.
-        name: Path or id, for messages.
-        wanted: The name asked for, or `None` to find it.
-
-    Returns:
-        The column's name: the one asked for, or the only image-typed one, or one named like an
-        image.
-
-    Raises:
-        DataError: Naming the columns that are there.
-    """
-    import datasets
-
-    there = ", ".join(features) or "none"
-    if wanted is not None:
-        if wanted not in features:
-            raise DataError(
-                f"data.image_column is {wanted!r}, but {name!r} has the columns: {there}"
-            )
-        return wanted
-    typed = [c for c, feature in features.items() if isinstance(feature, datasets.Image)]
-    named = [c for c in _IMAGE_NAMES if c in features]
-    if len(typed) == 1:
-        return typed[0]
-    for column in named:
-        if not typed or column in typed:
-            return column
-    raise DataError(
-        f"{name!r} has no column that is clearly the image (columns: {there}): "
-        "set data.image_column to one of them"
-    )
 
 
 class ListSource:
@@ -258,6 +149,15 @@ class SubsetSource:
         """The sample of the other source."""
         return self.source.read(int(self.indices[index]))
 
+    def __getattr__(self, name: str) -> Any:
+        """What only some sources know of a sample: `touched`, `columns_touched`, `keep_classes`."""
+        if name in ("touched", "columns_touched"):
+            known = getattr(self.source, name)
+            return lambda index: known(int(self.indices[index]))
+        if name in ("keep_classes", "classes"):
+            return getattr(self.source, name)
+        raise AttributeError(name)
+
 
 def split_source(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     """Set samples aside that are never trained on.
@@ -292,17 +192,20 @@ def is_builtin(path: str) -> bool:
 
 
 def open_source(
-    path: str, image_column: str | None = None, split: Split = "all", hub_split: str = "train"
+    path: str,
+    image_column: str | None = None,
+    split: Split = "all",
+    hub_split: str | None = "train",
+    say: Callable[[str], None] = lambda line: None,
 ) -> Source:
     """Open a data set by its path, hub id or built-in name.
 
     Args:
-        path: A folder of images; a folder written by `datasets.save_to_disk`; a parquet file or a
-            folder of them; a WebDataset `.tar` shard or a folder of them; `photos` or `digits`; or
-            a data set id on the Hugging Face hub.
+        path: What `take_inventory` reads.
         image_column: The column with the images, for data sets that have columns.
-        split: Which part of a built-in set; other sources have no parts of their own.
-        hub_split: Which split of a hub or saved data set.
+        split: Which part of a built-in set.
+        hub_split: Which split of any other data set; `None`: the only one.
+        say: Called with lines for the user: what was found, and what was left out.
 
     Returns:
         The source.
@@ -310,83 +213,158 @@ def open_source(
     Raises:
         DataError: When there is nothing, no image, or no image column.
     """
-    if is_builtin(path):
-        return ListSource(path, [Sample(*parts) for parts in builtin.load(path, split)])
-    local = Path(path)
-    if not local.exists():
-        return _hub_source(path, image_column, hub_split)
-    if shards := shard_files(local):
-        return _shard_source(path, shards, image_column)
-    if local.is_file():
-        raise DataError(f"data.path {path!r} is a file of no known kind (known: .parquet, .tar)")
-    if (local / "state.json").exists() or (local / "dataset_dict.json").exists():
-        return _saved_source(path, image_column, hub_split)
-    return FolderSource(local)
+    return open_inventory(take_inventory(path, hub_split), image_column, split, hub_split, say)
 
 
-def shard_files(path: Path) -> list[Path]:
-    """The parquet or tar shards at a path: the file itself, or those directly in the folder."""
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
-    for suffix in (".parquet", ".tar"):
-        shards = [p for p in files if p.suffix == suffix]
-        if shards:
-            return shards
-    return []
+def open_inventory(
+    inventory: Inventory,
+    image_column: str | None = None,
+    part: Split = "all",
+    split: str | None = "train",
+    say: Callable[[str], None] = lambda line: None,
+) -> Source:
+    """Open what an inventory found; see `open_source`.
+
+    Args:
+        inventory: From `take_inventory`.
+        image_column: The column with the images, for data sets that have columns.
+        part: Which part of a built-in set.
+        split: Which split of a hub or saved data set.
+        say: Called with lines for the user.
+    """
+    source = _opened(inventory, image_column, part, split)
+    for line in inventory.lines():
+        say(line)
+    return source
 
 
-def shard_builder(shards: Sequence[Path]) -> str:
-    """The `datasets` builder that reads these shards."""
-    return "parquet" if shards[0].suffix == ".parquet" else "webdataset"
+def _opened(
+    inventory: Inventory,
+    image_column: str | None,
+    part: Split,
+    split: str | None,
+) -> Source:
+    path = inventory.path
+    if inventory.kind == "builtin":
+        return ListSource(path, [Sample(*parts) for parts in builtin.load(path, part)])
+    if inventory.kind == "hub":
+        return _hub_source(path, image_column, split or "train")
+    if inventory.kind == "saved":
+        return _saved_source(path, image_column, split)
+    if inventory.kind == "images":
+        return FolderSource(inventory)
+    root = os.fsdecode(inventory.root)
+    if inventory.kind == "tar":
+        shards = count_rows(shards_of(inventory), root=root)
+        inventory.remarks += [
+            f"{s.name}: {s.problem}; its first {s.rows:,} samples are used"
+            for s in shards
+            if s.problem
+        ]
+        return RowSource(ShardedRows(path, shards, image_column))
+    return _parquet_source(inventory, image_column, root)
 
 
-def _shard_source(path: str, shards: Sequence[Path], image_column: str | None) -> Source:
+def _parquet_source(inventory: Inventory, image_column: str | None, root: str) -> Source:
     import datasets
+    import pyarrow.parquet
 
-    files = {"train": [str(p) for p in shards]}
-    with _quiet_datasets():
-        try:
-            dataset = datasets.load_dataset(shard_builder(shards), data_files=files, split="train")
-        except Exception as error:
-            raise DataError(f"data.path {path!r} cannot be read: {_first_line(error)}") from error
-    return DatasetSource(dataset, path, image_column)
-
-
-def _saved_source(path: str, image_column: str | None, hub_split: str) -> Source:
-    import datasets
-
-    try:
-        dataset = datasets.load_from_disk(path)
-    except Exception as error:
-        raise DataError(f"data.path {path!r} cannot be read: {_first_line(error)}") from error
-    if isinstance(dataset, datasets.DatasetDict):
-        if hub_split not in dataset:
+    places = shards_of(inventory)
+    shards = count_rows(places, root=root)  # names a damaged file, which `datasets` does not
+    schemas = [pyarrow.parquet.read_schema(shard.url) for shard in shards]
+    column = find_image_column(
+        datasets.Features.from_arrow_schema(schemas[0]), inventory.path, image_column
+    )
+    common = set(schemas[0].names).intersection(*(schema.names for schema in schemas))
+    for shard, schema in zip(shards, schemas, strict=True):
+        if column not in schema.names:
             raise DataError(
-                f"data.split is {hub_split!r}, but {path!r} has the splits: {', '.join(dataset)}"
+                f"{shard.url!r} has no column {column!r}, as {shards[0].name} has (it has "
+                f"{', '.join(schema.names)})"
             )
-        dataset = dataset[hub_split]
-    return DatasetSource(dataset, path, image_column)
+        for name in list(common):
+            if schema.field(name).type != schemas[0].field(name).type:
+                if name == column:
+                    raise DataError(
+                        f"{shard.url!r} has the column {name!r} as {schema.field(name).type}, "
+                        f"{shards[0].name} as {schemas[0].field(name).type}"
+                    )
+                common.discard(name)
+    dropped = sorted({name for schema in schemas for name in schema.names} - common)
+    if dropped:
+        inventory.remarks.append(
+            f"columns that not all files have alike are not read: {', '.join(dropped)}"
+        )
+    files = {"train": [shard.url for shard in shards]}
+    names = [name for name in schemas[0].names if name in common]
+    dataset = _loaded(
+        lambda: datasets.load_dataset(
+            "parquet", data_files=files, split="train", **({"columns": names} if dropped else {})
+        ),
+        f"data.path {inventory.path!r} cannot be read",
+    )
+    counts = [(shard.url, shard.name, shard.rows) for shard in shards]
+    return DatasetSource(dataset, inventory.path, column, [root], counts)
 
 
-def _hub_source(path: str, image_column: str | None, hub_split: str) -> Source:
+def _saved_source(path: str, image_column: str | None, split: str | None) -> Source:
     import datasets
 
-    looks_like_path = path.startswith((".", "/", "~")) or path.count("/") > 1
-    if looks_like_path or not path.strip():
-        raise DataError(f"data.path {path!r} does not exist")
-    with _quiet_datasets():
-        try:
-            dataset = datasets.load_dataset(path, split=hub_split)
-        except Exception as error:
+    dataset = _loaded(lambda: datasets.load_from_disk(path), f"data.path {path!r} cannot be read")
+    if isinstance(dataset, datasets.DatasetDict):
+        if split == "all":
+            dataset = datasets.concatenate_datasets(list(dataset.values()))
+        elif split is None and len(dataset) == 1:
+            dataset = next(iter(dataset.values()))
+        elif split not in dataset:
             raise DataError(
-                f"data.path {path!r} is no folder or file here, is not one of the built-in sets "
-                f"({', '.join(builtin.NAMES)}), and could not be loaded from the hub: "
-                f"{_first_line(error)}"
-            ) from error
+                f"data.split is {split!r}, but {path!r} has the splits: {', '.join(dataset)}"
+            )
+        else:
+            dataset = dataset[split]
+    elif split not in (None, "train", "all", str(dataset.split)):
+        raise DataError(f"data.split is {split!r}, but {path!r} has no splits: leave it out")
+    return DatasetSource(dataset, path, image_column, [path])
+
+
+def _hub_source(path: str, image_column: str | None, split: str) -> Source:
+    import datasets
+
+    dataset = _loaded(
+        lambda: datasets.load_dataset(path, split=split),
+        f"data.path {path!r} is no folder or file here, is not one of the built-in sets "
+        f"({', '.join(builtin.NAMES)}), and could not be loaded from the hub",
+    )
     return DatasetSource(dataset, path, image_column)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _loaded(load: Callable[[], Any], problem: str) -> Any:
+    """What `datasets` loads; its errors wrap the cause, which is what is told.
+
+    Raises:
+        DataError: With the cause.
+    """
+    with _quiet_datasets():
+        try:
+            return load()
+        except Exception as error:
+            cause = _cause(error)
+            told = first_line(cause)
+            if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                import datasets
+
+                told = (
+                    f"{datasets.config.HF_DATASETS_CACHE}, where datasets keeps its copy, is "
+                    "full: set HF_HOME to another disk, or data.streaming to true"
+                )
+            raise DataError(f"{problem}: {told}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The innermost error that another one wraps."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return error
 
 
 class _quiet_datasets:

@@ -8,25 +8,33 @@ comes round again.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
-import socket
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from first_stage.data.images import BrokenImage, View, open_image, pixels_of
-from first_stage.data.sources import Sample, Source
-from first_stage.errors import DataError, UserError
+from first_stage.data.broken import BrokenImage
+from first_stage.data.decode import Reading, as_reading, open_image, read_bytes
+from first_stage.data.faults import end_where_batches_cannot_be_handed_over, no_shared_memory
+from first_stage.data.images import Mirror, View, pixels_of
+from first_stage.data.paths import Paths
+from first_stage.data.sample import Sample, Source
+from first_stage.data.sources import SubsetSource
+from first_stage.errors import DataError
 from first_stage.seeding import Purpose, generator
+
+Flip = Literal["none", "horizontal", "both", "dihedral"]
+"""Mirror images: none; left to right; top to bottom too; the eight of a square."""
 
 _CONTENT_SAMPLES = 256
 _LOOK_FURTHER = 100
@@ -39,28 +47,24 @@ class Batch:
 
     Attributes:
         pixels: `(B, H, W, C)` in 0..255, uint8, or float32 when a 16-bit file is among them.
-        noise: `(B, *latent_shape)` float32, standard normal; posterior noise.
+        positions: The samples' places in the stream; whatever a step draws follows from them.
         ids: The samples' ids.
         broken: Ids and reasons of the samples that could not be decoded and were skipped.
     """
 
     pixels: Tensor
-    noise: Tensor
+    positions: list[int]
     ids: list[str]
     broken: dict[str, str] = field(default_factory=dict)
 
     def pin_memory(self) -> "Batch":
         """Called by the `DataLoader`'s pinning thread."""
-        return Batch(self.pixels.pin_memory(), self.noise.pin_memory(), self.ids, self.broken)
+        return Batch(self.pixels.pin_memory(), self.positions, self.ids, self.broken)
 
     def to(self, device: torch.device) -> "Batch":
         """Move the tensors; asynchronous where the memory is pinned."""
-        return Batch(
-            self.pixels.to(device, non_blocking=True),
-            self.noise.to(device, non_blocking=True),
-            self.ids,
-            self.broken,
-        )
+        pixels = self.pixels.to(device, non_blocking=True)
+        return Batch(pixels, self.positions, self.ids, self.broken)
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Example:
     """One decoded sample: see `Batch` for the fields."""
 
     pixels: np.ndarray
-    noise: np.ndarray
+    position: int
     id: str
     broken: dict[str, str]
 
@@ -79,26 +83,24 @@ class TrainingStream(Dataset[Example]):
     Args:
         source: The samples.
         view: Resize and crop.
-        channels: Channels to read files into.
+        reading: How files are read, or just into how many channels.
         seed: The run's seed.
-        latent_shape: `(C, h, w)` of one sample's posterior noise.
         random_crop: Random crops; centre crops otherwise.
-        flip: Mirror half of the views left to right.
+        flip: Which mirror images of the views are drawn, all equally often; true: horizontal.
     """
 
     def __init__(
         self,
         source: Source,
         view: View,
-        channels: int,
+        reading: Reading | int,
         seed: int,
-        latent_shape: tuple[int, int, int],
         random_crop: bool = True,
-        flip: bool = True,
+        flip: Flip | bool = True,
     ):
-        self.source, self.view, self.channels, self.seed = source, view, channels, seed
-        self.latent_shape = latent_shape
-        self.random_crop, self.flip = random_crop, flip
+        self.source, self.view, self.seed = source, view, seed
+        self.reading = as_reading(reading)
+        self.random_crop, self.flip = random_crop, flip_named(flip)
         self._order: tuple[int, np.ndarray] | None = None
 
     def sample_at(self, position: int) -> tuple[int, int]:
@@ -125,10 +127,7 @@ class TrainingStream(Dataset[Example]):
             except BrokenImage as error:
                 broken[sample.id] = str(error)
                 continue
-            noise = generator(self.seed, Purpose.NOISE, position).standard_normal(
-                self.latent_shape, dtype=np.float32
-            )
-            return Example(pixels, noise, sample.id, broken)
+            return Example(pixels, position, sample.id, broken)
         first, reason = next(iter(broken.items()))
         raise DataError(
             f"{len(broken)} samples in a row of {self.source.name!r} cannot be decoded "
@@ -149,11 +148,28 @@ class TrainingStream(Dataset[Example]):
         return self.source.read(index)
 
     def _decode(self, epoch: int, index: int, sample: Sample) -> np.ndarray:
-        image = open_image(sample.image, self.channels)
-        draw = generator(self.seed, Purpose.VIEW, epoch, index).random(3)
+        image = open_image(sample.image, self.reading)
+        draw = generator(self.seed, Purpose.VIEW, epoch, index).random(5)
         u, v = (float(draw[0]), float(draw[1])) if self.random_crop else (None, None)
-        image, _ = self.view.apply(image, u, v, flip=self.flip and bool(draw[2] < 0.5))
-        return pixels_of(image, self.channels)
+        image, _ = self.view.apply(image, u, v, flip=_drawn(self.flip, draw[2:]))
+        return pixels_of(image, self.reading)
+
+
+def flip_named(flip: Flip | bool) -> Flip:
+    """The name of a choice of mirror images; true and false are `horizontal` and `none`."""
+    if isinstance(flip, bool):
+        return "horizontal" if flip else "none"
+    return flip
+
+
+def _drawn(flip: Flip, draw: np.ndarray) -> Mirror:
+    """One of the mirror images, from three uniform numbers."""
+    heads = [bool(number < 0.5) for number in draw]
+    return Mirror(
+        horizontal=flip != "none" and heads[0],
+        vertical=flip in ("both", "dihedral") and heads[1],
+        transposed=flip == "dihedral" and heads[2],
+    )
 
 
 def collate(examples: list[Example]) -> Batch:
@@ -162,7 +178,7 @@ def collate(examples: list[Example]) -> Batch:
     dtype = np.result_type(*arrays)
     return Batch(
         pixels=torch.from_numpy(np.stack([a.astype(dtype, copy=False) for a in arrays])),
-        noise=torch.from_numpy(np.stack([e.noise for e in examples])),
+        positions=[e.position for e in examples],
         ids=[e.id for e in examples],
         broken={name: reason for e in examples for name, reason in e.broken.items()},
     )
@@ -248,6 +264,7 @@ def prepare_worker(_: int) -> None:
     finish its step, and needs its workers for that; it ends them itself.
     """
     torch.set_num_threads(1)
+    end_where_batches_cannot_be_handed_over()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -272,7 +289,12 @@ def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
         The batches. Closing it ends the workers.
     """
     before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
+    try:
+        batches = iter(loader)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DataError(no_shared_memory(int(os.environ.get("RANK", "0")))) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
     return _deliver(batches)
@@ -282,31 +304,6 @@ def _deliver(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
     yield from batches
 
 
-def loader_fault(error: Exception, rank: int) -> UserError | None:
-    """What a failing loader has to say in one line; `None` when it is not the loader's fault.
-
-    Args:
-        error: What was raised where a batch was asked for.
-        rank: This process.
-    """
-    if isinstance(error, UserError):
-        # From a worker, torch raises the same class with a whole traceback for its message.
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        last = lines[-1]
-        return DataError(last.partition("Error: ")[2] or last if len(lines) > 1 else last)
-    told_by_torch = isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
-    # A worker that dies while it hands over a batch breaks the connection first.
-    cut_off = isinstance(error, ConnectionError | EOFError) or (
-        isinstance(error, FileNotFoundError) and error.filename is None
-    )
-    if not told_by_torch and (not cut_off or "Caught " in str(error)):
-        return None
-    return DataError(
-        f"a data worker of process {rank} (on {socket.gethostname()}) was killed, most often "
-        "because memory ran out: fewer data.workers need less"
-    )
-
-
 @dataclass
 class FixedImages:
     """Samples at fixed centre crops: for validation, pictures and measuring.
@@ -314,22 +311,26 @@ class FixedImages:
     Attributes:
         pixels: `(N, H, W, C)` in 0..255.
         ids: The samples' ids.
+        reading: How they were read.
     """
 
     pixels: Tensor
     ids: list[str]
+    reading: Reading | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def fixed_images(source: Source, view: View, channels: int, count: int, seed: int) -> FixedImages:
+def fixed_images(
+    source: Source, view: View, reading: Reading | int, count: int, seed: int
+) -> FixedImages:
     """Decode a fixed choice of samples at centre crops.
 
     Args:
         source: The samples.
         view: Resize and crop.
-        channels: Channels to read files into.
+        reading: How files are read, or just into how many channels.
         count: How many at most; fewer when the source has fewer that can be decoded.
         seed: Seed of the choice among more samples than `count`; the source's order is kept.
 
@@ -341,21 +342,29 @@ def fixed_images(source: Source, view: View, channels: int, count: int, seed: in
     """
     chosen = generator(seed, Purpose.SPLIT, 1).permutation(len(source))
     found: list[tuple[int, str, np.ndarray]] = []
-    for index in chosen:
-        if len(found) == count:
-            break
-        sample = source.read(int(index))
-        try:
-            image = open_image(sample.image, channels)
-        except BrokenImage:
-            continue
-        found.append((int(index), sample.id, pixels_of(view.apply(image)[0], channels)))
+    problem = ""
+    tried = 0
+    while len(found) < count and tried < len(chosen):
+        # As many as are missing, in the source's order, which costs a stream of files least.
+        more = np.sort(chosen[tried : tried + count - len(found)])
+        tried += len(more)
+        for index in more:
+            sample = source.read(int(index))
+            try:
+                image = open_image(sample.image, reading)
+            except BrokenImage as error:
+                problem = problem or f" (first: {sample.id}: {error})"
+                continue
+            found.append((int(index), sample.id, pixels_of(view.apply(image)[0], reading)))
     if not found:
-        raise DataError(f"none of the {len(source)} samples of {source.name!r} can be decoded")
+        raise DataError(
+            f"none of the {len(source)} samples of {source.name!r} can be decoded{problem}"
+        )
     found.sort(key=lambda entry: entry[0])
     dtype = np.result_type(*[pixels for _, _, pixels in found])
     stacked = np.stack([pixels.astype(dtype, copy=False) for _, _, pixels in found])
-    return FixedImages(torch.from_numpy(stacked), [name for _, name, _ in found])
+    ids = [name for _, name, _ in found]
+    return FixedImages(torch.from_numpy(stacked), ids, as_reading(reading))
 
 
 def fingerprint(source: Source) -> str:
@@ -369,14 +378,28 @@ def fingerprint(source: Source) -> str:
     own = getattr(source, "fingerprint", None)
     if own is not None:
         return str(own())
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(_digest_of_ids(source))
     count = len(source)
-    for index in range(count):
-        digest.update(source.id(index).encode() + b"\n")
     for index in np.unique(np.linspace(0, count - 1, _CONTENT_SAMPLES).round().astype(int)):
         image = source.read(int(index)).image
         if isinstance(image, Path):
-            with contextlib.suppress(OSError):  # a broken file is the loader's to report
-                image = image.read_bytes()
+            with contextlib.suppress(BrokenImage):  # the loader's to report
+                image = read_bytes(image)
         digest.update(hashlib.sha256(image).digest() if isinstance(image, bytes) else b"")
     return digest.hexdigest()[:16]
+
+
+def _digest_of_ids(source: Source) -> bytes:
+    """A hash over all ids in their order, by column where the source keeps them so."""
+    if isinstance(source, SubsetSource):
+        return hashlib.sha256(_digest_of_ids(source.source) + source.indices.tobytes()).digest()
+    own = getattr(source, "fingerprint", None)
+    if own is not None:
+        return str(own()).encode()
+    paths: Paths | None = getattr(source, "paths", None)
+    if paths is not None:
+        return paths.digest().digest()
+    digest = hashlib.sha256()
+    for index in range(len(source)):
+        digest.update(source.id(index).encode() + b"\n")
+    return digest.digest()

@@ -2,9 +2,12 @@
 
 When a process dies, its peers are left in a collective: with gloo they get an error that names a
 socket, with NCCL they wait for ten minutes. So every process beats over the job's key-value store
-and looks after the others from a thread of its own. A peer on the same machine is missed when its
+and looks after others from a thread of its own. A peer on the same machine is missed when its
 process is gone, within seconds; one on another machine when its beat stopped for `patience`
-seconds. A second thread looks after the first, which can get stuck where the store is cut off.
+seconds. Machines stand in a ring, and each looks after the one before it, a process there for a
+process here: every process is looked after by one elsewhere, and what one of them asks of the store
+does not grow with the job. Whoever misses a peer raises an alarm that all hear. A second thread
+looks after the first, which can get stuck where the store is cut off.
 """
 
 import os
@@ -69,8 +72,28 @@ class Peer:
             return False
 
 
+def looked_after_by(rank: int, peers: Sequence[Peer]) -> list[Peer]:
+    """The processes on another machine that one process listens to.
+
+    Args:
+        rank: That process.
+        peers: All processes, by rank.
+
+    Returns:
+        Its share of those on the machine before its own; every process of a job on several
+        machines is in the share of exactly one.
+    """
+    places = list(dict.fromkeys(peer.place for peer in peers))
+    if len(places) == 1:
+        return []
+    here = peers[rank].place
+    before = places[places.index(here) - 1]
+    mates = [peer.rank for peer in peers if peer.place == here]
+    return [peer for peer in peers if peer.place == before][mates.index(rank) :: len(mates)]
+
+
 class Watch:
-    """Looks after the peers of this process until it is closed.
+    """Looks after peers of this process until it is closed.
 
     Args:
         store: The job's key-value store (`torch.distributed.Store`); used from several threads, so
@@ -90,6 +113,8 @@ class Watch:
         leave: Callable[[int], Any] = os._exit,
     ):
         self.peers, self.rank, self.patience = peers, rank, patience
+        self._nearby = [p for p in peers if p.place == peers[rank].place and p.rank != rank]
+        self._elsewhere = looked_after_by(rank, peers)
         self._store, self._leave = store, leave
         self._lock = threading.Lock()
         self._closed, self._ending = threading.Event(), threading.Event()
@@ -116,6 +141,7 @@ class Watch:
         """Leave word of why this process ends, for those that will miss it."""
         self._ending.set()
         self._set("fault", reason)
+        self._join("faults")
 
     def roll_call(self) -> tuple[str, int]:
         """After a collective failed: who is to blame, and who should say so.
@@ -125,24 +151,23 @@ class Watch:
             where process 0 has said it itself. Takes at most `ROLL_CALL` seconds.
         """
         self._ending.set()
-        self._set("survivor", "")
         others = [p for p in self.peers if p.rank != self.rank]
         deadline = time.monotonic() + ROLL_CALL
+        reachable = self._join("survivors")
         while True:
-            faults = {p.rank: self._get("fault", p.rank) for p in others}
-            silent = [
-                p for p in others if faults[p.rank] is None and not self._has("survivor", p.rank)
-            ]
-            told = [p for p in others if faults[p.rank] is not None]
-            reachable = self._set("survivor", "")
-            certain = all(p in self._nearby() and p.is_gone() for p in silent)
+            told = [self.peers[rank] for rank in self._joined("faults") if rank != self.rank]
+            survivors = self._joined("survivors")
+            silent = [p for p in others if p not in told and p.rank not in survivors]
+            certain = all(p in self._nearby and p.is_gone() for p in silent)
             if told or certain or not reachable or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
+            reachable = self._has("survivors")
         first = min([self.rank, *(p.rank for p in others if p not in silent and p not in told)])
         if told:
             first = 0 if told[0].rank == 0 else first
-            return f"{told[0]} ended: {faults[told[0].rank]}", first
+            reason = self._get(f"fault/{told[0].rank}") or "it did not say why"
+            return f"{told[0]} ended: {reason}", first
         if not reachable:
             return _CUT_OFF, self.rank
         if silent:
@@ -157,15 +182,19 @@ class Watch:
         count, next_beat = 0, 0.0
         while not self._closed.wait(_LOOK_EVERY):
             now = time.monotonic()
-            lost = [p for p in self._nearby() if p.is_gone() and not self._excused(p)]
+            lost = [p for p in self._nearby if p.is_gone() and not self._excused(p)]
             if now >= next_beat:
                 count, next_beat = count + 1, now + self._beat_every
                 if self._beat(count):
                     self._heard = now
                 lost += [p for p in self._silent(beats, now) if not self._excused(p)]
+            if lost:
+                self._raise_alarm(" ".join(str(p.rank) for p in lost))
+            elif (alarm := self._get("alarm")) is not None:
+                lost = [self.peers[int(rank)] for rank in alarm.split()]
             if lost and not self._closed.is_set():
                 survivors = [p.rank for p in self.peers if p not in lost]
-                self._lost = _lost(lost) if self.rank == min(survivors) else " "
+                self._lost = _lost(lost) if self.rank == min(survivors, default=-1) else " "
                 return
 
     def _guard(self) -> None:
@@ -187,21 +216,15 @@ class Watch:
         if not self._closed.wait(2 * ROLL_CALL):
             self._leave(_EXIT_CODE)
 
-    def _nearby(self) -> list[Peer]:
-        mine = self.peers[self.rank]
-        return [p for p in self.peers if p.place == mine.place and p.rank != self.rank]
-
     def _silent(self, beats: dict[int, tuple[bytes, float]], now: float) -> list[Peer]:
         """Peers elsewhere whose beat has not changed for too long; `beats` is brought up to date.
 
         A process here is never silent: it is gone or it is not, and one that computes for a minute
         without letting Python run must not be mistaken for a dead one.
         """
-        nearby = self._nearby()
-        elsewhere = [p for p in self.peers if p.rank != self.rank and p not in nearby]
         found = []
-        for peer in elsewhere:
-            beat = self._get_raw("beat", peer.rank)
+        for peer in self._elsewhere:
+            beat = self._get_raw(f"beat/{peer.rank}")
             known, since = beats.get(peer.rank, (None, now))
             if beat is not None and beat != known:
                 beats[peer.rank] = (beat, now)
@@ -212,7 +235,7 @@ class Watch:
         return found
 
     def _excused(self, peer: Peer) -> bool:
-        return self._has("bye", peer.rank)
+        return self._has(f"bye/{peer.rank}")
 
     # -- the store; whatever it cannot do now counts as not said ------------------------------
 
@@ -227,17 +250,28 @@ class Watch:
 
         return bool(self._ask(work))
 
-    def _has(self, kind: str, rank: int) -> bool:
-        return bool(self._ask(lambda: self._store.check([f"{kind}/{rank}"])))
+    def _raise_alarm(self, ranks: str) -> None:
+        self._ask(lambda: self._store.set("alarm", ranks))
 
-    def _get_raw(self, kind: str, rank: int) -> bytes | None:
-        if not self._has(kind, rank):
+    def _join(self, list_: str) -> bool:
+        """Put this process on a list that all can read in one request."""
+        return bool(self._ask(lambda: self._store.append(list_, f"{self.rank} ") or True))
+
+    def _joined(self, list_: str) -> list[int]:
+        """The ranks on a list, in the order in which they came."""
+        return [int(rank) for rank in dict.fromkeys((self._get(list_) or "").split())]
+
+    def _has(self, key: str) -> bool:
+        return bool(self._ask(lambda: self._store.check([key])))
+
+    def _get_raw(self, key: str) -> bytes | None:
+        if not self._has(key):  # asking for what is not there would wait for it
             return None
-        value = self._ask(lambda: self._store.get(f"{kind}/{rank}"))
+        value = self._ask(lambda: self._store.get(key))
         return None if value is None else bytes(value)
 
-    def _get(self, kind: str, rank: int) -> str | None:
-        value = self._get_raw(kind, rank)
+    def _get(self, key: str) -> str | None:
+        value = self._get_raw(key)
         return None if value is None else value.decode(errors="replace")
 
     def _ask(self, work: Callable[[], Any]) -> Any:

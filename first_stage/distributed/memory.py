@@ -1,10 +1,19 @@
-"""How the C library treats memory that tensors on a CPU gave up."""
+"""Memory: what the C library does with what tensors gave up, and when there is none left."""
 
 import ctypes
 import sys
 
+import torch
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**31 - 1
+_SAID = (
+    "can't allocate memory",  # torch's allocator of a CPU
+    "cannot allocate memory",  # the system
+    "out of memory",  # drivers of devices
+    "std::bad_alloc",
+    "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED and its like
+)
 
 
 def keep_freed_memory() -> None:
@@ -19,3 +28,11 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGEST)
         mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a device or the machine has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _SAID)

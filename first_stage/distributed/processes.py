@@ -4,10 +4,11 @@ import contextlib
 import ctypes
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,14 @@ _SAME_SIGNAL = 3.0
 """Seconds within which a repeated signal counts as the same request: a scheduler signals every
 process of a job, and the launcher passes on what it got."""
 _PR_SET_PDEATHSIG = 1
+_OFTEN = 0.5
+"""Seconds between two looks at work on the main process."""
+
+Made = TypeVar("Made")
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked to end while there was nothing to finish or to save."""
 
 
 class ProcessLost(UserError):
@@ -58,7 +67,7 @@ class Processes:
         if self._many and patience is not None:
             # A connection of its own: the watch's requests come from another thread.
             shared: Any = dist.distributed_c10d._get_default_store()
-            store = dist.PrefixStore("watch", shared.clone())
+            store = dist.distributed_c10d.PrefixStore("watch", shared.clone())
             peers = self.gather(Peer.here(self.rank))
             self._watch = Watch(store, peers, self.rank, patience)
             self.wait()
@@ -109,6 +118,14 @@ class Processes:
         dist.all_gather_object(values, value, group=self._control)
         return values
 
+    def broadcast(self, value: Any) -> Any:
+        """The first process's value, on every process; what the others give does not matter."""
+        if not self._many:
+            return value
+        values = [value if self.is_main else None]
+        dist.broadcast_object_list(values, src=0, group=self._control)
+        return values[0]
+
     def wait(self) -> None:
         """Wait until every process is here."""
         if self._many:
@@ -130,6 +147,9 @@ class Processes:
         try:
             yield
         except ProcessLost:
+            raise
+        except KeyboardInterrupt:
+            self._watch.tell("it was asked to stop")
             raise
         except Exception as error:
             if not isinstance(error, UserError) and _is_broken_connection(error):
@@ -160,16 +180,64 @@ def _is_broken_connection(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and ("gloo" in text or "nccl" in text)
 
 
+def on_main(processes: Processes, work: Callable[[], None]) -> None:
+    """Do something on the main process; what goes wrong there in words is raised on all.
+
+    It may take hours: the others do not wait in one long call, which would time out.
+
+    Raises:
+        UserError: What the main process met.
+    """
+    problem: list[BaseException] = []
+
+    def attempt() -> None:
+        try:
+            work()
+        except BaseException as error:
+            problem.append(error)
+
+    if processes.world == 1 or not processes.is_main:
+        worker = None
+        if processes.is_main:
+            attempt()
+    else:
+        worker = threading.Thread(target=attempt, daemon=True)
+        worker.start()
+        worker.join(_OFTEN)
+    while processes.totals(int(worker is not None and worker.is_alive()))[0]:
+        time.sleep(_OFTEN)
+    if problem and not isinstance(problem[0], UserError):
+        raise problem[0]
+    told = processes.broadcast(str(problem[0]) if problem else None)
+    if told is not None:
+        raise type(problem[0])(told) if problem else UserError(told)
+
+
+def shared(processes: Processes, make: Callable[[], Made]) -> Made:
+    """Something that the main process makes, on all processes.
+
+    Raises:
+        UserError: What the main process met.
+    """
+    made: list[Made] = []
+    on_main(processes, lambda: made.append(make()))
+    return cast(Made, processes.broadcast(made[0] if made else None))
+
+
 class StopRequest:
     """Turns SIGINT and SIGTERM into a request that the loop reads between two steps.
 
     A second signal of the same kind acts at once, for those who cannot wait, unless it comes right
     after the first: then it is the same request, passed on by a launcher. Use it as a context
     manager: the handlers that were there before come back.
+
+    Args:
+        at_once: Until `defer`, the first signal acts at once too: it raises `Stopped`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool = False) -> None:
         self.signal: signal.Signals | None = None
+        self._at_once = at_once
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
@@ -185,9 +253,16 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def defer(self) -> None:
+        """From here on the first signal is a request: there is something to finish and to save."""
+        self._at_once = False
+
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.signal is None:
             self._since = time.monotonic()
+            if self._at_once:
+                self.signal = signal.Signals(number)
+                raise Stopped(f"stopped by {self.signal.name}")
         elif self.signal == number and time.monotonic() - self._since > _SAME_SIGNAL:
             signal.signal(number, self._before.get(number) or signal.SIG_DFL)
             signal.raise_signal(number)

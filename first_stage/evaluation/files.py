@@ -15,7 +15,7 @@ from PIL import Image
 
 from first_stage.errors import UserError
 from first_stage.evaluation.pictures import Pair
-from first_stage.files import write_atomic, write_text
+from first_stage.files import write_atomic, write_json
 
 FORMAT = "first-stage evaluation 1"
 METRICS = "metrics.json"
@@ -52,13 +52,13 @@ def save(evaluation: Evaluation, folder: str | Path) -> Path:
     for old in (folder / "pairs").glob("*.png"):
         old.unlink()
     index = [_save_pair(folder, k, pair) for k, pair in enumerate(evaluation.pairs)]
-    write_text(folder / PICTURES, _json({"pairs": index}))
+    write_json(folder / PICTURES, {"pairs": index}, indent=1)
     content = {
         "format": FORMAT,
         "protocol": evaluation.protocol,
         "first_stages": evaluation.first_stages,
     }
-    write_text(folder / METRICS, _json(content))
+    write_json(folder / METRICS, content, indent=1)
     return folder / METRICS
 
 
@@ -147,7 +147,3 @@ def latent_strip(latents: np.ndarray) -> np.ndarray:
 def to_image(pixels: np.ndarray) -> Image.Image:
     """A picture of pixels `(H, W, C)` uint8 with 1, 3 or 4 channels."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
-
-
-def _json(content: Any) -> str:
-    return json.dumps(content, indent=1, allow_nan=False) + "\n"

@@ -12,7 +12,8 @@ from first_stage.files import write_atomic
 
 _GAP = 4
 _GIF_CELL = 128
-_GIF_FRAMES = 100
+_GIF_FRAMES = 60
+_COLOURS = 256
 _PAPER, _INK = (255, 255, 255), (60, 60, 60)
 
 
@@ -61,13 +62,13 @@ def save_gif(frames: Sequence[tuple[str, Path]], cell: int, path: Path) -> None:
     """Animate grids that were saved as PNG, each under its caption.
 
     Args:
-        frames: Caption and file of each; more than 100 are thinned out evenly.
+        frames: Caption and file of each; more than 60 are thinned out evenly.
         cell: Side of one image in the grids, in pixels; frames are shrunk so that it is at most
             128.
         path: The GIF.
     """
     if len(frames) > _GIF_FRAMES:
-        keep = np.linspace(0, len(frames) - 1, _GIF_FRAMES).round().astype(int)
+        keep = np.linspace(0, len(frames) - 1, _GIF_FRAMES).round().astype(int)  # both ends too
         frames = [frames[i] for i in keep]
     shrink = min(1.0, _GIF_CELL / cell)
     pictures = []
@@ -82,6 +83,10 @@ def save_gif(frames: Sequence[tuple[str, Path]], cell: int, path: Path) -> None:
         pictures.append(sheet)
     if not pictures:
         return
+    # One palette, of the sharpest frame, and no dithering: a palette for each frame and noise that
+    # changes from frame to frame take nine tenths of the time, and most of the file.
+    palette = pictures[-1].quantize(_COLOURS)
+    pictures = [p.quantize(palette=palette, dither=Image.Dither.NONE) for p in pictures]
     # The last frame stays longer, so that the loop has an end to look at.
     durations = [150] * (len(pictures) - 1) + [1500]
 

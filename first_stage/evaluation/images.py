@@ -18,12 +18,14 @@ from torch.utils.data import DataLoader, Dataset
 from first_stage.data import (
     BrokenImage,
     FixedImages,
+    Reading,
     Source,
     View,
     images_from_pixels,
     open_image,
     pixels_of,
 )
+from first_stage.data.decode import as_reading
 from first_stage.errors import DataError
 from first_stage.seeding import Purpose, generator
 
@@ -50,7 +52,7 @@ class EvaluationImages(Dataset[Item]):
 
     Args:
         source: The samples.
-        channels: Channels to read files into.
+        reading: How files are read, or just into how many channels.
         view: Resize and centre crop; `None` leaves images as they are.
         count: How many images at most; a seeded choice among more. `None` takes all.
         seed: Seed of the choice; the source's order is kept.
@@ -59,12 +61,12 @@ class EvaluationImages(Dataset[Item]):
     def __init__(
         self,
         source: Source,
-        channels: int,
+        reading: Reading | int,
         view: View | None = None,
         count: int | None = None,
         seed: int = 0,
     ):
-        self.source, self.channels, self.view = source, channels, view
+        self.source, self.reading, self.view = source, as_reading(reading), view
         self.chosen = np.arange(len(source))
         if count is not None and count < len(source):
             order = generator(seed, Purpose.SPLIT, 2).permutation(len(source))
@@ -74,7 +76,7 @@ class EvaluationImages(Dataset[Item]):
             "images_available": len(source),
             "resize": _resize_words(view),
             "crop": f"centre, {view.resolution} x {view.resolution}" if view else "none",
-            "channels": channels,
+            **self.reading.describe(),
         }
 
     def __len__(self) -> int:
@@ -84,12 +86,12 @@ class EvaluationImages(Dataset[Item]):
         """Decode an image of the list."""
         sample = self.source.read(int(self.chosen[index]))
         try:
-            image = open_image(sample.image, self.channels)
+            image = open_image(sample.image, self.reading)
             if self.view is not None:
                 image = self.view.apply(image)[0]
         except BrokenImage as error:
             return Item(index, sample.id, None, str(error))
-        return Item(index, sample.id, pixels_of(image, self.channels))
+        return Item(index, sample.id, pixels_of(image, self.reading))
 
 
 class HeldImages(Dataset[Item]):
@@ -103,13 +105,14 @@ class HeldImages(Dataset[Item]):
 
     def __init__(self, images: FixedImages, name: str, described: dict[str, Any] | None = None):
         self.images = images
+        self.reading = images.reading or Reading(int(images.pixels.shape[-1]))
         side = tuple(images.pixels.shape[1:3])
         self.described: dict[str, Any] = {
             "data": name,
             "images_available": len(images),
             "resize": "as given",
             "crop": f"centre, {side[1]} x {side[0]}",
-            "channels": images.pixels.shape[-1],
+            **self.reading.describe(),
             **(described or {}),
         }
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from first_stage.data import displayed
 from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
 from first_stage.evaluation.images import Group, ImageList, batches, require_some
@@ -18,7 +19,8 @@ from first_stage.metrics.feature_networks import FeatureNetwork, cosine_distance
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
 from first_stage.metrics.latents import TRANSFORMS, LatentHealth, equivariance
 from first_stage.metrics.spectrum import SharpnessSums
-from first_stage.models.codec import Codec, Encoded
+from first_stage.models.bottlenecks import Encoded
+from first_stage.models.first_stage import FirstStage, pad, reconstruct
 
 HISTOGRAM_BINS = 41
 _VALUES_PER_IMAGE = 1024
@@ -52,6 +54,7 @@ class _Part:
     """What one process measured."""
 
     health: LatentHealth
+    bands: metrics.BandErrors = field(default_factory=metrics.BandErrors)
     sharpness: SharpnessSums = field(default_factory=SharpnessSums)
     rows: list[dict[str, Any]] = field(default_factory=list)
     probes: list[dict[str, Any]] = field(default_factory=list)
@@ -62,16 +65,18 @@ class Measurement:
     """The pass: counts batches, adds up processes, summarises.
 
     Args:
-        codec: The first stage.
+        first_stage: In eval mode, on its device.
         images: The list of images.
         options: What to measure.
         processes: The processes that share the work.
     """
 
-    def __init__(self, codec: Codec, images: ImageList, options: Options, processes: Processes):
-        self.codec, self.images = codec, images
+    def __init__(
+        self, first_stage: FirstStage, images: ImageList, options: Options, processes: Processes
+    ):
+        self.stage, self.images = first_stage, images
         self.options, self.processes = options, processes
-        self._part = _Part(LatentHealth(codec.latent_channels))
+        self._part = _Part(LatentHealth(first_stage.latent_channels))
         self._statistics: dict[str, tuple[GaussianStatistics, GaussianStatistics]] = {}
         stride = max(len(images) / max(options.probed, 1), 1.0)
         self._probed = {int(k * stride) for k in range(math.ceil(len(images) / stride))}
@@ -100,7 +105,7 @@ class Measurement:
         with (
             tqdm(
                 total=mine,
-                desc=self.codec.name,
+                desc=self.stage.name,
                 unit="image",
                 disable=not (progress and self.processes.is_main),
             ) as bar,
@@ -126,15 +131,18 @@ class Measurement:
             ) from error
 
     def _count(self, group: Group) -> None:
-        images = group.images.to(self.codec.device)
-        decoded, encoded = self.codec.reconstruct(images)
+        images = group.images.to(self.stage.device)
+        decoded, encoded = reconstruct(self.stage, images)
         finite = decoded.flatten(1).isfinite().all(1).tolist()
         if not all(finite):
             raise UserError(
-                f"{self.codec.name!r} gives NaN or infinite pixels for the image "
+                f"{self.stage.name!r} gives NaN or infinite pixels for the image "
                 f"{group.ids[finite.index(False)]!r}: its weights are damaged"
             )
-        originals, reconstructions = metrics.eight_bit(images), metrics.eight_bit(decoded)
+        # Measurements of a stated range are compared at their own precision, pictures at 8 bits.
+        grade = metrics.clamped if self.images.reading.value_range else metrics.eight_bit
+        originals, reconstructions = grade(images), grade(decoded)
+        self._part.bands.update(originals, reconstructions)
         columns = self._columns(originals, reconstructions)
         height, width = images.shape[-2:]
         for k, (index, name) in enumerate(zip(group.indices, group.ids, strict=True)):
@@ -156,10 +164,12 @@ class Measurement:
             columns["ms_ssim"] = metrics.ms_ssim(originals, reconstructions)
         kept, agreement = self._part.sharpness.update(originals, reconstructions)
         columns |= {"high_frequency_kept": kept, "high_frequency_agreement": agreement}
+        shown = displayed(originals.shape[1], self.images.reading.display)
+        colors = originals[:, shown], reconstructions[:, shown]
         if self.options.lpips is not None:
-            columns["lpips"] = self.options.lpips(originals, reconstructions)
+            columns["lpips"] = self.options.lpips(*colors)
         for network in self.options.networks:
-            a, b = network(originals), network(reconstructions)
+            a, b = network(colors[0]), network(colors[1])
             if network.key not in self._statistics:
                 d = a.shape[1]
                 self._statistics[network.key] = (GaussianStatistics(d), GaussianStatistics(d))
@@ -173,8 +183,8 @@ class Measurement:
         if not chosen:
             return
         latents = encoded.latents[chosen]
-        padded = self.codec.pad(images[chosen])
-        errors = equivariance(self.codec.decode, latents, padded)
+        padded = pad(images[chosen], self.stage.downsample_factor)
+        errors = equivariance(self.stage.decode, latents, padded)
         values = latents.flatten(2)
         values = values[..., :: max(values.shape[-1] // _VALUES_PER_IMAGE, 1)]
         samples = values.cpu().numpy()
@@ -189,6 +199,7 @@ class Measurement:
         for other in others:
             first.health.merge(other.health)
             first.sharpness.merge(other.sharpness)
+            first.bands.merge(other.bands)
             first.rows += other.rows
             first.probes += other.probes
             first.broken |= other.broken
@@ -203,27 +214,40 @@ class Measurement:
             **self._describe(),
             "metrics": _summaries(first.rows),
             "sharpness": first.sharpness.summary(),
+            "bands": self._bands(first.bands),
             "features": self._feature_distances(first.rows),
             "latent_health": health,
             "unreadable": broken,
             "per_image": [_json_row(row) for row in first.rows],
         }
 
+    def _bands(self, errors: metrics.BandErrors) -> list[dict[str, Any]]:
+        """Figures of each channel, where channels are not just gray or colors."""
+        reading = self.images.reading
+        if reading.channels in (1, 3, 4) and not reading.takes_values:
+            return []
+        names = reading.select or range(reading.channels)
+        low, high = reading.value_range or (0.0, 255.0)
+        return [
+            {"channel": name, **figures, "rmse": figures["rmse"] * (high - low)}
+            for name, figures in zip(names, errors.summary(), strict=True)
+        ]
+
     def _total(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over processes, on the CPU."""
-        return self.processes.sum(tensor.to(self.codec.device)).cpu()
+        return self.processes.sum(tensor.to(self.stage.device)).cpu()
 
     def _describe(self) -> dict[str, Any]:
-        codec, config = self.codec, self.codec.autoencoder.config
-        f, c = codec.downsample_factor, codec.latent_channels
+        stage, config = self.stage, self.stage.model.config
+        f, c = stage.downsample_factor, stage.latent_channels
         return {
-            "name": codec.name,
-            "class": type(codec.autoencoder).__name__,
-            "parameters": codec.parameters,
-            "image_channels": codec.in_channels,
+            "name": stage.name,
+            "class": type(stage.model).__name__,
+            "parameters": sum(p.numel() for p in stage.model.parameters()),
+            "image_channels": stage.in_channels,
             "latent_channels": c,
             "downsample_factor": f,
-            "values_per_latent": codec.in_channels * f * f / c,
+            "values_per_latent": stage.in_channels * f * f / c,
             "scaling_factor": _plain(getattr(config, "scaling_factor", None)),
             "shift_factor": _plain(getattr(config, "shift_factor", None)),
         }

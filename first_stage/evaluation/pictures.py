@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from first_stage.data import pixels_from_images
+from first_stage.data import displayed, pixels_from_images
 from first_stage.evaluation.images import ImageList, group_by_shape
-from first_stage.models.codec import Codec
+from first_stage.models.first_stage import FirstStage, reconstruct
 
 MAX_SIDE = 512
 """Pictures larger than this show their centre, at full resolution."""
@@ -71,19 +71,22 @@ def start_pairs(images: ImageList, chosen: Sequence[int]) -> list[Pair]:
         if item.pixels is None:
             continue
         whole = pixels_from_images(group_by_shape([item])[0].images)[0].numpy()
+        whole = whole[..., displayed(whole.shape[-1], images.reading.display)]
         shown = _centre(whole)
         pairs.append(Pair(index, item.id, shown, cropped=shown.shape != whole.shape))
     return pairs
 
 
-def add_reconstructions(pairs: Sequence[Pair], images: ImageList, codec: Codec) -> None:
+def add_reconstructions(pairs: Sequence[Pair], images: ImageList, first_stage: FirstStage) -> None:
     """Reconstruct each pair's image with one more first stage."""
     shown = {round(k * (len(pairs) - 1) / max(_LATENTS_OF - 1, 1)) for k in range(_LATENTS_OF)}
     for number, pair in enumerate(pairs):
         group = group_by_shape([images[pair.index]])[0]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            decoded, encoded = codec.reconstruct(group.images.to(codec.device))
-        pair.reconstructions.append(_centre(pixels_from_images(decoded)[0].cpu().numpy()))
+            decoded, encoded = reconstruct(first_stage, group.images.to(first_stage.device))
+        pixels = pixels_from_images(decoded)[0].cpu().numpy()
+        pixels = pixels[..., displayed(pixels.shape[-1], images.reading.display)]
+        pair.reconstructions.append(_centre(pixels))
         latents = encoded.latents[0, :MAX_CHANNELS].cpu().numpy()
         pair.latents.append(latents if number in shown else None)
 

@@ -71,6 +71,17 @@ def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
                 "1 - cosine of the features of an image and its reconstruction",
             ),
         ]
+    for channel in dict.fromkeys(b["channel"] for s in stages for b in s.get("bands", [])):
+        result += [
+            Column(
+                f"PSNR, channel {channel}", "higher", _band(channel, "psnr"), _digits(2, " dB"),
+                "of the mean error over images",
+            ),
+            Column(
+                f"RMSE, channel {channel}", "lower", _band(channel, "rmse"), lambda v: f"{v:.4g}",
+                "root of the mean squared error, in stored values (0 to 255 without a range)",
+            ),
+        ]  # fmt: skip
     result += [
         Column(
             "KL",
@@ -147,6 +158,14 @@ def remarks(stages: Sequence[dict[str, Any]]) -> list[str]:
                 f"(first: {first[0]}: {first[1]})"
             ] = None
     return list(found)
+
+
+def _band(channel: int, name: str) -> Callable[[dict[str, Any]], float | None]:
+    def value(stage: dict[str, Any]) -> float | None:
+        found = [band[name] for band in stage.get("bands", []) if band["channel"] == channel]
+        return found[0] if found else None
+
+    return value
 
 
 def _mean(name: str) -> Callable[[dict[str, Any]], float | None]:

@@ -6,17 +6,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from first_stage.distributed.processes import Processes
 from first_stage.files import write_folder, write_json
+from first_stage.metrics.moments import ChannelMoments, merged
+from first_stage.models.first_stage import FirstStage, as_first_stage
+from first_stage.models.loading import STATISTICS_FILE
 
-STATISTICS_FILE = "latent_statistics.json"
-"""Beside an export's config: the fields of `LatentStatistics`."""
+_TILE = 512
+"""Least side in pixels of the tiles that diffusers cuts large images into, where it is asked to."""
 _HALF_MAX = 65504.0
 _HALF_HEADROOM = 4.0
+_LEAST_STD = 1e-6
+"""A channel that never varies still has a scaling factor that is a number."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class LatentStatistics:
         overall_std: Over all channels together, around that mean: 1 / `scaling_factor`.
         images: How many images were measured.
         largest_activation: Largest magnitude that any layer of encoder or decoder put out.
+        resolution: Side of the images, in pixels: what it was trained on. The config cannot say
+            it, because diffusers takes its `sample_size` for the size of a tile.
     """
 
     mean: list[float]
@@ -38,6 +45,7 @@ class LatentStatistics:
     overall_std: float
     images: int
     largest_activation: float
+    resolution: int | None = None
 
     @property
     def scaling_and_shift(self) -> tuple[float, float]:
@@ -52,49 +60,41 @@ class LatentStatistics:
 
 @torch.no_grad()
 def measure_latents(
-    vae: AutoencoderKL, batches: Iterable[Tensor], processes: Processes
+    first_stage: FirstStage | Any, batches: Iterable[Tensor], processes: Processes
 ) -> LatentStatistics:
     """Measure the latents of images.
 
-    No sampling: E[z] and E[z^2] = mean^2 + variance follow exactly from the posterior.
+    No sampling: the moments of draws follow exactly from the posteriors.
 
     Args:
-        vae: The autoencoder, float32.
+        first_stage: A first stage, or a loaded diffusers autoencoder, in float32.
         batches: This process's share of the images, `(B, C, H, W)` in [-1, 1].
         processes: The processes that share the images.
 
     Returns:
         The statistics over all processes' images, summed in float64.
     """
-    device = next(vae.parameters()).device
-    total = torch.zeros(vae.config.latent_channels, dtype=torch.float64, device=device)
-    square, count, images = torch.zeros_like(total), torch.zeros_like(total), 0
-    peak = torch.zeros((), device=device)
-    with _largest_output(vae, peak):
+    first_stage = as_first_stage(first_stage)
+    device = first_stage.device
+    found = ChannelMoments(first_stage.latent_channels)
+    peak, side = torch.zeros((), device=device), 0
+    with _largest_output(first_stage.model, peak):
         for batch in batches:
-            posterior = vae.encode(batch.to(device)).latent_dist
-            mean, variance = posterior.mean.double(), posterior.var.double()
-            vae.decode(posterior.mean)
-            total += mean.sum((0, 2, 3))
-            square += (mean.square() + variance).sum((0, 2, 3))
-            count += mean[:, 0].numel()
-            images += len(batch)
-    total, square, count = processes.sum(torch.stack([total, square, count])).unbind()
-    mean, variance = _moments(total, square, count)
-    overall_mean, overall_variance = _moments(total.sum(), square.sum(), count.sum())
+            encoded = first_stage.encode(batch.to(device))
+            first_stage.decode(encoded.latents)
+            found.update(encoded.latents, encoded.logvar)
+            side = batch.shape[-1]
+    total = merged(processes.gather(found), first_stage.latent_channels)
+    overall_mean, overall_std = total.overall
     return LatentStatistics(
-        mean=mean.tolist(),
-        std=variance.sqrt().tolist(),
-        overall_mean=overall_mean.item(),
-        overall_std=overall_variance.sqrt().item(),
-        images=processes.totals(images)[0],
+        mean=total.mean.tolist(),
+        std=np.maximum(total.std, _LEAST_STD).tolist(),
+        overall_mean=overall_mean,
+        overall_std=max(overall_std, _LEAST_STD),
+        images=total.images,
         largest_activation=processes.maximum(peak).item(),
+        resolution=max(processes.gather(side)) or None,
     )
-
-
-def _moments(total: Tensor, square: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    mean = total / count
-    return mean, (square / count - mean.square()).clamp_min(1e-12)
 
 
 @contextmanager
@@ -115,33 +115,41 @@ def _largest_output(model: nn.Module, peak: Tensor) -> Iterator[None]:
 
 
 def write_export(
-    vae: AutoencoderKL,
+    first_stage: FirstStage | Any,
     statistics: LatentStatistics,
     folder: Path,
     extras: dict[str, str | Path],
     kept: tuple[float, float] | None = None,
 ) -> None:
-    """Write a folder that `AutoencoderKL.from_pretrained` loads, with the measured statistics.
+    """Write a folder that stock diffusers loads, with the measured statistics.
 
     Args:
-        vae: The autoencoder to hand over. Its config takes up scaling and shift.
+        first_stage: What to hand over, or a loaded diffusers autoencoder. Its model's config
+            takes up scaling and shift.
         statistics: From `measure_latents`.
         folder: The folder; one that is there is replaced.
         extras: More files by name: their text, or a file to copy.
         kept: Scaling and shift of the first stage whose encoder it kept, on which a diffusion model
             counts; `None`: as measured.
     """
+    first_stage = as_first_stage(first_stage)
     scaling, shift = kept or statistics.scaling_and_shift
-    vae.register_to_config(
-        scaling_factor=scaling, shift_factor=shift, force_upcast=statistics.needs_float32
-    )
-    if kept is None:
+    model = first_stage.model
+    first_stage.family.carrier.write(model, scaling, shift)
+    if "force_upcast" in model.config:
+        model.register_to_config(force_upcast=needs_float32(model, statistics))
+    if "sample_size" in model.config:
+        # As large as a training crop, diffusers' tiles would show as a grid (`enable_tiling`).
+        factor = first_stage.downsample_factor
+        tile = max(_TILE, model.config["sample_size"] or 0)
+        model.register_to_config(sample_size=-(-tile // factor) * factor)
+    if kept is None and "latents_mean" in model.config:
         # Only Stable Diffusion XL's pipeline reads these, multiplies by them on top of the scaling
         # factor, and breaks where there are not four channels. They are in a file of their own.
-        vae.register_to_config(latents_mean=None, latents_std=None)
+        model.register_to_config(latents_mean=None, latents_std=None)
 
     def write(temporary: Path) -> None:
-        vae.save_pretrained(temporary, safe_serialization=True)
+        model.save_pretrained(temporary, safe_serialization=True)
         write_json(temporary / STATISTICS_FILE, asdict(statistics))
         for name, content in extras.items():
             if isinstance(content, Path):
@@ -150,6 +158,11 @@ def write_export(
                 (temporary / name).write_text(content, encoding="utf-8")
 
     write_folder(folder, write)
+
+
+def needs_float32(model: Any, statistics: LatentStatistics) -> bool:
+    """`force_upcast`: once a first stage was found to need it, small crops are no proof against."""
+    return statistics.needs_float32 or bool(model.config.get("force_upcast", False))
 
 
 def load_snippet(folder: str) -> str:
@@ -172,6 +185,7 @@ def model_card(
     downsample_factor: int,
     picture: str | None,
     kept: tuple[float, float] | None = None,
+    force_upcast: bool | None = None,
 ) -> str:
     """The export's README: what it is, how to load it, how good it is, what made it.
 
@@ -185,6 +199,7 @@ def model_card(
         downsample_factor: Pixels per latent along a side.
         picture: File name of the grid beside the README.
         kept: Scaling and shift of the first stage whose encoder it kept; `None`: as measured.
+        force_upcast: What the config says; `None`: as measured.
 
     Returns:
         Markdown.
@@ -205,6 +220,7 @@ def model_card(
             "Only the decoder was trained: latents are those of the first\nstage it was made from, "
             f"and so are `scaling_factor` {scaling:.6f} and `shift_factor` {shift:.6f}."
         )
+    upcast = statistics.needs_float32 if force_upcast is None else force_upcast
     shown = f"\n![Originals above, reconstructions below]({picture})\n" if picture else ""
     return f"""---
 library_name: diffusers
@@ -229,7 +245,7 @@ Images are in [-1, 1]. {origin}
 `StableDiffusionXLPipeline` and `DiTPipeline` use `scaling_factor` only, so their diffusion model
 works on latents that lie {shift * scaling:.4f} higher. `StableDiffusion3Pipeline` and
 `FluxPipeline` use both. Train by the rule of the pipeline that will decode, or fold the statistics
-into the weights (`scripts/export.py --fold_statistics`), after which every pipeline is right.
+into the weights (`first-stage export --fold_statistics`), after which every pipeline is right.
 
 Per channel (also in `latent_statistics.json`):
 
@@ -237,7 +253,7 @@ Per channel (also in `latent_statistics.json`):
 |---|---|---|
 {ranges}
 
-`force_upcast` is {str(statistics.needs_float32).lower()}: the largest activation measured was
+`force_upcast` is {str(upcast).lower()}: the largest activation measured was
 {statistics.largest_activation:.1f}, and float16 ends at 65,504.
 
 ## Held-out images

@@ -14,13 +14,16 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
+from first_stage.config.losses import LossConfig
+from first_stage.losses.terms import Inputs, Surroundings, Term, schedule
+
 
 class AdversarialPair(NamedTuple):
     """A critic's loss and the loss of its opponent, from the same paper.
 
     Attributes:
-        critic: `(real_logits, fake_logits)` to the loss that the critic minimises.
-        generator: `(real_logits, fake_logits)` to the loss that the autoencoder minimises.
+        critic: `(real_logits, fake_logits)` to the loss that the critic minimizes.
+        generator: `(real_logits, fake_logits)` to the loss that the autoencoder minimizes.
     """
 
     critic: Callable[[Tensor, Tensor], Tensor]
@@ -122,3 +125,24 @@ PAIRS: dict[str, AdversarialPair] = {
 
 BOUNDARIES: dict[str, float] = {"least_squares": 0.5}
 """The logit above which a critic calls an image real, where it is not 0."""
+
+
+class Adversarial(Term):
+    """The critic's verdict on what was decoded, as a loss of the autoencoder."""
+
+    name, needs_critic = "adversarial", True
+
+    def __init__(self, config: LossConfig, surroundings: Surroundings):
+        super().__init__(config, surroundings)
+        self.config = config.adversarial
+        self.pair = PAIRS[self.config.kind]
+
+    def value(self, inputs: Inputs) -> Tensor:
+        """The generator loss of the pair: a mean over images, scales and patches."""
+        assert inputs.critic is not None  # `needs_critic`
+        reals, fakes = inputs.critic.logits
+        return self.pair.generator(reals.detach(), fakes)
+
+    def ramp(self, step: int) -> float:
+        """As the recipe schedules it."""
+        return schedule(step, self.config.start_step, self.config.ramp_steps)

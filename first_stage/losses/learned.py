@@ -1,5 +1,7 @@
 """Distances between feature maps: how different two images are to a network.
 
+Also known as feature matching, or a perceptual loss; this project's *learned distance*.
+
 With a critic's feature maps this is the learned similarity of Larsen et al. 2016, "Autoencoding
 beyond pixels using a learned similarity metric", equation 8: the critic has learned which features
 matter in this data set, whatever its number of channels.
@@ -9,6 +11,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+from first_stage.config.losses import FeatureDistance, LossConfig
+from first_stage.losses.terms import Inputs, Surroundings, Term, schedule
 
 _TINY = 1e-12
 
@@ -33,7 +38,7 @@ def cosine(fake: Tensor, real: Tensor) -> Tensor:
     return 0.5 * (units[0] - units[1]).square().sum(1).mean()
 
 
-DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+DISTANCES: dict[FeatureDistance, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": absolute,
     "l2": squared,
     "cosine": cosine,
@@ -41,14 +46,14 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def feature_distances(
-    fakes: Sequence[Tensor], reals: Sequence[Tensor], distance: str = "l1"
+    fakes: Sequence[Tensor], reals: Sequence[Tensor], distance: FeatureDistance = "l1"
 ) -> Tensor:
     """The distance of each layer.
 
     Args:
         fakes: Feature maps of the reconstructions, each `(B, C_l, h_l, w_l)`.
         reals: Feature maps of the images, of the same shapes. They are detached: the distance must
-            not be lowered by moving the yardstick.
+            not be lowered by moving what it measures with.
         distance: `l1` (mean absolute difference), `l2` (mean squared difference) or `cosine`
             (1 - cosine between the vectors at each place).
 
@@ -59,7 +64,7 @@ def feature_distances(
     return torch.stack([measure(f, r.detach()) for f, r in zip(fakes, reals, strict=True)])
 
 
-def feature_magnitudes(reals: Sequence[Tensor], distance: str = "l1") -> Tensor:
+def feature_magnitudes(reals: Sequence[Tensor], distance: FeatureDistance = "l1") -> Tensor:
     """The size of each layer's features, in the unit of `feature_distances`.
 
     Args:
@@ -99,3 +104,47 @@ def gram_distances(fakes: Sequence[Tensor], reals: Sequence[Tensor]) -> Tensor:
             for f, r in zip(fakes, reals, strict=True)
         ]
     )
+
+
+class Learned(Term):
+    """The distance between the critic's feature maps of images and reconstructions."""
+
+    name, needs_critic = "learned", True
+
+    def __init__(self, config: LossConfig, surroundings: Surroundings):
+        super().__init__(config, surroundings)
+        self.config, self.means = config.learned, surroundings.means
+
+    def value(self, inputs: Inputs) -> Tensor:
+        """Weighted mean over the layers of distance / magnitude of the reals' features.
+
+        Dividing keeps one layer from drowning the others. The magnitudes are those of the steps
+        before this one; in the first step that runs the critic there are none, and the distance is
+        0.
+        """
+        assert inputs.critic is not None  # `needs_critic`
+        config, outputs = self.config, inputs.critic
+        maps = outputs.averaged or (outputs.real.features, outputs.fake.features)
+        chosen = range(len(maps[0])) if config.layers is None else config.layers
+        reals = [maps[0][i] for i in chosen]
+        fakes = [maps[1][i][: len(inputs.images)] for i in chosen]
+        distances = feature_distances(fakes, reals, config.distance)
+        if config.normalise:
+            self.means.observe("magnitude", feature_magnitudes(reals, config.distance))
+            magnitudes = self.means.get("magnitude")
+            if magnitudes is None:
+                return 0.0 * distances.mean()
+            distances = distances / magnitudes.clamp_min(_TINY)
+        if config.layer_weights is None:
+            return distances.mean()
+        weights = distances.new_tensor(config.layer_weights)
+        return (distances * weights).sum() / weights.sum()
+
+    def ramp(self, step: int) -> float:
+        """As the recipe schedules it."""
+        return schedule(step, self.config.start_step, self.config.ramp_steps)
+
+    @property
+    def is_ready(self) -> bool:
+        """Without magnitudes yet it is no term: a gradient of 0 would mislead the balance."""
+        return not self.config.normalise or self.means.get("magnitude") is not None

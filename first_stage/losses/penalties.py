@@ -11,45 +11,45 @@ import torch
 from einops import reduce
 from torch import Tensor, nn
 
-Judge = Callable[[Tensor], Tensor]
+ToLogits = Callable[[Tensor], Tensor]
 """Images `(B, C, H, W)` to patch logits `(B, S, h, w)`."""
 
 
-def slopes(judge: Judge, images: Tensor) -> Tensor:
+def slopes(to_logits: ToLogits, images: Tensor) -> Tensor:
     """Gradient of each image's value with respect to its pixels, `(B, C, H, W)`.
 
     It carries a graph over the critic's parameters, so that a penalty on it can be minimised.
     """
     images = images.detach().requires_grad_()
-    values = judge(images).flatten(1).mean(1)
+    values = to_logits(images).flatten(1).mean(1)
     (gradient,) = torch.autograd.grad(values.sum(), images, create_graph=True)
     return gradient
 
 
-def gradient_penalty(judge: Judge, reals: Tensor, fakes: Tensor, mix: Tensor) -> Tensor:
+def gradient_penalty(to_logits: ToLogits, reals: Tensor, fakes: Tensor, mix: Tensor) -> Tensor:
     """E[(|grad D(x^)| - 1)^2] on straight lines between reals and fakes.
 
     Gulrajani et al. 2017, "Improved training of Wasserstein GANs", equation 3, without the factor
     lambda.
 
     Args:
-        judge: The critic's logits.
+        to_logits: The critic's logits.
         reals: `(B, C, H, W)`.
         fakes: `(B, C, H, W)`.
         mix: `(B,)` uniform in [0, 1]: the share of the real in x^.
     """
     mix = mix.view(-1, 1, 1, 1)
     between = mix * reals.detach() + (1.0 - mix) * fakes.detach()
-    norms = slopes(judge, between).flatten(1).norm(dim=1)
+    norms = slopes(to_logits, between).flatten(1).norm(dim=1)
     return (norms - 1.0).square().mean()
 
 
-def zero_centred_penalty(judge: Judge, images: Tensor) -> Tensor:
+def zero_centered_penalty(to_logits: ToLogits, images: Tensor) -> Tensor:
     """E[|grad D(x)|^2] / 2: R1 on reals, R2 on fakes, without the factor gamma.
 
     Mescheder et al. 2018, "Which training methods for GANs do actually converge?", equation 9.
     """
-    return 0.5 * reduce(slopes(judge, images).square(), "b c h w -> b", "sum").mean()
+    return 0.5 * reduce(slopes(to_logits, images).square(), "b c h w -> b", "sum").mean()
 
 
 def lecam(

@@ -1,101 +1,23 @@
-"""Distances by a pretrained VGG16: plain features, LPIPS' linear heads, Gram matrices.
+"""Terms by a pretrained VGG16: plain features, LPIPS' linear heads, Gram matrices.
 
-The weights come from a file or a hub repository; no other package is needed. The network is frozen
-and has nothing that depends on a mode, such as dropout.
+One network looks at each image once, for all of them. The weights come from a file or a hub
+repository; no other package is needed.
 """
 
-import pickle
-from collections.abc import Mapping
-from pathlib import Path
-
 import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from first_stage.config.losses import PretrainedConfig
-from first_stage.errors import ConfigError
+from first_stage.config.losses import LossConfig, PretrainedConfig
 from first_stage.losses.learned import gram_distances
-
-_STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-"""Numbers of the convolutions of each stage in torchvision's `vgg16().features`."""
-_WIDTHS = (64, 128, 256, 512, 512)
-_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from first_stage.losses.terms import Inputs, Surroundings, Term
+from first_stage.models.vgg import STAGES, LPIPSHeads, VGG16Features, load_lpips_heads, load_vgg
 
 
-class VGG16Features(nn.Module):
-    """The convolutional part of VGG16 (Simonyan & Zisserman 2015, configuration D).
-
-    Names of the weights are those of torchvision's `vgg16`: `features.0.weight` and so on.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features = nn.ModuleDict()
-        previous = 3
-        for numbers, width in zip(_STAGES, _WIDTHS, strict=True):
-            for number in numbers:
-                self.features[str(number)] = nn.Conv2d(previous, width, 3, padding=1)
-                previous = width
-        self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
-        self.requires_grad_(False)
-
-    def forward(self, images: Tensor, depth: int = len(_STAGES)) -> list[Tensor]:
-        """Feature maps relu1_2, relu2_2, relu3_3, relu4_3, relu5_3, float32.
-
-        Args:
-            images: `(B, 3, H, W)` RGB in [-1, 1]; at least 16 pixels high and wide.
-            depth: How many of the maps are wanted.
-        """
-        hidden = ((images + 1.0) / 2.0 - self.mean) / self.std
-        maps = []
-        for stage, numbers in enumerate(_STAGES[:depth]):
-            if stage > 0:
-                hidden = F.max_pool2d(hidden, 2)
-            for number in numbers:
-                hidden = F.relu(self.features[str(number)](hidden))
-            maps.append(hidden.float())
-        return maps
-
-
-class LPIPSHeads(nn.Module):
-    """The linear heads that turn feature differences into LPIPS.
-
-    Zhang et al. 2018, "The unreasonable effectiveness of deep features as a perceptual metric",
-    equation 1: unit vectors at each place, squared differences weighted per channel, mean over
-    places, sum over layers. Dropout, which the original trains its heads with, plays no part.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        for layer, width in enumerate(_WIDTHS):
-            self.register_buffer(f"lin{layer}", torch.zeros(1, width, 1, 1))
-
-    def forward(self, fakes: list[Tensor], reals: list[Tensor]) -> Tensor:
-        """LPIPS of a batch, `(B,)`, from the five feature maps of each side."""
-        total = torch.zeros(len(fakes[0]), device=fakes[0].device)
-        for layer, (fake, real) in enumerate(zip(fakes, reals, strict=True)):
-            difference = (_unit(fake) - _unit(real)).square()
-            total = total + (difference * self.get_buffer(f"lin{layer}")).sum(1).mean((1, 2))
-        return total
-
-
-def _unit(features: Tensor) -> Tensor:
-    # The original divides by the norm plus 1e-10. Inside the root the 1e-20 gives the same number,
-    # and a gradient where all channels are 0.
-    return features / (features.square().sum(1, keepdim=True) + 1e-20).sqrt()
-
-
-class PretrainedDistances(nn.Module):
-    """The sum of distances by one VGG16, which looks at each image once.
+class PretrainedFeatures(nn.Module):
+    """VGG16's feature maps of images and reconstructions, as the recipe wants them.
 
     Args:
-        config: Which distances, on which layers and channels.
+        config: Which layers and channels.
         network: VGG16.
         heads: For LPIPS.
     """
@@ -107,56 +29,32 @@ class PretrainedDistances(nn.Module):
         self.config, self.network, self.heads = config, network, heads
         # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    @property
-    def depth(self) -> int:
-        """How many of VGG16's feature maps are looked at: LPIPS needs all."""
-        return len(_STAGES) if self.heads is not None else max(self.config.layers) + 1
+        self.requires_grad_(False)
 
     @classmethod
-    def load(cls, config: PretrainedConfig) -> "PretrainedDistances":
-        """Build it with the weights that the configuration names.
+    def load(cls, config: PretrainedConfig) -> "PretrainedFeatures":
+        """With the weights that the configuration names.
 
         Raises:
             ConfigError: When a file cannot be had or lacks a tensor.
         """
-        network = VGG16Features()
-        field = "loss.pretrained.weights"
-        _fill(network, _tensors(str(config.weights), field), str(config.weights), field)
-        heads = None
-        if config.lpips_weight > 0:
-            heads, field = LPIPSHeads(), "loss.pretrained.heads"
-            found = _tensors(str(config.heads), field)
-            names = {f"lin{n}.model.1.weight": f"lin{n}" for n in range(len(_WIDTHS))}
-            renamed = {names.get(name, name): tensor for name, tensor in found.items()}
-            _fill(heads, renamed, str(config.heads), field)
-        return cls(config, network, heads).requires_grad_(False)
+        heads = load_lpips_heads(str(config.heads)) if config.lpips_weight > 0 else None
+        return cls(config, load_vgg(str(config.weights)), heads)
 
-    def forward(self, reconstruction: Tensor, images: Tensor) -> dict[str, tuple[float, Tensor]]:
-        """Weight and value of each distance in use: `vgg`, `lpips`, `gram`.
+    @property
+    def depth(self) -> int:
+        """How many of VGG16's feature maps are looked at: LPIPS needs all."""
+        return len(STAGES) if self.heads is not None else max(self.config.layers) + 1
 
-        Args:
-            reconstruction: `(B, C, H, W)`.
-            images: `(B, C, H, W)` in [-1, 1].
-
-        Returns:
-            By name; values are means over the batch, and over the layers for `vgg` and `gram`.
-        """
-        config = self.config
+    def forward(self, rebuilt: Tensor, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """All maps of reconstructions and of images `(B, C, H, W)`; the images' without a graph."""
         with torch.no_grad():
             reals = self.network(self._three(images), self.depth)
-        fakes = self.network(self._three(reconstruction), self.depth)
-        some = [fakes[i] for i in config.layers], [reals[i] for i in config.layers]
-        found = {}
-        if config.vgg_weight > 0:
-            # Johnson et al. 2016, equation 2: squared difference over C h w.
-            each = [(f - r).square().mean() for f, r in zip(*some, strict=True)]
-            found["vgg"] = (config.vgg_weight, torch.stack(each).mean())
-        if self.heads is not None:
-            found["lpips"] = (config.lpips_weight, self.heads(fakes, reals).mean())
-        if config.gram_weight > 0:
-            found["gram"] = (config.gram_weight, gram_distances(*some).mean())
-        return found
+        return self.network(self._three(rebuilt), self.depth), reals
+
+    def chosen(self, maps: list[Tensor]) -> list[Tensor]:
+        """The maps of `loss.pretrained.layers`."""
+        return [maps[layer] for layer in self.config.layers]
 
     def _three(self, images: Tensor) -> Tensor:
         """The three channels that it looks at."""
@@ -165,52 +63,58 @@ class PretrainedDistances(nn.Module):
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 
-def _tensors(name: str, field: str) -> Mapping[str, Tensor]:
-    """The tensors of a file, or of the safetensors file of a hub repository."""
-    path = Path(name)
-    if not path.is_file():
-        path = _downloaded(name, field)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            f"{field} {name!r} holds more than tensors, or is damaged: give a .safetensors file"
-        ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
-        raise ConfigError(f"{field} {name!r} cannot be read: {_first_line(error)}") from error
-    if not isinstance(loaded, Mapping):
-        raise ConfigError(f"{field} {name!r} holds no tensors by name: give a .safetensors file")
-    return loaded
+class _Pretrained(Term):
+    """A distance between VGG16's feature maps; all of them share one network and its maps."""
+
+    def __init__(self, config: LossConfig, surroundings: Surroundings):
+        super().__init__(config, surroundings)
+        self.features = surroundings.network(
+            PretrainedFeatures, lambda: PretrainedFeatures.load(config.pretrained)
+        )
+        self.autocast = surroundings.autocast
+
+    def maps(self, inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
+        """Feature maps of reconstructions and images."""
+
+        def look() -> tuple[list[Tensor], list[Tensor]]:
+            with self.autocast():
+                return self.features(inputs.rebuilt, inputs.images)
+
+        return inputs.once(PretrainedFeatures, look)
 
 
-def _downloaded(name: str, field: str) -> Path:
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise ConfigError(f"{field} {name!r} does not exist (and is no hub id like owner/name)")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+class VGG(_Pretrained):
+    """Squared difference of features (Johnson et al. 2016, equation 2)."""
 
-    try:
-        return Path(hf_hub_download(name, "model.safetensors"))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"{field} {name!r} cannot be downloaded: {_first_line(error)}. Give a local file"
-        ) from error
+    name = "vgg"
 
-
-def _fill(module: nn.Module, tensors: Mapping[str, Tensor], name: str, field: str) -> None:
-    own = module.state_dict()
-    for key, tensor in own.items():
-        found = tensors.get(key)
-        if found is None:
-            raise ConfigError(f"{field} {name!r} lacks the tensor {key!r}")
-        if found.shape != tensor.shape:
-            raise ConfigError(
-                f"{field} {name!r}: {key!r} has shape {list(found.shape)}, not {list(tensor.shape)}"
-            )
-    module.load_state_dict({key: tensors[key].float() for key in own})
+    def value(self, inputs: Inputs) -> Tensor:
+        """Mean over batch, channels, places and layers."""
+        fakes, reals = map(self.features.chosen, self.maps(inputs))
+        with self.autocast():
+            each = [(f - r).square().mean() for f, r in zip(fakes, reals, strict=True)]
+            return torch.stack(each).mean()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+class LPIPS(_Pretrained):
+    """LPIPS (Zhang et al. 2018) with VGG16."""
+
+    name = "lpips"
+
+    def value(self, inputs: Inputs) -> Tensor:
+        """Mean over the batch."""
+        assert self.features.heads is not None  # the term has a weight
+        with self.autocast():
+            return self.features.heads(*self.maps(inputs)).mean()
+
+
+class Gram(_Pretrained):
+    """Squared difference of Gram matrices (Gatys et al. 2016)."""
+
+    name = "gram"
+
+    def value(self, inputs: Inputs) -> Tensor:
+        """Mean over batch and layers."""
+        fakes, reals = map(self.features.chosen, self.maps(inputs))
+        with self.autocast():
+            return gram_distances(fakes, reals).mean()

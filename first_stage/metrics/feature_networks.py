@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from first_stage.errors import UserError
+from first_stage.errors import UserError, first_line
 
 EFFICIENTNET = "efficientnet_lite0"
 INCEPTION = "inception"
@@ -164,7 +164,7 @@ class Inception(nn.Module):
                 )
         except Exception as error:
             raise UserError(
-                f"the Inception weights of torch-fidelity cannot be had ({_first_line(error)}): "
+                f"the Inception weights of torch-fidelity cannot be had ({first_line(error)}): "
                 "rFID needs a connection once, or use --features efficientnet_lite0"
             ) from error
 
@@ -215,7 +215,7 @@ def load_lpips(device: torch.device | str = "cpu") -> Callable[[Tensor, Tensor],
         network = package.LPIPS(net="alex", version="0.1", verbose=False)
     except Exception as error:
         raise UserError(
-            f"the weights of LPIPS cannot be had ({_first_line(error)}): they are downloaded once; "
+            f"the weights of LPIPS cannot be had ({first_line(error)}): they are downloaded once; "
             "without them there is no LPIPS, so leave --lpips out"
         ) from error
     # Its linear layers have dropout, which must stay off.
@@ -242,16 +242,12 @@ def _imported(key: str) -> Callable[[Tensor], Tensor]:
     try:
         made = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
-        raise UserError(f"--features {key!r} cannot be imported: {_first_line(error)}") from error
+        raise UserError(f"--features {key!r} cannot be imported: {first_line(error)}") from error
     if isinstance(made, type) or inspect.isfunction(made):
         try:
             made = made()
         except Exception as error:
-            raise UserError(f"--features {key!r} cannot be built: {_first_line(error)}") from error
+            raise UserError(f"--features {key!r} cannot be built: {first_line(error)}") from error
     if not callable(made):
         raise UserError(f"--features {key!r} is a {type(made).__name__}, not a network")
     return made
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -7,7 +7,9 @@ SSIM subtracts large squares from each other, and float32 leaves noise of 1e-4 i
 """
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -31,6 +33,57 @@ def eight_bit(images: Tensor) -> Tensor:
         The same shape, float32, on the grid `k / 127.5 - 1` for whole k in 0..255.
     """
     return images.detach().float().clamp(-1, 1).add(1).mul(127.5).round().div(127.5).sub(1)
+
+
+def clamped(images: Tensor) -> Tensor:
+    """Images as measurements of a stated range: clamped, at full precision.
+
+    Args:
+        images: `(B, C, H, W)` float in [-1, 1]; values outside are clamped.
+    """
+    return images.detach().float().clamp(-1, 1)
+
+
+class BandErrors:
+    """Errors of each channel, summed over images."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.squares = np.zeros(0)
+        self.absolutes = np.zeros(0)
+
+    def update(self, images: Tensor, reconstructions: Tensor) -> None:
+        """Add images `(B, C, H, W)` in [-1, 1]; each counts alike, whatever its size."""
+        difference = (images.double() - reconstructions.double()) / 2
+        squares = difference.square().mean((2, 3)).sum(0).cpu().numpy()
+        absolutes = difference.abs().mean((2, 3)).sum(0).cpu().numpy()
+        self._add(len(images), squares, absolutes)
+
+    def merge(self, other: "BandErrors") -> None:
+        """Add what another process saw."""
+        self._add(other.images, other.squares, other.absolutes)
+
+    def _add(self, count: int, squares: np.ndarray, absolutes: np.ndarray) -> None:
+        if count:
+            self.squares = self.squares + squares if self.images else squares
+            self.absolutes = self.absolutes + absolutes if self.images else absolutes
+            self.images += count
+
+    def summary(self) -> list[dict[str, Any]]:
+        """For each channel `psnr` (dB, of the mean error; `None` for no error), `l1` on the
+        [-1, 1] scale, and `rmse` as a share of the range."""
+        return [
+            {
+                "psnr": -10 * math.log10(square) if square > 0 else None,
+                "l1": 2 * absolute,
+                "rmse": math.sqrt(square),
+            }
+            for square, absolute in zip(
+                (self.squares / max(self.images, 1)).tolist(),
+                (self.absolutes / max(self.images, 1)).tolist(),
+                strict=True,
+            )
+        ]
 
 
 def mean_squared_error(images: Tensor, reconstructions: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ measure what one would. Latents are raw (unscaled) modes of the posterior, `(B, 
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from first_stage.metrics.images import mean_squared_error
+from first_stage.metrics.moments import ChannelMoments
 from first_stage.metrics.spectrum import (
     BINS,
     HIGH,
@@ -27,40 +28,55 @@ from first_stage.metrics.spectrum import (
 ACTIVE = 0.01
 """A channel is active when its signal has more than this share of the posterior noise's variance
 (Burda et al. 2016, section 5.2, whose threshold of 0.01 assumes a noise of variance 1)."""
+_NO_NOISE = 1e-12
+"""Variance that counts as signal where there is no posterior noise to compare it with."""
 
 
-class ChannelMoments:
-    """Count, mean and central moments up to the fourth of each channel.
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) of each value in nats, of the arguments' shape.
+
+    Kingma & Welling 2014, "Auto-encoding variational Bayes", appendix B.
+    """
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
+
+
+def is_active(signal: float, noise: float | None) -> bool:
+    """Whether a channel carries signal.
+
+    Args:
+        signal: Variance of its posteriors' means, or of its latents.
+        noise: Mean variance of its posteriors; `None` without posteriors.
+    """
+    return signal > (_NO_NOISE if noise is None else ACTIVE * noise)
+
+
+class HigherMoments(ChannelMoments):
+    """The moments up to the fourth.
 
     Attributes:
-        count: Values per channel.
-        sums: `(4, C)` float64: mean, then the sums of the squared, cubed and fourth powers of the
-            deviations from it.
+        powers: `(2, C)` float64: sums of the cubed and fourth powers of the deviations.
     """
 
     def __init__(self, channels: int):
-        self.count = 0
-        self.sums = np.zeros((4, channels))
+        super().__init__(channels)
+        self.powers = np.zeros((2, channels))
 
-    def update(self, latents: Tensor) -> None:
-        """Count latents `(B, C, h, w)`."""
-        values = latents.detach().transpose(0, 1).flatten(1).cpu().double()
-        mean = values.mean(1)
-        deviation = values - mean[:, None]
-        part = ChannelMoments(len(mean))
-        part.count = values.shape[1]
-        powers = [deviation.pow(k).sum(1) for k in (2, 3, 4)]
-        part.sums = torch.stack([mean, *powers]).numpy()
+    def update(self, mean: Tensor, logvar: Tensor | None = None) -> None:
+        """Count latents `(B, C, h, w)`; see `ChannelMoments`."""
+        part = self._of(mean, logvar)
+        values = mean.detach().transpose(0, 1).flatten(1).cpu().double()
+        deviation = values - values.mean(1)[:, None]
+        part.powers = torch.stack([deviation.pow(k).sum(1) for k in (3, 4)]).numpy()
         self.merge(part)
 
-    def merge(self, other: "ChannelMoments") -> None:
-        """Add other values (Pebay 2008, equations 1.4 to 1.6 for two sets)."""
+    def merge(self, other: Self) -> None:
+        """Add other values (Pebay 2008, equations 1.5 and 1.6 for two sets)."""
         if other.count == 0:
             return
         na, nb = self.count, other.count
         n = na + nb
-        (mean_a, a2, a3, a4), (mean_b, b2, b3, b4) = self.sums, other.sums
-        d = mean_b - mean_a
+        (a3, a4), (b3, b4), a2, b2 = self.powers, other.powers, self.squares, other.squares
+        d = other.mean - self.mean
         m4 = (
             a4 + b4
             + d**4 * (na * nb * (na * na - na * nb + nb * nb) / n**3)
@@ -68,25 +84,14 @@ class ChannelMoments:
             + 4 * d * (na * b3 - nb * a3) / n
         )  # fmt: skip
         m3 = a3 + b3 + d**3 * (na * nb * (na - nb) / n**2) + 3 * d * (na * b2 - nb * a2) / n
-        m2 = a2 + b2 + d**2 * (na * nb / n)
-        self.sums = np.stack([mean_a + d * (nb / n), m2, m3, m4])
-        self.count = n
-
-    @property
-    def mean(self) -> np.ndarray:
-        """Mean of each channel, `(C,)`."""
-        return self.sums[0]
-
-    @property
-    def variance(self) -> np.ndarray:
-        """Variance of each channel, `(C,)`, dividing by the count."""
-        return self.sums[1] / max(self.count, 1)
+        self.powers = np.stack([m3, m4])
+        super().merge(other)
 
     @property
     def excess_kurtosis(self) -> np.ndarray:
-        """Fourth standardised moment minus 3: 0 for a Gaussian; NaN for a constant channel."""
+        """Fourth standardized moment minus 3: 0 for a Gaussian; NaN for a constant channel."""
         with np.errstate(invalid="ignore", divide="ignore"):
-            return self.count * self.sums[3] / self.sums[1] ** 2 - 3.0
+            return self.count * self.powers[1] / self.squares**2 - 3.0
 
 
 class LatentHealth:
@@ -98,7 +103,7 @@ class LatentHealth:
 
     def __init__(self, channels: int):
         self.images = 0
-        self.moments = ChannelMoments(channels)
+        self.moments = HigherMoments(channels)
         self.kl = np.zeros(channels)
         self.noise = np.zeros(channels)
         self.posteriors = 0
@@ -120,8 +125,7 @@ class LatentHealth:
         if logvar is not None:
             self.posteriors += len(mean)
             mu, lv = mean.cpu().double(), logvar.cpu().double()
-            kl = 0.5 * (mu.square() + lv.exp() - 1.0 - lv)
-            self.kl += kl.sum((0, 2, 3)).numpy()
+            self.kl += kl_divergence(mu, lv).sum((0, 2, 3)).numpy()
             self.noise += lv.exp().mean((2, 3)).sum(0).numpy()
         energy = cosine_transform(mean).square().cpu()
         rings, count = ring_energy(energy)
@@ -154,10 +158,12 @@ class LatentHealth:
         m = self.moments
         posterior = self.posteriors > 0
         n = max(self.posteriors, 1)
-        signal = m.variance
+        signal = m.signal_variance
         noise = self.noise / n
-        floor = ACTIVE * noise if posterior else np.full_like(signal, 1e-12)
-        active = signal > floor
+        active = [
+            is_active(float(s), float(v) if posterior else None)
+            for s, v in zip(signal, noise, strict=True)
+        ]
         channels = [
             {
                 "mean": float(m.mean[c]),
@@ -166,7 +172,7 @@ class LatentHealth:
                 "kl": float(self.kl[c] / n) if posterior else None,
                 "noise_std": math.sqrt(float(noise[c])) if posterior else None,
                 "signal_to_noise": _number(signal[c] / noise[c]) if posterior else None,
-                "active": bool(active[c]),
+                "active": active[c],
             }
             for c in range(len(signal))
         ]
@@ -179,7 +185,7 @@ class LatentHealth:
         return {
             "posterior": posterior,
             "channels": channels,
-            "active_channels": int(active.sum()),
+            "active_channels": sum(active),
             "kl": float(self.kl.sum() / n) if posterior else None,
             "spectrum": {
                 "frequency": ring_centres(),

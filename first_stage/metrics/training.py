@@ -6,8 +6,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-ACTIVE = 0.05
-"""Nats per latent value above which a channel counts as used."""
+from first_stage.metrics.latents import is_active
+
+EXPLODED = 1000.0
+"""Nats per latent value above which no useful latent lies: its magnitude is then about 45."""
 
 
 @torch.no_grad()
@@ -34,32 +36,39 @@ def critic_log(real_logits: Tensor, fake_logits: Tensor, boundary: float) -> dic
     }
 
 
+_SIGNAL = ("signal_mean", "signal_square", "noise_square")
+_CONSUMED = ("square_norm/", "inner/", *(f"{name}/" for name in _SIGNAL))
+
+
 def derived(values: Mapping[str, float]) -> dict[str, float]:
     """What a log line says beyond plain averages; none of it depends on how a batch is split.
 
     Args:
         values: Averages over steps. `square_norm/x` and `inner/x` as `Objective.gradient` gives
-            them, `kl_channel/n` in nats per latent value.
+            them, `signal_mean/n`, `signal_square/n` and `noise_square/n` as a Gaussian bottleneck
+            does.
 
     Returns:
         All of them but `square_norm` and `inner`, and instead: `norm/x`, the norm of each term's
         gradient; `share/x`, its share of the sum of these norms; `cosine/x`, the cosine between
         its gradient and the pixel term's (near 0 it adds something of its own, near 1 it repeats
         the pixel term, below 0 the two pull in opposite directions); `kl/active_channels`, the
-        number of channels that carry more than `ACTIVE` nats per value.
+        number of channels that carry signal (see `metrics.latents.is_active`).
     """
     norms = {k: math.sqrt(v) for k, v in _under("square_norm/", values).items()}
     total = sum(norms.values())
-    result = {k: v for k, v in values.items() if not k.startswith(("square_norm/", "inner/"))}
+    result = {k: v for k, v in values.items() if not k.startswith(_CONSUMED)}
     for name, norm in norms.items():
         result[f"norm/{name}"] = norm
         result[f"share/{name}"] = norm / total if total > 0 else 0.0
     for name, inner in _under("inner/", values).items():
         size = norms[name] * norms["pixel"]
         result[f"cosine/{name}"] = inner / size if size > 0 else 0.0
-    channels = _under("kl_channel/", values)
-    if channels:
-        result["kl/active_channels"] = float(sum(kl > ACTIVE for kl in channels.values()))
+    means, squares, noises = (_under(f"{name}/", values) for name in _SIGNAL)
+    if means:
+        signals = {n: squares[n] - mean**2 for n, mean in means.items()}
+        active = sum(is_active(signal, noises[n]) for n, signal in signals.items())
+        result["kl/active_channels"] = float(active)
     return result
 
 
@@ -120,9 +129,19 @@ def _states(values: Mapping[str, float]) -> list[tuple[str, str]]:
         states.append(
             (
                 "kl",
-                f"the KL has collapsed: no latent channel carries more than {ACTIVE} nats per "
-                "value, so the decoder sees noise. Lower loss.kl_weight, raise loss.kl_ramp_steps, "
-                "or allow loss.free_bits",
+                "the KL has collapsed: no latent channel carries signal beyond its noise, so the "
+                "decoder sees nothing of the image. Lower loss.kl_weight, raise "
+                "loss.kl_ramp_steps, or allow loss.free_bits",
+            )
+        )
+    widest = max(_under("kl_channel/", values).values(), default=0.0)
+    if widest > EXPLODED:
+        states.append(
+            (
+                "exploded",
+                f"the KL explodes: a latent channel carries {widest:.3g} nats per value (useful "
+                "ones carry tens), so its values run away. Raise loss.kl_weight, or lower "
+                "train.learning_rate",
             )
         )
     return states

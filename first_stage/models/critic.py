@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
 
-class Verdict(NamedTuple):
+class CriticOutput(NamedTuple):
     """What the critic makes of a batch of images.
 
     Attributes:
@@ -29,12 +29,12 @@ class Verdict(NamedTuple):
 
 
 class Critic(nn.Module):
-    """What the training needs of a critic: `forward` gives its `Verdict` on images."""
+    """What the training needs of a critic: `forward` gives its `CriticOutput`."""
 
-    def judge(self, images: Tensor) -> Tensor:
+    def logits(self, images: Tensor) -> Tensor:
         """The logits alone, past any wrapper of `forward` such as autocast's."""
-        verdict: Verdict = type(self).forward(self, images)
-        return verdict.logits
+        output: CriticOutput = type(self).forward(self, images)
+        return output.logits
 
 
 class PatchCritic(Critic):
@@ -71,7 +71,7 @@ class PatchCritic(Critic):
             previous = channels
         self.blocks = nn.ModuleList(blocks)
         self.to_logits = nn.Conv2d(previous, 1, kernel_size=4, padding=1)
-        self.apply(_initialise)
+        self.apply(_initialize)
         if norm == "spectral":
             for module in list(self.modules()):
                 if isinstance(module, nn.Conv2d):
@@ -90,7 +90,7 @@ class PatchCritic(Critic):
             norm.eval()
         return self
 
-    def forward(self, images: Tensor) -> Verdict:
+    def forward(self, images: Tensor) -> CriticOutput:
         """Judge images.
 
         Args:
@@ -104,7 +104,7 @@ class PatchCritic(Critic):
         for block in self.blocks:
             hidden = block(hidden)
             features.append(hidden.float())
-        return Verdict(self.to_logits(hidden).float(), features)
+        return CriticOutput(self.to_logits(hidden).float(), features)
 
 
 class MultiScaleCritic(Critic):
@@ -121,18 +121,18 @@ class MultiScaleCritic(Critic):
         super().__init__()
         self.critics = nn.ModuleList(critics)
 
-    def forward(self, images: Tensor) -> Verdict:
+    def forward(self, images: Tensor) -> CriticOutput:
         """Judge images `(B, C, H, W)` in [-1, 1]; the feature maps are those of every scale."""
         logits: list[Tensor] = []
         features: list[Tensor] = []
         for critic in self.critics:
-            verdict = critic(images)
-            logits.append(verdict.logits)
-            features += verdict.features
+            output = critic(images)
+            logits.append(output.logits)
+            features += output.features
             images = F.avg_pool2d(images, 3, stride=2, padding=1, count_include_pad=False)
         size = logits[0].shape[-2:]
         grids = [logits[0], *(F.interpolate(x, size, mode="nearest") for x in logits[1:])]
-        return Verdict(torch.cat(grids, 1), features)
+        return CriticOutput(torch.cat(grids, 1), features)
 
 
 def make_critic(
@@ -180,8 +180,8 @@ def update_average(average: nn.Module, critic: nn.Module, decay: float) -> None:
     """Move a copy of the critic towards it: average = decay average + (1 - decay) critic."""
     for mean, value in zip(average.parameters(), critic.parameters(), strict=True):
         mean.lerp_(value, 1.0 - decay)
-    for own, its in zip(average.buffers(), critic.buffers(), strict=True):
-        own.copy_(its)
+    for kept, buffer in zip(average.buffers(), critic.buffers(), strict=True):
+        kept.copy_(buffer)
 
 
 def advance_spectral_norm(critic: nn.Module) -> None:
@@ -229,7 +229,7 @@ def _groups(channels: int) -> int:
     return groups
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     """N(0, 0.02), as in DCGAN and pix2pix."""
     if isinstance(module, nn.Conv2d):
         torch.nn.init.normal_(module.weight, 0.0, 0.02)

@@ -1,6 +1,5 @@
 """Sections of a training run: its course, its pictures, its recipe."""
 
-import json
 import math
 from dataclasses import dataclass
 from html import escape
@@ -10,6 +9,7 @@ from typing import Any
 import yaml
 
 from first_stage.errors import UserError
+from first_stage.files import read_log
 from first_stage.metrics.training import Watch
 from first_stage.report.charts import Series, colour_of, line_chart, share_chart
 from first_stage.report.page import Section, details, file_uri, table
@@ -72,17 +72,8 @@ def read_run(folder: Path) -> RunFiles | None:
     if not path.is_file():
         return None
     log: dict[str, dict[float, float | None]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for place, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            step = float(entry["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            if place == len(lines):  # a run killed while it wrote its last line
-                break
-            raise UserError(f"line {place} of {str(path)!r} is damaged: {error}") from error
+    for entry in read_log(path):
+        step = float(entry["step"])
         for key, value in entry.items():
             if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
                 finite = float(value) if math.isfinite(value) else None
@@ -197,6 +188,9 @@ def _pictures(folder: Path) -> str:
     if frames:
         step = int(frames[-1].stem.removeprefix("step-"))
         shown.append((frames[-1], f"Originals over reconstructions at step {step:,}"))
+    if (folder / "pictures/first-batch.png").is_file():
+        text = "The first crops, as the network gets them"
+        shown.append((folder / "pictures/first-batch.png", text))
     if (folder / "training.gif").is_file():
         shown.append((folder / "training.gif", "The same while training"))
     figures = "".join(

@@ -5,6 +5,7 @@
     first_stage.safetensors   the weights being trained
     ema/                      their moving average, as a diffusers folder
     critic.safetensors        when there is a critic
+    bottleneck.safetensors    what the bottleneck has learned, and bottleneck_ema its average
     critic_ema.safetensors    its average, when that is the yardstick of the learned distance
     optimizers.safetensors    AdamW's moments of both players
     means.safetensors         what the objective's balance and the log have averaged so far
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -138,6 +140,52 @@ def load_checkpoint(folder: Path) -> Snapshot:
         DamagedCheckpoint: Naming the file that is missing or altered.
         UserError: When the folder is no checkpoint.
     """
+    verify_checkpoint(folder)
+    return read_checkpoint(folder)
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """Compare every file of a checkpoint with its checksum: one process does it for all.
+
+    Raises:
+        DamagedCheckpoint: Naming the file that is missing or altered.
+        UserError: When the folder is no checkpoint.
+    """
+    for name, expected in _checksums(folder).items():
+        file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise DamagedCheckpoint(f"checkpoint {folder}: checksums.json names {name}")
+        if not file.is_file():
+            raise DamagedCheckpoint(f"checkpoint {folder} lacks {name}")
+        try:
+            found = sha256(file)
+        except OSError as error:
+            raise DamagedCheckpoint(f"checkpoint {folder}: {name} cannot be read") from error
+        if found != expected:
+            raise DamagedCheckpoint(f"checkpoint {folder}: {name} differs from its checksum")
+
+
+def read_checkpoint(folder: Path) -> Snapshot:
+    """Read a checkpoint that `verify_checkpoint` has passed.
+
+    Raises:
+        DamagedCheckpoint: When it is not the same on this machine.
+        UserError: When it is not there.
+    """
+    sums = _checksums(folder)
+    try:
+        state = json.loads((folder / "state.json").read_text())
+        tensors = {
+            Path(name).stem: load_file(folder / name)
+            for name in sums
+            if name.endswith(".safetensors") and "/" not in name
+        }
+    except (OSError, ValueError, SafetensorError) as error:
+        raise DamagedCheckpoint(f"checkpoint {folder} cannot be read: {error}") from error
+    return Snapshot(state.pop("step"), tensors, state)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         raise UserError(f"there is no checkpoint {str(folder)!r}")
     try:
@@ -151,27 +199,9 @@ def load_checkpoint(folder: Path) -> Snapshot:
         ) from error
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"checkpoint {folder}: checksums.json cannot be read") from error
-    for name, expected in sums.items():
-        file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise DamagedCheckpoint(f"checkpoint {folder}: checksums.json names {name}")
-        if not file.is_file():
-            raise DamagedCheckpoint(f"checkpoint {folder} lacks {name}")
-        try:
-            found = sha256(file)
-        except OSError as error:
-            raise DamagedCheckpoint(f"checkpoint {folder}: {name} cannot be read") from error
-        if found != expected:
-            raise DamagedCheckpoint(f"checkpoint {folder}: {name} differs from its checksum")
     if "state.json" not in sums:
         raise DamagedCheckpoint(f"checkpoint {folder} lacks state.json")
-    state = json.loads((folder / "state.json").read_text())
-    tensors = {
-        Path(name).stem: load_file(folder / name)
-        for name in sums
-        if name.endswith(".safetensors") and "/" not in name
-    }
-    return Snapshot(state.pop("step"), tensors, state)
+    return sums
 
 
 def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
@@ -182,21 +212,21 @@ def find_checkpoint(output_dir: Path, resume: str) -> tuple[Path | None, list[st
         resume: `latest`, or a checkpoint's folder.
 
     Returns:
-        Its folder, or `None` when `latest` finds no checkpoint yet; and remarks for the user, such
-        as which damaged checkpoint was passed over.
+        Its folder, verified, or `None` when `latest` finds no checkpoint yet; and remarks for the
+        user, such as which damaged checkpoint was passed over.
 
     Raises:
         UserError: When the named checkpoint is not one, or every checkpoint is damaged.
     """
     if resume != "latest":
-        load_checkpoint(Path(resume))
+        verify_checkpoint(Path(resume))
         return Path(resume), []
     remove_leftovers(output_dir / "checkpoints")
     remarks = []
     checkpoints = list_checkpoints(output_dir)
     for _, folder in reversed(checkpoints):
         try:
-            load_checkpoint(folder)
+            verify_checkpoint(folder)
         except DamagedCheckpoint as error:
             remarks.append(f"{error}; falling back to the one before it")
             continue

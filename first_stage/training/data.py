@@ -9,48 +9,53 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
 
-from first_stage.config.schema import Config
+from first_stage.config.schema import DataConfig, TrainConfig
 from first_stage.data import (
     Batch,
     Source,
     TrainingStream,
-    View,
     fingerprint,
     is_builtin,
-    open_source,
     spare_workers,
     split_source,
+    take_inventory,
     training_loader,
 )
+from first_stage.data.checks import refuse_shared
 from first_stage.data.shard_stream import ShardLoader, ShardStream, StreamSource, split_stream
-from first_stage.data.shards import Shard, ShardedRows, count_rows, find_shards
+from first_stage.data.shards import Shard, ShardedRows, count_rows, find_shards, shards_of
+from first_stage.distributed.accelerator import make_plain_accelerator
 from first_stage.distributed.memory import keep_freed_memory
-from first_stage.distributed.processes import Processes
-from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.distributed.processes import Processes, on_main, shared
+from first_stage.errors import ConfigError, DataError
 from first_stage.files import writing
-from first_stage.models.first_stage import FirstStage
 from first_stage.training.log import tracker_of
-from first_stage.training.run_folder import SHARDS
-from first_stage.training.step import Trainer
+from first_stage.training.run_folder import INVENTORY, SHARDS
+
+_ANY = None
+"""Of a data set of its own, the only split there is."""
 
 
-def make_accelerator(config: Config) -> Accelerator:
+def make_accelerator(train: TrainConfig, output_dir: str) -> Accelerator:
     """The accelerator, which joins the job's processes.
+
+    Args:
+        train: Says the precision and the tracker.
+        output_dir: Where the tracker writes.
 
     Raises:
         ConfigError: When precision or tracker cannot be had here.
     """
-    tracker, remark = tracker_of(config.train.tracker)
+    tracker, remark = tracker_of(train.tracker)
     # What torch offers instead would still copy buffers at the start, which is as good here, but
     # versions before 2.13 do not have it.
     warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     try:
-        accelerator = Accelerator(
-            mixed_precision=config.train.precision,
+        accelerator = make_plain_accelerator(
+            train.precision,
             log_with=tracker,
-            project_dir=config.output_dir,
+            project_dir=output_dir,
             # Buffers never differ between processes, and copying them in the critic's second
             # forward pass would change what its first one saved for the backward pass.
             kwargs_handlers=[
@@ -58,9 +63,7 @@ def make_accelerator(config: Config) -> Accelerator:
             ],
         )
     except ValueError as error:
-        raise ConfigError(
-            f"train.precision {config.train.precision!r} cannot be used: {error}"
-        ) from error
+        raise ConfigError(f"train.precision {train.precision!r} cannot be used: {error}") from error
     if remark and accelerator.is_main_process:
         print(remark, flush=True)
     if accelerator.device.type == "cpu":
@@ -70,51 +73,103 @@ def make_accelerator(config: Config) -> Accelerator:
     return accelerator
 
 
-def open_data(config: Config, processes: Processes | None = None) -> tuple[Source, Source | None]:
+def open_data(
+    data: DataConfig,
+    *,
+    seed: int,
+    batch_size: int,
+    folder: Path,
+    processes: Processes | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Source, Source | None]:
     """The samples to train on, and the held-out ones if there are any.
 
+    Files are listed and rows counted by the first process, for all.
+
     Args:
-        config: The run's configuration.
-        processes: The first one counts the rows of a stream's shards for all.
+        data: Which, and how they are divided.
+        seed: Of the division.
+        batch_size: Images per step; a stream holds as many rows ready.
+        folder: The run's, which remembers the rows of a stream's shards and lists the files.
+        processes: The first one lists files and counts rows for all.
+        say: Called with lines for the user: what was found, and what was left out.
+
+    Raises:
+        DataError: When there are no images, or held-out ones are trained on.
     """
-    data = config.data
-
-    def opened(path: str, split: Any) -> Source:
-        return open_source(path, data.image_column, split, data.split)
-
-    held_out = None
+    processes = processes or Processes()
+    opener = _Opener(data, folder, processes, say)
+    held_out: Source | None = None
     if data.validation_path is not None:
-        held_out = opened(data.validation_path, "validation")
+        split = data.validation_split or _ANY
+        held_out = opener.open(data.validation_path, "validation", split, "held_out.txt")
+    elif data.validation_split is not None:
+        held_out = opener.open(data.path, "validation", data.validation_split, "held_out.txt")
+    share = data.validation_share if held_out is None else 0.0
+    training: Source
     if data.streaming:
-        rows = _open_shards(config, processes or Processes())
-        share = data.validation_share if held_out is None else 0.0
+        rows = opener.rows(data.path, data.split, batch_size)
         training, spread = split_stream(rows, share)
-        return training, spread if held_out is None else held_out
-    if held_out is not None:
-        return opened(data.path, "train"), held_out
-    if is_builtin(data.path):
-        return opened(data.path, "train"), opened(data.path, "validation")
-    source = opened(data.path, "all")
-    if data.validation_share == 0:
-        return source, None
-    return split_source(source, data.validation_share, config.seed)
+        held_out = spread if held_out is None else held_out
+    elif is_builtin(data.path):
+        training = opener.open(data.path, "train", data.split, INVENTORY)
+        if held_out is None:
+            held_out = opener.open(data.path, "validation", data.split, INVENTORY)
+    else:
+        training = opener.open(data.path, "train", data.split, INVENTORY)
+        if share:
+            return split_source(training, share, seed)
+    if held_out is not None and share == 0.0 and not is_builtin(data.path):
+        found: Source = held_out
+        on_main(processes, lambda: refuse_shared(training, found))
+    return training, held_out
 
 
-def _open_shards(config: Config, processes: Processes) -> ShardedRows:
-    data = config.data
-    shards: list[Shard] = []
+class _Opener:
+    """Opens data for all processes.
 
-    def count() -> None:
-        urls, folder = find_shards(data.path, data.split), Path(config.output_dir)
-        with writing(folder, lambda: "Nothing was trained yet"):
-            shards.extend(count_rows(urls, folder / SHARDS))
+    Args:
+        data: How.
+        folder: The run's, for lists and counts.
+        processes: Those of the run.
+        say: Called with lines for the user.
+    """
 
-    on_main(processes, count)
-    counted = processes.gather(shards)[0]
-    return ShardedRows(data.path, counted, data.image_column, max(config.train.batch_size, 1))
+    def __init__(
+        self, data: DataConfig, folder: Path, processes: Processes, say: Callable[[str], None]
+    ):
+        self.data, self.folder, self.processes, self.say = data, folder, processes, say
+
+    def _once(self, make: Callable[[], Any]) -> Any:
+        with writing(self.folder, lambda: "Nothing was trained yet"):
+            return shared(self.processes, make)
+
+    def open(self, path: str, part: Any, split: str | None, file: str) -> Source:
+        """Samples that are read one by one; `file` of the run lists the files."""
+        listed = self.folder / file
+        return self.data.open_at(path, part, split, say=self.say, once=self._once, listed=listed)
+
+    def rows(self, path: str, split: str | None, batch_size: int) -> ShardedRows:
+        """The rows of shards that are streamed."""
+        shards = self._once(lambda: self._count(path, split))
+        for shard in shards:
+            if shard.problem:
+                self.say(f"{shard.name}: {shard.problem}; its first {shard.rows:,} are used")
+        return ShardedRows(path, shards, self.data.image_column, batch_size)
+
+    def _count(self, path: str, split: str | None) -> list[Shard]:
+        root: str | None = None
+        if "://" not in path and (inventory := take_inventory(path, split)).kind != "hub":
+            urls, root = shards_of(inventory), os.fsdecode(inventory.root)
+            inventory.write(self.folder / INVENTORY)
+            for line in inventory.lines():
+                self.say(line)
+        else:
+            urls = find_shards(path, split)
+        return count_rows(urls, self.folder / SHARDS, root)
 
 
-def agreed_fingerprint(config: Config, source: Source, processes: Processes) -> str:
+def agreed_fingerprint(source: Source, processes: Processes) -> str:
     """The data's fingerprint; on several machines each may have its own copy.
 
     Raises:
@@ -124,113 +179,51 @@ def agreed_fingerprint(config: Config, source: Source, processes: Processes) -> 
     for rank, other in enumerate(prints):
         if other != prints[0]:
             raise DataError(
-                f"data.path {config.data.path!r} is not the same everywhere: process {rank} sees "
+                f"data.path {source.name!r} is not the same everywhere: process {rank} sees "
                 "other samples than process 0. Give all machines the same files"
             )
     return str(prints[0])
 
 
-def open_stream(config: Config, source: Source, stage: FirstStage) -> TrainingStream:
+def open_stream(
+    source: Source, data: DataConfig, *, channels: int, seed: int, batch_size: int
+) -> TrainingStream:
     """The stream of training samples, for a first stage.
 
     Args:
-        config: The run's configuration.
         source: The samples, from `open_data`.
-        stage: Says how many channels, and how much posterior noise.
+        data: How they are seen.
+        channels: To read files into.
+        seed: Of order, crops and flips.
+        batch_size: Images per step.
     """
-    view = View(config.data.resolution, config.view_resize)
-    latent_shape = stage.latent_shape(config.data.resolution)
-    random_crop, flip = config.data.crop == "random", config.data.flip
+    view, reading = data.view(data.resolution), data.reading(channels)
+    random_crop = data.crop == "random"
     if isinstance(source, StreamSource):
         return ShardStream(
-            source, view, stage.in_channels, config.seed, latent_shape, config.train.batch_size,
-            config.data.shuffle_buffer, random_crop, flip,
-        )  # fmt: skip
-    return TrainingStream(
-        source, view, stage.in_channels, config.seed, latent_shape, random_crop, flip
-    )
+            source, view, reading, seed, batch_size, data.shuffle_buffer, random_crop, data.flip
+        )
+    return TrainingStream(source, view, reading, seed, random_crop, data.flip)
 
 
 def open_loader(
-    config: Config, stream: TrainingStream, positions: Iterable[list[int]], pin_memory: bool
+    stream: TrainingStream,
+    positions: Iterable[list[int]],
+    *,
+    workers: int | None,
+    pin_memory: bool,
 ) -> Iterable[Batch]:
     """Decode the samples at these positions, one list per micro-batch, in workers.
 
     Args:
-        config: The run's configuration.
         stream: From `open_stream`.
         positions: Those of this process.
+        workers: How many; `None`: one per core left over.
         pin_memory: Copy batches to page-locked memory, for a GPU.
     """
-    workers = config.data.workers
     if workers is None:
         workers = spare_workers()
     if isinstance(stream, ShardStream):
         per_step = getattr(positions, "micro_batches", 1)
         return ShardLoader(stream, positions, per_step, workers, pin_memory)
     return training_loader(stream, positions, workers, pin_memory)
-
-
-def introduction(trainer: Trainer, micro: int, samples: int, held_out: int) -> str:
-    """What a run says of itself before it begins.
-
-    Args:
-        trainer: Its trainer.
-        micro: Images per forward pass of a process.
-        samples: Images to train on.
-        held_out: Images held out.
-    """
-    config, stage = trainer.config, trainer.first_stage.network
-    world = trainer.processes.world
-    sizes = f"first stage of {_millions(stage)} parameters"
-    if trainer.critic is not None:
-        sizes += f", critic of {_millions(trainer.critic.network)}"
-    return (
-        f"{'1 process' if world == 1 else f'{world} processes'} on "
-        f"{_device(trainer)}, precision {config.train.precision}, batch of "
-        f"{config.train.batch_size} in micro-batches of {micro}\n"
-        f"{samples:,} images to train on, {held_out:,} held out, from {config.data.path}\n"
-        f"{sizes}, f{stage.downsample_factor}, {stage.latent_channels} latent channels"
-        f"{_phases(config)}"
-    )
-
-
-def _phases(config: Config) -> str:
-    """From where on only the decoder learns; nothing where the encoder does to the end."""
-    steps = config.train.encoder_steps
-    if steps is None or steps >= config.train.max_steps:
-        return ""
-    return f"; the decoder learns alone {f'from step {steps:,} on' if steps else 'from the start'}"
-
-
-def _device(trainer: Trainer) -> str:
-    """The device, and on a CPU what of it is used: accelerate gives a process one thread."""
-    device, world = trainer.accelerator.device.type, trainer.processes.world
-    if device != "cpu":
-        return device
-    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    text = f"cpu with {threads} thread{'s' if threads > 1 else ''}{' each' if world > 1 else ''}"
-    if (more := cores // world) > threads:
-        text += f" (OMP_NUM_THREADS={more} would use all {cores} cores)"
-    return text
-
-
-def _millions(module: nn.Module) -> str:
-    return f"{sum(p.numel() for p in module.parameters()) / 1e6:.2f} M"
-
-
-def on_main(processes: Processes, work: Callable[[], None]) -> None:
-    """Do something on the main process; what goes wrong there in words is raised on all.
-
-    Raises:
-        UserError: What the main process met.
-    """
-    problem: str | None = None
-    if processes.is_main:
-        try:
-            work()
-        except UserError as error:
-            problem = str(error)
-    told = processes.gather(problem)[0]
-    if told is not None:
-        raise UserError(told)

@@ -2,11 +2,17 @@
 
 from pathlib import Path
 
-from diffusers import AutoencoderKL
-
 from first_stage.config.schema import Config
 from first_stage.evaluation import Evaluation, save
-from first_stage.handover.export import LatentStatistics, model_card, write_export
+from first_stage.evaluation.grids import save_gif
+from first_stage.handover.export import (
+    LatentStatistics,
+    model_card,
+    needs_float32,
+    write_export,
+)
+from first_stage.handover.public import public_config, public_name
+from first_stage.models.first_stage import FirstStage
 from first_stage.report import write_report
 from first_stage.training import run_folder as files
 from first_stage.training.resume import recipe
@@ -14,37 +20,42 @@ from first_stage.training.resume import recipe
 
 def hand_over(
     config: Config,
-    vae: AutoencoderKL,
+    first_stage: FirstStage,
     statistics: LatentStatistics,
     metrics: dict[str, float],
     found: Evaluation,
+    cell: int,
 ) -> None:
     """Write the export and the report of a run.
 
     Args:
         config: The run's configuration.
-        vae: The averaged weights.
+        first_stage: With the averaged weights.
         statistics: Of their latents.
         metrics: Of the held-out images, for the card.
         found: What a closer look at some images found, for the report.
+        cell: Side of one image in the pictures of the run, in pixels.
     """
     folder = Path(config.output_dir)
-    picture = files.list_frames(folder)[-1][1]
+    frames = files.list_frames(folder)
+    picture = frames[-1][1]
+    save_gif([(f"step {step}", file) for step, file in frames], cell, folder / files.GIF)
     kept = None
     if config.model.pretrained is not None and config.train.encoder_steps == 0:
-        kept = (vae.config.scaling_factor, vae.config.shift_factor or 0.0)
+        kept = first_stage.scaling_and_shift
     card = model_card(
         statistics,
-        data=config.data.path,
-        recipe=recipe(config),
+        data=public_name(config.data.path),
+        recipe=recipe(public_config(config)),
         metrics=metrics,
         steps=config.train.max_steps,
         images_seen=config.train.max_steps * config.train.batch_size,
-        downsample_factor=2 ** (len(vae.config.block_out_channels) - 1),
+        downsample_factor=first_stage.downsample_factor,
         picture="reconstructions.png",
         kept=kept,
+        force_upcast=needs_float32(first_stage.model, statistics),
     )
     extras: dict[str, str | Path] = {"README.md": card, "reconstructions.png": picture}
-    write_export(vae, statistics, folder / files.EXPORT, extras, kept)
+    write_export(first_stage, statistics, folder / files.EXPORT, extras, kept)
     save(found, folder / files.EVALUATION)
     write_report(folder)

@@ -1,6 +1,7 @@
 """What a run writes down: log.jsonl, the tracker, and the progress bar."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from accelerate.utils import is_tensorboard_available
 from tqdm import tqdm
 
 from first_stage.errors import ConfigError
-from first_stage.files import write_text
+from first_stage.files import read_log, write_text
 
 
 def tracker_of(name: str) -> tuple[str | None, str | None]:
@@ -57,7 +58,7 @@ class Logbook:
         self.path = path
         self._accelerator = accelerator
         last = -1 if resumed_at is None else resumed_at
-        kept = [json.dumps(line) + "\n" for line in read_log(self.path) if line["step"] <= last]
+        kept = [_line(line) for line in read_log(self.path) if line["step"] <= last]
         write_text(self.path, "".join(kept))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
@@ -65,11 +66,13 @@ class Logbook:
 
         Args:
             step: Steps done.
-            values: Names such as `loss/pixel`, their group before the slash.
+            values: Names such as `loss/pixel`, their group before the slash. What is not finite is
+                written as null, and kept from the tracker: JSON has no word for it.
         """
         with self.path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": step, **values}) + "\n")
-        self._accelerator.log(dict(values), step=step)
+            stream.write(_line({"step": step, **values}))
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._accelerator.log(finite, step=step)
 
     def sync(self) -> None:
         """Make the lines so far survive a power cut: a checkpoint that is kept relies on them."""
@@ -81,17 +84,13 @@ class Logbook:
         self._accelerator.log(dict(values), step=step)
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl`; a last line that was cut off is left out."""
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+def _line(values: Mapping[str, Any]) -> str:
+    """A line of JSON, without the words that JSON does not have."""
+    plain = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in values.items()
+    }
+    return json.dumps(plain, allow_nan=False) + "\n"
 
 
 class Progress:

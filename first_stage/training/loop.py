@@ -3,88 +3,62 @@
 import contextlib
 import time
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from torch import Tensor
 
-from first_stage.config.schema import Config, factor_problems, micro_batch_size, to_dict
+from first_stage.config.checks import check, factor_problems, micro_batch_size
+from first_stage.config.parsing import to_dict
+from first_stage.config.schema import Config
 from first_stage.data import (
     Batch,
     BrokenFiles,
     StepSampler,
-    View,
     fixed_images,
     images_from_pixels,
     loader_fault,
     start_loader,
 )
-from first_stage.distributed.processes import Processes, StopRequest, end_with_launcher
+from first_stage.data.checks import value_remark
+from first_stage.distributed.processes import (
+    Processes,
+    Stopped,
+    StopRequest,
+    end_with_launcher,
+    on_main,
+)
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.evaluation import HeldImages, Options, evaluate
-from first_stage.evaluation.grids import save_gif, save_png
+from first_stage.evaluation.grids import save_png
 from first_stage.files import write_text, writing
 from first_stage.handover.export import measure_latents
 from first_stage.metrics.training import Watch, derived
+from first_stage.models.loading import fingerprint_weights, load_autoencoder
+from first_stage.report import write_report
+from first_stage.spans import span
 from first_stage.training import run_folder as files
 from first_stage.training.checkpoint import (
-    find_checkpoint,
-    load_checkpoint,
+    read_checkpoint,
     save_checkpoint,
     set_aside,
 )
 from first_stage.training.data import (
     agreed_fingerprint,
-    introduction,
     make_accelerator,
-    on_main,
     open_data,
     open_loader,
     open_stream,
 )
+from first_stage.training.endings import Ending, Outcome, diverged, memory_told, what_is_saved
 from first_stage.training.finish import hand_over
+from first_stage.training.introduction import draw_first_batch, introduction
 from first_stage.training.log import Logbook, Progress
-from first_stage.training.resume import check_resumable, lasting, recipe
+from first_stage.training.profiling import StepProfiler
+from first_stage.training.resume import as_saved, check_resumable, find_start, lasting, recipe
 from first_stage.training.step import Trainer
 from first_stage.training.validation import draw_grid, validate
-
-
-class TrainingDiverged(UserError):
-    """A loss or gradient stopped being a number."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended.
-
-    Attributes:
-        finished: Whether all steps were done; otherwise a signal stopped it.
-        step: Steps done.
-        metrics: Of the held-out images, when it finished.
-        held_out: Number of held-out images.
-        processes: How many took part.
-    """
-
-    finished: bool
-    step: int
-    metrics: dict[str, float]
-    held_out: int
-    processes: int
-
-
-@dataclass(frozen=True)
-class Ending:
-    """Whether the loop ends before its last step.
-
-    Attributes:
-        now: It does.
-        fault: What went wrong, in some process; `None` when a signal asked.
-    """
-
-    now: bool
-    fault: UserError | None = None
 
 
 def train(config: Config) -> Outcome:
@@ -101,14 +75,35 @@ def train(config: Config) -> Outcome:
         UserError: For anything in the configuration, data or files that cannot work, and when
             another process of the job ended before its time.
     """
+    check(config)
     end_with_launcher()
-    with StopRequest() as stop:
-        accelerator = make_accelerator(config)
-        processes = Processes(config.train.process_timeout)
-        with processes.together(), files.locked(Path(config.output_dir), processes.is_main):
-            outcome = Run(config, accelerator, processes, stop).fit()
+    with StopRequest(at_once=True) as stop:
+        try:
+            accelerator = make_accelerator(config.train, config.output_dir)
+            processes = Processes(config.train.process_timeout)
+            outcome = _train(config, accelerator, processes, stop)
+        except Stopped:
+            return Outcome(False, 0, {}, 0, 1)
         accelerator.end_training()
     return outcome
+
+
+def _train(
+    config: Config, accelerator: Accelerator, processes: Processes, stop: StopRequest
+) -> Outcome:
+    folder, run = Path(config.output_dir), None
+
+    def saved() -> str:
+        return run.saved_so_far() if run is not None else what_is_saved(folder, 0, 1)
+
+    with (
+        processes.together(),
+        files.locked(folder, processes.is_main),
+        files.earlier_run_kept(folder, processes.is_main),
+        memory_told(config, processes.world, saved),
+    ):
+        run = Run(config, accelerator, processes, stop)
+        return run.fit()
 
 
 class Run:
@@ -130,27 +125,48 @@ class Run:
         self.micro = micro_batch_size(config, processes.world)
         resume = config.resume is not None
         on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
-        self.source, held_out = open_data(config, processes)
-        self.fingerprint = agreed_fingerprint(config, self.source, processes)
+        start, remarks = find_start(config, processes)
+        for remark in remarks:
+            self._say(remark)
+        sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
+        self.source, held_out = open_data(
+            config.data, folder=self.folder, processes=processes, say=self._say, **sizes
+        )
+        self.fingerprint = agreed_fingerprint(self.source, processes)
         self.held_out = len(held_out) if held_out is not None else 0
-        self.trainer = Trainer(config, accelerator, processes)
+        self.trainer = Trainer(as_saved(config, start), accelerator, processes)
         stage = self.trainer.first_stage.network
         for problem in factor_problems(config, stage.downsample_factor):
             raise ConfigError(problem)
-        self.stream = open_stream(config, self.source, stage)
+        self.origin: str | None = None
+        if config.model.pretrained is not None:
+            layout = {"family": stage.family.name, **stage.family.layout(stage.model)}
+            self.config = replace(config, model=replace(config.model, **layout))
+            if start is None and processes.is_main:  # which saves it for all
+                self.origin = fingerprint_weights(stage.model)
+        self.stream = open_stream(self.source, config.data, channels=stage.in_channels, **sizes)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
-            View(*config.validation_view),
-            stage.in_channels,
+            config.held_out_view,
+            config.data.reading(stage.in_channels),
             config.validation.images,
             config.seed,
         )
         self.watch = Watch()
         self.broken = BrokenFiles(self.folder / files.BROKEN, config.data.max_broken)
-        self.resumed_at = self._resume()
+        self.resumed_at = self._resume(start)
         self.saved = self.resumed_at or 0
         self.logbook = self._open_logbook()
-        self._say(introduction(self.trainer, self.micro, len(self.source), self.held_out))
+        if processes.is_main and (remark := value_remark(self.source, self.stream.reading)):
+            self._say(remark)
+        self._say(
+            introduction(
+                self.trainer,
+                micro=self.micro,
+                samples=len(self.source),
+                held_out=self.held_out,
+            )
+        )
 
     def fit(self) -> Outcome:
         """Train to the last step, or until a signal asks to stop; then export.
@@ -161,15 +177,21 @@ class Run:
         """
         train = self.config.train
         metrics = self._validate(0) if self.resumed_at is None else {}
+        self.stop.defer()  # until here there is nothing to save
         done, ending = self.saved, Ending(False)
         batches = self._load(self._positions(done))
         progress = Progress(done, train.max_steps, train.batch_size, self.processes.is_main)
-        with contextlib.closing(progress), contextlib.closing(batches):
+        profiler = StepProfiler(train.profile_steps, self.folder / files.PROFILE)
+        with contextlib.closing(progress), contextlib.closing(batches), profiler.running():
             while done < train.max_steps:
+                if (trace := profiler.begin_step(done)) is not None:
+                    progress.say(f"trace of steps {train.profile_steps}: {trace}")
                 micro_batches, fault = self._next(batches, progress)
                 ending = self._agree(micro_batches, fault)
                 if ending.now:
                     break
+                if done == 0:
+                    self._draw(micro_batches[0])
                 self.trainer.training_step(done, micro_batches)
                 done += 1
                 last = done == train.max_steps
@@ -183,7 +205,9 @@ class Run:
         if done != self.saved:
             self._save(done)
         if ending.fault is not None:
-            raise type(ending.fault)(f"{ending.fault}. {self._what_is_saved()}")
+            raise type(ending.fault)(f"{ending.fault}. {self.saved_so_far()}")
+        if summary := self.broken.summary():
+            self._say(summary)
         finished = done == train.max_steps
         if finished:
             metrics = metrics or self._measure()
@@ -204,7 +228,8 @@ class Run:
 
     def _load(self, positions: Iterable[list[int]]) -> Generator[Batch, None, None]:
         pin = self.accelerator.device.type == "cuda"
-        return start_loader(open_loader(self.config, self.stream, positions, pin))
+        workers = self.config.data.workers
+        return start_loader(open_loader(self.stream, positions, workers=workers, pin_memory=pin))
 
     def _next(
         self, batches: Iterator[Batch], progress: Progress
@@ -212,7 +237,8 @@ class Run:
         """This process's micro-batches of a step, or why there are none."""
         began = time.perf_counter()
         try:
-            micro_batches = [next(batches) for _ in range(self._positions(0).micro_batches)]
+            with span("data"):
+                micro_batches = [next(batches) for _ in range(self._positions(0).micro_batches)]
         except (UserError, RuntimeError, OSError, EOFError) as error:
             fault = loader_fault(error, self.processes.rank)
             if fault is None:
@@ -246,6 +272,12 @@ class Run:
             return Ending(True, error)
         return Ending(False)
 
+    def _draw(self, batch: Batch) -> None:
+        """Write the first crops, as the network gets them, as a picture."""
+        if self.processes.is_main:
+            with self._writing():
+                draw_first_batch(batch.pixels, self.folder / files.FIRST_BATCH)
+
     def _log(self, step: int, progress: Progress) -> None:
         self._check_finite()
         values = derived(self.trainer.meter.averages(self.processes.average))
@@ -266,19 +298,20 @@ class Run:
         """Metrics of the held-out images."""
         if not self.held_out:
             return {}
-        with self.trainer.ema_weights() as vae:
-            return validate(vae, self.shown, self.processes, self.micro)
+        with self.trainer.ema_weights() as stage:
+            return validate(stage, self.shown, self.processes, self.micro)
 
     def _validate(self, step: int) -> dict[str, float]:
         """Measure the held-out images, and add a line to the log and a frame to the pictures."""
         metrics = self._measure()
         if self.processes.is_main:
-            with self.trainer.ema_weights() as vae:
-                picture = draw_grid(vae, self.shown, self.config.validation.pictures)
+            with self.trainer.ema_weights() as stage:
+                picture = draw_grid(stage, self.shown, self.config.validation.pictures)
             with self._writing():
                 save_png(picture, files.frame_path(self.folder, step))
                 if metrics and self.logbook is not None:
                     self.logbook.write(step, {f"validation/{k}": v for k, v in metrics.items()})
+                write_report(self.folder)
         return metrics
 
     def _check_finite(self) -> None:
@@ -286,13 +319,7 @@ class Run:
         found = self.trainer.meter.first_bad(self.processes.minimum)
         if found is None:
             return
-        step, names = found
-        saved = find_checkpoint(self.folder, "latest")[0]
-        raise TrainingDiverged(
-            f"{', '.join(names)} stopped being finite at step {step}; "
-            + (f"the last good checkpoint is {saved}" if saved else "no checkpoint was due yet")
-            + ". Lower train.learning_rate or the weight of that term, or use train.precision no"
-        )
+        raise diverged(self.folder, *found)
 
     def _save(self, step: int) -> None:
         self._check_finite()
@@ -302,40 +329,40 @@ class Run:
             "data_fingerprint": self.fingerprint,
             "samples": len(self.source),
             "broken": self.broken.state_dict(),
+            "pretrained_fingerprint": self.origin,
         }
         if self.logbook is not None:
             with self._writing():
                 self.logbook.sync()
                 keep = self.config.train.keep_checkpoints
-                save_checkpoint(self.folder, snapshot, self.trainer.ema_weights, keep)
-                frames = [(f"step {done}", file) for done, file in files.list_frames(self.folder)]
-                save_gif(frames, self.shown.pixels.shape[1], self.folder / files.GIF)
+                save_checkpoint(self.folder, snapshot, self.trainer.averaged_model, keep)
+                files.first_saved(self.folder)
         self.processes.wait()
         self.saved = step
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return writing(self.folder, self._what_is_saved)
+        return writing(self.folder, self.saved_so_far)
 
-    def _what_is_saved(self) -> str:
+    def saved_so_far(self) -> str:
         """How the user goes on after an accident."""
-        if self.saved == 0:
-            return "No step had been saved yet"
-        command = files.resume_command(self.folder, self.processes.world)
-        return f"Everything up to step {self.saved} is saved; go on with: {command}"
+        return what_is_saved(self.folder, self.saved, self.processes.world)
 
     def _hand_over(self, metrics: dict[str, float]) -> None:
         """Measure latents and reconstructions once more, and write the export and the report."""
         held = "held out" if self.held_out else "trained on"
         images = HeldImages(self.shown, f"{self.config.data.path}, {held}")
         options = Options(batch_size=self.micro)
-        with self.trainer.ema_weights() as vae:
+        with self.trainer.ema_weights() as stage:
             statistics = measure_latents(
-                vae, self._first_images(self.config.export.images), self.processes
+                stage, self._first_images(self.config.export.images), self.processes
             )
-            found = evaluate([("this run", vae)], images, options, self.processes, self.config.seed)
+            found = evaluate(
+                [("this run", stage)], images, options, self.processes, self.config.seed
+            )
             if self.processes.is_main:
                 with self._writing():
-                    hand_over(self.config, vae, statistics, metrics, found)
+                    cell = self.shown.pixels.shape[1]
+                    hand_over(self.config, stage, statistics, metrics, found, cell)
         self.processes.wait()
 
     def _first_images(self, count: int) -> Iterator[Tensor]:
@@ -347,33 +374,24 @@ class Run:
 
     # -- before the loop ---------------------------------------------------------------------
 
-    def _resume(self) -> int | None:
-        """Restore the checkpoint that `resume` names; returns the steps done."""
-        if self.config.resume is None:
-            return None
-        found: tuple[Path | None, list[str]] = (None, [])
-
-        def find() -> None:
-            nonlocal found
-            found = find_checkpoint(self.folder, str(self.config.resume))
-
-        on_main(self.processes, find)
-        path, remarks = self.processes.gather(found)[0]
-        for remark in remarks:
-            self._say(remark)
+    def _resume(self, path: Path | None) -> int | None:
+        """Restore a checkpoint that was verified; returns the steps done."""
         if path is None:
-            self._say(f"no checkpoint in {self.folder} yet: starting at step 0")
-            self.broken.load_state_dict(self.broken.state_dict(), write=self.processes.is_main)
+            if self.config.resume is not None:
+                self.broken.load_state_dict(self.broken.state_dict(), write=self.processes.is_main)
             return None
-        snapshot = load_checkpoint(path)
+        snapshot = read_checkpoint(path)
         changes = check_resumable(
-            self.config, self.fingerprint, len(self.source), snapshot, str(path)
+            self.config,
+            snapshot,
+            checkpoint=str(path),
+            fingerprint=self.fingerprint,
+            samples=len(self.source),
         )
         if changes:
             self._say(f"changed since the checkpoint was written:\n{changes}")
-        self.trainer.restore(
-            snapshot, AutoencoderKL.from_pretrained(path / "ema", use_safetensors=True)
-        )
+        self.trainer.restore(snapshot, load_autoencoder(str(path / "ema")))
+        self.origin = snapshot.state.get("pretrained_fingerprint")
         self.broken.load_state_dict(snapshot.state["broken"], write=self.processes.is_main)
         self._say(f"resuming at step {snapshot.step} from {path}")
         if self.processes.is_main:

@@ -3,47 +3,23 @@
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from first_stage.config.schema import Config, to_dict
-from first_stage.errors import ConfigError, DataError
-from first_stage.training.checkpoint import Snapshot
+from first_stage.config.parsing import to_dict
+from first_stage.config.schema import Config
+from first_stage.config.types import changeable
+from first_stage.distributed.processes import Processes, on_main
+from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.models.families import LAYOUT
+from first_stage.models.loading import fingerprint_weights, load_autoencoder
+from first_stage.training.checkpoint import Snapshot, find_checkpoint
 
-MAY_CHANGE = (
-    "output_dir",
-    "overwrite",
-    "resume",
-    # The samples are compared by their fingerprint, wherever they lie now.
-    "data.path",
-    "data.validation_path",
-    "data.workers",
-    "data.max_broken",
-    "model.gradient_checkpointing",
-    "critic.learning_rate",
-    "train.max_steps",
-    "train.micro_batch_size",
-    "train.learning_rate",
-    "train.weight_decay",
-    "train.warmup_steps",
-    "train.decay_steps",
-    "train.final_rate",
-    "train.clip_norm",
-    "train.precision",
-    "train.ema_decay",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "train.tracker",
-    "train.process_timeout",
-    "validation",
-    "export",
-)
-"""Fields, and groups of fields, that a run may go on with at another value. Everything else says
-what is trained on what: with another value the result would be neither the one run nor the other.
-"""
-_SILENT = ("output_dir", "overwrite", "resume")
+MAY_CHANGE = tuple(changeable(Config))
+"""Fields, and sections, that a run may go on with at another value; the schema marks them."""
+_SILENT = ("output_dir", "overwrite", "plan", "resume")
 _ABSENT = object()
 
 
@@ -67,9 +43,48 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     return changed
 
 
+def find_start(config: Config, processes: Processes) -> tuple[Path | None, list[str]]:
+    """The checkpoint that a run goes on from: found and verified by one process for all.
+
+    Args:
+        config: The run's configuration.
+        processes: All of them must call this.
+
+    Returns:
+        Its folder, or `None` for a run that begins; and remarks for the user.
+
+    Raises:
+        UserError: When the named checkpoint is not one, or every checkpoint is damaged.
+    """
+    if config.resume is None:
+        return None, []
+    folder, resume = Path(config.output_dir), str(config.resume)
+    found: tuple[Path | None, list[str]] = (None, [])
+
+    def find() -> None:
+        nonlocal found
+        found = find_checkpoint(folder, resume)
+        if found[0] is None:
+            found[1].append(f"no checkpoint in {folder} yet: starting at step 0")
+
+    on_main(processes, find)
+    return processes.gather(found)[0]  # type: ignore[no-any-return]
+
+
+def as_saved(config: Config, checkpoint: Path | None) -> Config:
+    """The configuration to build the networks from.
+
+    A checkpoint holds all of a fine-tuned first stage, also its layout: what it once began from may
+    be gone by now.
+    """
+    if checkpoint is None or config.model.pretrained is None:
+        return config
+    return replace(config, model=replace(config.model, pretrained=str(checkpoint / "ema")))
+
+
 def lasting(config: Config) -> Config:
     """The configuration without what concerns only how one command began."""
-    return replace(config, resume=None, overwrite=False)
+    return replace(config, resume=None, overwrite=False, plan=False)
 
 
 def recipe(config: Config) -> str:
@@ -78,16 +93,16 @@ def recipe(config: Config) -> str:
 
 
 def check_resumable(
-    config: Config, fingerprint: str, samples: int, snapshot: Snapshot, checkpoint: str
+    config: Config, snapshot: Snapshot, *, checkpoint: str, fingerprint: str, samples: int
 ) -> str:
     """Whether a run is the one that a checkpoint belongs to.
 
     Args:
         config: The run's configuration.
-        fingerprint: Of its data.
-        samples: How many there are to train on.
         snapshot: The checkpoint's contents.
         checkpoint: Where it lies, for messages.
+        fingerprint: Of the run's data.
+        samples: How many there are to train on.
 
     Returns:
         What has changed and may change, one line per field; empty when nothing has.
@@ -97,7 +112,13 @@ def check_resumable(
         DataError: When the data set is another one.
     """
     state = snapshot.state
-    changes = changed_fields(state["config"], to_dict(config), to_dict(Config()), checkpoint)
+    before, now = state["config"], to_dict(config)
+    if config.model.pretrained is not None and before["model"]["pretrained"] is not None:
+        _check_origin(config.model.pretrained, before["model"]["pretrained"], state, checkpoint)
+        # The layout is that of the weights, whatever the recipe says of it.
+        same = {name: now["model"][name] for name in (*LAYOUT, "pretrained")}
+        before = {**before, "model": {**before["model"], **same}}
+    changes = changed_fields(before, now, to_dict(type(config)()), checkpoint)
     if state["data_fingerprint"] != fingerprint:
         raise DataError(
             f"the data set {config.data.path!r} has changed since the checkpoint {checkpoint}: "
@@ -112,6 +133,27 @@ def check_resumable(
             f"checkpoint {checkpoint}: raise it, or resume from an earlier checkpoint"
         )
     return changes
+
+
+def _check_origin(name: str, then: str, state: Mapping[str, Any], checkpoint: str) -> None:
+    """Whether a fine-tuned run still begins from the same weights, wherever they lie now.
+
+    Raises:
+        ConfigError: When another first stage is named, or one that cannot be looked at.
+    """
+    if name == then:
+        return
+    line = f"model.pretrained ({json.dumps(then)} -> {json.dumps(name)})"
+    advice = f"put {then!r} back; it need not be there any more, the checkpoint holds everything"
+    try:
+        found = fingerprint_weights(load_autoencoder(name, field="model.pretrained"))
+    except UserError as error:
+        raise ConfigError(f"{line} cannot be compared: {error}; {advice}") from error
+    if found != state.get("pretrained_fingerprint"):
+        raise ConfigError(
+            f"the checkpoint {checkpoint} was trained from other weights than {line}: {advice}, or "
+            "begin a new run in another output_dir"
+        )
 
 
 def changed_fields(

@@ -1,16 +1,16 @@
 """The folder of a run: what lies where, and whether a new run may write into it."""
 
 import contextlib
-import errno
 import os
-import shlex
-import shutil
-import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from first_stage.command_line import command_line
 from first_stage.errors import ConfigError
 from first_stage.files import remove_leftovers
+from first_stage.locks import RecordLock
+from first_stage.training import overwrite as earlier
 
 CONFIG = "config.yaml"
 LOG = "log.jsonl"
@@ -21,8 +21,11 @@ EXPORT = "export"
 EVALUATION = "evaluation"
 CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
+FIRST_BATCH = "pictures/first-batch.png"
 TRACKER = "tracker"
-SHARDS = "shards.json"
+PROFILE = "profile"
+SHARDS = "shards"
+INVENTORY = "files.txt"
 LOCK = ".lock"
 _ALL = (
     CONFIG,
@@ -35,7 +38,10 @@ _ALL = (
     CHECKPOINTS,
     PICTURES,
     TRACKER,
+    PROFILE,
     SHARDS,
+    INVENTORY,
+    "held_out.txt",
 )
 
 
@@ -44,7 +50,8 @@ def prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:
 
     Args:
         folder: The run's folder.
-        overwrite: Remove an earlier run's files; nothing else in the folder is touched.
+        overwrite: Set an earlier run's files aside until `first_saved` or `ended`; nothing else in
+            the folder is touched.
         resume: The earlier run goes on.
 
     Raises:
@@ -59,20 +66,58 @@ def prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:
         raise ConfigError(
             f"output_dir {str(folder)!r} cannot be written: {error.strerror or error}"
         ) from error
+    earlier.settle(folder)
     if resume:
         for place in (folder, folder / CHECKPOINTS, folder / PICTURES):
             if place.is_dir():
                 remove_leftovers(place)
         return
-    present = [name for name in _ALL if (folder / name).exists()]
-    if present and not overwrite:
+    if overwrite:
+        earlier.set_aside(folder, _present(folder))
+        return
+    ended(folder)  # a run that was killed before it had saved anything
+    if present := _present(folder):
         raise ConfigError(
             f"output_dir {str(folder)!r} already holds a run ({', '.join(present)}): go on with "
             "--resume latest, replace it with --overwrite true, or choose another folder"
         )
-    for name in present:
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def first_saved(folder: Path) -> None:
+    """Delete the run that this one replaces: from here on this one can go on by itself."""
+    earlier.let_go(folder)
+
+
+@contextlib.contextmanager
+def earlier_run_kept(folder: Path, wanted: bool = True) -> Iterator[None]:
+    """Put the run back that this one was to replace, if this one ends before it saved anything.
+
+    Args:
+        folder: The run's folder.
+        wanted: Do nothing when false: one process of a job does it for all.
+    """
+    try:
+        yield
+    finally:
+        if wanted and (told := ended(folder)):
+            print(told, file=sys.stderr, flush=True)
+
+
+def ended(folder: Path) -> str | None:
+    """Put the run back that this one was to replace, if this one has saved nothing.
+
+    Returns:
+        What was done, for the user; `None` when there was nothing to do.
+    """
+    return earlier.put_back(folder, _present(folder))
+
+
+def _present(folder: Path) -> list[str]:
+    """What of a run is in a folder, links that lead nowhere too; what a plan left is no run."""
+    found = [name for name in _ALL if os.path.lexists(folder / name)]
+    if set(found) <= {PICTURES, SHARDS, INVENTORY} and not list_frames(folder):
+        return []
+    return found
 
 
 @contextlib.contextmanager
@@ -86,41 +131,17 @@ def locked(folder: Path, wanted: bool = True) -> Iterator[None]:
     Raises:
         ConfigError: When another process holds it, with its name.
     """
-    handle = _take_lock(folder) if wanted else None
-    try:
+    with contextlib.ExitStack() as held:
+        if wanted:
+            with contextlib.suppress(OSError):  # `prepare_folder` says what is wrong with it
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = held.enter_context(RecordLock(folder / LOCK))
+                if holder := lock.take():
+                    raise ConfigError(
+                        f"output_dir {str(folder)!r} is being written by another run ({holder}): "
+                        "end that one first, or choose another folder"
+                    )
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _take_lock(folder: Path) -> int | None:
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such thing
-        return None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError:
-        return None  # `prepare_folder` says what is wrong with the folder
-    try:
-        # Of the two kinds this one belongs to the process: what it forks, such as the workers that
-        # decode images, does not hold the lock any longer than it lives itself.
-        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.read(handle, 200).decode(errors="replace").strip()
-        os.close(handle)
-        if error.errno in (errno.EAGAIN, errno.EACCES):
-            raise ConfigError(
-                f"output_dir {str(folder)!r} is being written by another run ({holder}): end that "
-                "one first, or choose another folder"
-            ) from error
-        return None  # a file system without locks
-    with contextlib.suppress(OSError):  # a full disk is told where something is lost by it
-        os.ftruncate(handle, 0)
-        os.write(handle, f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
-    return handle
 
 
 def resume_command(folder: Path, world: int = 1) -> str:
@@ -130,9 +151,8 @@ def resume_command(folder: Path, world: int = 1) -> str:
         folder: The run's folder.
         world: Number of processes it had.
     """
-    count = f"--num_processes {world} " if world > 1 else ""
-    config = shlex.quote(str(folder / CONFIG))
-    return f"accelerate launch {count}scripts/train.py --config {config} --resume latest"
+    line = ("--config", folder / CONFIG, "--resume", "latest")
+    return command_line("train", *line, processes=world)
 
 
 def frame_path(folder: Path, step: int) -> Path:

@@ -16,7 +16,8 @@ from first_stage.seeding import Purpose, generator
 from latent_tools.build.encoder import BatchSplitter
 from latent_tools.build.images import DecodedPortion
 from latent_tools.build.unit import EncodedPortion
-from latent_tools.format.shards import DTYPES
+from latent_tools.format.manifest import Representation
+from latent_tools.format.shards import DTYPES, Dtype
 
 _CHECKED = 2
 """Samples per unit that are encoded in float32 too, where the precision is less."""
@@ -80,7 +81,13 @@ class PortionEncoder:
     """
 
     def __init__(
-        self, splitter: BatchSplitter, representation: str, dtype: str, flip: bool, seed: int
+        self,
+        splitter: BatchSplitter,
+        *,
+        representation: Representation,
+        dtype: Dtype,
+        flip: bool,
+        seed: int,
     ):
         self.splitter, self.encoder = splitter, splitter.encoder
         self.representation, self.dtype, self.flip, self.seed = representation, dtype, flip, seed

@@ -1,13 +1,14 @@
-"""Any diffusers image autoencoder as one function: images -> what the cache stores, in float32."""
+"""The passes through a first stage's encoder: images -> what the cache stores, in float32."""
 
 import contextlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from first_stage.data import CHANNELS
-from latent_tools.build.options import Precision
+from first_stage.config.types import Precision
+from first_stage.errors import first_line
+from first_stage.models.first_stage import FirstStage
 from latent_tools.format.files import CacheError
 
 _PROBE_SIDE = 128  # a multiple of every published image autoencoder's downsample factor
@@ -21,71 +22,55 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
-class Encoder:
-    """The encoder side of a first stage.
+class LatentEncoder:
+    """A first stage's encoder as a launch uses it: in a precision, compiled if asked for.
 
     Args:
-        autoencoder: A diffusers autoencoder with `encode`: one with a posterior (`AutoencoderKL`)
-            or without (`AutoencoderTiny`, `VQModel`, `AutoencoderDC`).
-        name: Its folder or hub id, for messages.
-        device: Where it runs, in the channels-last layout.
+        first_stage: In float32; it is put into eval mode, the channels-last layout, and on the
+            device.
+        device: Where it runs.
         precision: Autocast type. With `fp16` a first stage whose config says `force_upcast` runs
             in float32, as in diffusers' pipelines.
         compile: Use `torch.compile`, once per shape.
 
     Raises:
-        CacheError: When it does not encode images.
+        CacheError: When images cannot be read into its channels, or it does not encode them.
     """
 
     def __init__(
         self,
-        autoencoder: nn.Module,
-        name: str,
+        first_stage: FirstStage,
         device: torch.device,
         precision: Precision = "no",
         compile: bool = False,
     ):
-        config: Any = getattr(autoencoder, "config", {})
+        config: Any = getattr(first_stage.model, "config", {})
         self.is_upcast = precision == "fp16" and bool(config.get("force_upcast", False))
         self.precision: Precision = "no" if self.is_upcast else precision
-        self.device = device
-        self.in_channels = int(config.get("in_channels", 3))
-        if self.in_channels not in CHANNELS:
-            raise CacheError(
-                f"the first stage {name!r} has {self.in_channels} input channels; image files are "
-                "read into 1, 3 or 4"
-            )
-        self._autoencoder = autoencoder.to(device).eval().requires_grad_(False)
+        self.device, self.first_stage = device, first_stage
+        first_stage.to(device).eval().requires_grad_(False)
         # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
-        self._autoencoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._encode = self._parameters
-        self._probe(name)
+        first_stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._encode = self._moments
+        self.has_posterior = self._probe()
         if compile:
-            self._encode = torch.compile(self._parameters, dynamic=False)
+            self._encode = torch.compile(self._moments, dynamic=False)
 
-    def _probe(self, name: str) -> None:
-        image = torch.zeros(1, self.in_channels, _PROBE_SIDE, _PROBE_SIDE, device=self.device)
+    @torch.inference_mode()
+    def _probe(self) -> bool:
+        """Whether there is a posterior; an encoder that fails does so before the long work."""
+        stage = self.first_stage
+        image = torch.zeros(1, stage.in_channels, _PROBE_SIDE, _PROBE_SIDE, device=self.device)
         try:
-            with torch.inference_mode():
-                output = self._autoencoder.encode(image, return_dict=False)[0]  # type: ignore[operator]
-                self.has_posterior = hasattr(output, "logvar")
-                parameters = self._parameters(image)
+            return stage.encode(image).logvar is not None
         except Exception as error:
-            kind = type(self._autoencoder).__name__
             raise CacheError(
-                f"the first stage {name!r} ({kind}) does not encode images: "
-                f"{(str(error).splitlines() or [type(error).__name__])[0]}"
+                f"the first stage {stage.name!r} ({type(stage.model).__name__}) does not encode "
+                f"images: {first_line(error)}"
             ) from error
-        if parameters.ndim != 4:
-            raise CacheError(f"the first stage {name!r} gives latents of shape {parameters.shape}")
-        self.latent_channels = parameters.shape[1] // (2 if self.has_posterior else 1)
-        self.factor = _PROBE_SIDE // parameters.shape[-1]
 
-    def _parameters(self, images: Tensor) -> Tensor:
-        output = self._autoencoder.encode(images, return_dict=False)[0]  # type: ignore[operator]
-        if hasattr(output, "logvar"):
-            return torch.cat([output.mean, output.logvar], dim=1)
-        return output
+    def _moments(self, images: Tensor) -> Tensor:
+        return self.first_stage.encode(images).moments
 
     def __call__(self, images: Tensor) -> Tensor:
         """Encode.
@@ -118,7 +103,7 @@ class BatchSplitter:
         is_padded: Whether a smaller batch is filled up, so that a compiled encoder sees one shape.
     """
 
-    def __init__(self, encoder: Encoder, batch_size: int, is_padded: bool = False):
+    def __init__(self, encoder: LatentEncoder, batch_size: int, is_padded: bool = False):
         self.encoder, self.batch_size, self.is_padded = encoder, batch_size, is_padded
 
     def __call__(self, images: Tensor) -> Tensor:

@@ -11,12 +11,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from first_stage.metrics.moments import ChannelMoments
 from latent_tools.build.index import is_written, write_index
 from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
 from latent_tools.format.plan import Plan, Unit
 from latent_tools.format.shards import ERRORS, commit_path, read_commit
-from latent_tools.format.statistics import ChannelSums, summary
+from latent_tools.format.statistics import summary
 
 _READ_AHEAD = 16
 _LOOK_AGAIN = 0.5  # seconds
@@ -108,14 +109,14 @@ class _Totals:
     """What is summed over all units."""
 
     def __init__(self, channels: int):
-        self._sums = ChannelSums.empty(channels)
+        self._sums = ChannelMoments(channels)
         self._errors: dict[str, tuple[int, float, float]] = {}
         self.failures = self.bytes = 0
 
     def add(self, commit: dict[str, Any]) -> None:
         """Add a unit."""
         self.failures += len(commit["failures"])
-        self._sums = self._sums.merge(ChannelSums.from_json(commit["sums"]))
+        self._sums.merge(ChannelMoments.from_json(commit["sums"]))
         if not commit["count"]:
             return
         self.bytes += commit["bytes"]

@@ -5,7 +5,6 @@ encoder sees the same batches for any number of processes and workers.
 """
 
 import hashlib
-import io
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +17,22 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from first_stage.data import BrokenImage, Source, View, open_image, pixels_of
+from first_stage.data import (
+    BrokenImage,
+    Encoded,
+    MachineFault,
+    Reading,
+    Source,
+    View,
+    open_image,
+    pixels_of,
+    read_bytes,
+    size_of,
+)
 from first_stage.errors import UserError
+from first_stage.files import patiently
 from latent_tools.build.unit import SampleRecord
-from latent_tools.format.files import CacheError, MachineError, patiently
+from latent_tools.format.files import CacheError
 from latent_tools.format.plan import Plan, Shape, Unit
 
 _NOT_THERE = "no longer in the data"
@@ -82,14 +93,14 @@ class Preprocessing:
     """How files become pixels, and which columns travel along.
 
     Attributes:
-        channels: Channels to read files into.
+        reading: How files are read.
         resolution: Side of the square centre crop.
         resize: Shorter side after resizing; `None` keeps sizes.
         has_buckets: Whether shapes are buckets, which images are resized to just cover.
         columns: The columns to carry.
     """
 
-    channels: int
+    reading: Reading
     resolution: int
     resize: int | None
     has_buckets: bool
@@ -118,12 +129,12 @@ class PortionReader(Dataset[DecodedPortion]):
         for name, place in zip(portion.ids, portion.places, strict=True):
             try:
                 record, pixels = self.read(name, place, portion.shape)
+            except (MachineFault, UserError) as error:
+                result.fault = str(error)
+                return result
             except BrokenImage as error:
                 result.failures.append((name, str(error)))
                 continue
-            except UserError as error:
-                result.fault = str(error)
-                return result
             result.records.append(record)
             arrays.append(pixels)
         if arrays:
@@ -145,74 +156,47 @@ class PortionReader(Dataset[DecodedPortion]):
 
         Raises:
             BrokenImage: When it cannot be decoded, or is not there.
-            MachineError: When the machine fails to read it, several times over.
+            MachineFault: When the machine fails to read it, several times over.
         """
         if place < 0:
             raise BrokenImage(_NOT_THERE)
         sample = patiently(lambda: self.source.read(place), f"the sample {name!r}")
         file = file_of(sample.image)
-        image = open_image(file, self.preprocessing.channels)
-        width, height = image.size
+        image = open_image(file, self.preprocessing.reading)
+        size = size_of(image)
         image, crop = self.preprocessing.view(shape).apply(image)
         columns = {
             column: plain_value(sample.columns.get(column), column)
             for column in self.preprocessing.columns
         }
-        record = SampleRecord(name, content_hash(file), (height, width), crop, columns)
-        return record, pixels_of(image, self.preprocessing.channels)
+        record = SampleRecord(name, content_hash(file), size, crop, columns)
+        return record, pixels_of(image, self.preprocessing.reading)
 
 
-def file_of(image: bytes | Path | Image.Image) -> bytes | Image.Image:
-    """A sample's encoded bytes, or its picture when it is decoded already.
+def file_of(image: Encoded) -> Encoded:
+    """A sample's encoded bytes, or its picture or values when it is decoded already.
 
     Raises:
         BrokenImage: When the file cannot be read.
-        MachineError: When the machine fails to read it, several times over.
+        MachineFault: When the machine fails to read it, several times over.
     """
-    if not isinstance(image, Path):
-        return image
-    try:
-        return patiently(image.read_bytes, repr(str(image)))
-    except OSError as error:
-        raise BrokenImage(f"cannot be read: {error.strerror or error}") from None
+    if isinstance(image, BrokenImage):
+        raise image
+    return read_bytes(image) if isinstance(image, Path) else image
 
 
-def content_hash(file: bytes | Image.Image) -> str:
+def content_hash(file: Encoded) -> str:
     """A hash of a sample's content: of its encoded bytes, or of a decoded picture's pixels."""
     digest = hashlib.blake2b(digest_size=16)
     if isinstance(file, bytes):
         digest.update(file)
-    else:
+    elif isinstance(file, np.ndarray):
+        digest.update(f"{file.dtype} {file.shape} ".encode())
+        digest.update(np.ascontiguousarray(file).tobytes())
+    elif isinstance(file, Image.Image):
         digest.update(f"{file.mode} {file.size} ".encode())
         digest.update(file.tobytes())
     return digest.hexdigest()
-
-
-def picture_size(image: bytes | Path | Image.Image) -> tuple[int, int]:
-    """(height, width) of a picture as it is seen, from its header; (0, 0) when it has none.
-
-    A picture with an EXIF orientation of a quarter turn swaps its sides.
-
-    Raises:
-        MachineError: When the machine fails to read it, several times over.
-    """
-    if isinstance(image, Image.Image):
-        return image.height, image.width
-    try:
-        what = repr(str(image)) if isinstance(image, Path) else "an image"
-        return patiently(lambda: _size_in_header(image), what)
-    except MachineError:
-        raise
-    except Exception:
-        # Pillow raises whatever its format plugins do; the encoding pass will say what is wrong.
-        return 0, 0
-
-
-def _size_in_header(image: bytes | Path) -> tuple[int, int]:
-    with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as picture:
-        is_turned = picture.getexif().get(0x0112, 1) >= 5
-        width, height = picture.size
-    return (width, height) if is_turned else (height, width)
 
 
 def plain_value(value: Any, column: str) -> Any:

@@ -17,10 +17,10 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from first_stage.data import Source
-from first_stage.files import writing
+from first_stage.data import Reading, Source
+from first_stage.models.first_stage import FirstStage, as_first_stage
 from latent_tools.build.encode import Pass, PortionEncoder
-from latent_tools.build.encoder import BatchSplitter, Encoder
+from latent_tools.build.encoder import BatchSplitter, LatentEncoder
 from latent_tools.build.finalize import finalize, is_finished, missing_units
 from latent_tools.build.images import DecodedPortion, PortionReader, Preprocessing, portion_loader
 from latent_tools.build.options import CacheOptions
@@ -87,7 +87,7 @@ class Outcome:
 
 
 def precompute(
-    autoencoder: nn.Module,
+    autoencoder: nn.Module | FirstStage,
     name: str,
     source: Source,
     output: str | Path,
@@ -116,19 +116,19 @@ def precompute(
     process = process or Process()
     say = say if process.rank == 0 else _silent
     folder = Path(output)
-    encoder = Encoder(autoencoder, name, process.device, options.precision, options.compile)
+    first_stage = as_first_stage(autoencoder, name)
+    encoder = LatentEncoder(first_stage, process.device, options.precision, options.compile)
     if encoder.is_upcast:
         say("the first stage asks for force_upcast: encoding in float32 instead of fp16")
-    launch = describe_launch(autoencoder, name, source, encoder, options)
+    launch = describe_launch(source, encoder, options)
     ids = source_ids(source)
     lock = None
     if process.rank == 0:
         lock = prepare(folder, launch, source, ids, options, say)
     process.barrier()
-    with (
-        lock or LaunchLock(folder) as held,
-        writing(folder, lambda: "What is encoded stays: start the same command again"),
-    ):
+    if (keep := getattr(source, "keep_classes", None)) is not None:
+        keep(Manifest.load(folder).source.get("classes") or [])
+    with lock or LaunchLock(folder) as held:
         held.share()
         numbers = _to_do(folder) if process.rank == 0 else []
         planned, *left = process.hand_over(numbers)
@@ -193,7 +193,7 @@ class _Work:
             batch_size=options.batch_size,
         )
 
-    def run(self, source: Source, ids: pa.Array, encoder: Encoder) -> Outcome:
+    def run(self, source: Source, ids: pa.Array, encoder: LatentEncoder) -> Outcome:
         """Encode this process's units."""
         self.own = _share(self.left, self.process, _reads_in_order(source))
         own = {unit.number for unit in self.own}
@@ -223,10 +223,10 @@ class _Work:
         self._check_failures(self.outcome.failures, [])
         self.outcome.is_complete = True
 
-    def _encode(self, source: Source, ids: pa.Array, encoder: Encoder) -> None:
+    def _encode(self, source: Source, ids: pa.Array, encoder: LatentEncoder) -> None:
         options, device = self.options, self.process.device
         preprocessing = Preprocessing(
-            channels=encoder.in_channels,
+            reading=options.reading or Reading(encoder.first_stage.in_channels),
             resolution=options.resolution,
             resize=options.resize,
             has_buckets=self.launch.preprocessing["buckets"] is not None,
@@ -250,7 +250,11 @@ class _Work:
             torch._dynamo.config.recompile_limit = 8 + 4 * len(shapes)
         splitter = BatchSplitter(encoder, options.batch_size, is_padded=options.compile)
         portions_of = PortionEncoder(
-            splitter, self.launch.representation, options.dtype, options.flip, options.seed
+            splitter,
+            representation=self.launch.representation,
+            dtype=options.dtype,
+            flip=options.flip,
+            seed=options.seed,
         )
         progress = Progress(self.watch, self.left, is_shown=self.process.rank == 0)
         try:

@@ -16,9 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from first_stage.data import Sample
-from first_stage.data.sources import encoded_image, find_image_column
-from latent_tools.format.files import CacheError, patiently
+from first_stage.data import Encoded, Sample
+from first_stage.data.columns import encoded_image, find_image_column
+from first_stage.files import patiently
+from latent_tools.format.files import CacheError
 
 _HELD_BYTES = 1 << 29
 """Row groups that are planned together, and held by whoever reads them, have so many bytes."""
@@ -87,20 +88,22 @@ class ParquetStream:
     def read(self, index: int) -> Sample:
         """A row's encoded image and its other columns; fetches its row group when it is another."""
         place = self._place(index)
-        row = self._group(place).slice(index - int(self._starts[place]), 1).to_pylist()[0]
-        return Sample(self.id(index), self._image(row.pop(self.image_column)), row)
+        table = self._group(place).slice(index - int(self._starts[place]), 1)
+        image = self._image(table[self.image_column])
+        row = table.drop_columns([self.image_column]).to_pylist()[0]
+        return Sample(self.id(index), image, row)
 
     def runs(self, positions: np.ndarray) -> list[np.ndarray]:
         """Positions, in order, cut where the row group changes."""
         places = np.searchsorted(self._starts, positions, side="right")
         return np.split(positions, np.flatnonzero(np.diff(places)) + 1)
 
-    def images(self, run: np.ndarray) -> Iterator[bytes | Path]:
+    def images(self, run: np.ndarray) -> Iterator[Encoded]:
         """The encoded images of one of the `runs`; any number of threads may read."""
         place = self._place(int(run[0]))
         images = self._load(place, [self.image_column])[self.image_column]
         for index in run.tolist():
-            yield self._image(images[index - int(self._starts[place])].as_py())
+            yield self._image(images.slice(index - int(self._starts[place]), 1))
 
     def stretches(self, positions: np.ndarray, samples: int) -> list[int]:
         """How many positions, in order, to plan together: of row groups that one process can hold.
@@ -122,8 +125,8 @@ class ParquetStream:
     def _place(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
-    def _image(self, value: Any) -> bytes | Path:
-        return encoded_image({"bytes": value} if isinstance(value, bytes) else value, self.name)
+    def _image(self, value: pa.ChunkedArray) -> Encoded:
+        return encoded_image(value.combine_chunks()[0], (self._root,))
 
     def _group(self, place: int) -> pa.Table:
         # Kept per process: a forked worker must not use its parent's memory as its own.

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 import PIL
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from torch import nn
 
-from first_stage.data import BrokenImage, Source
+from first_stage.config.types import misfits
+from first_stage.data import Reading, Source
 from first_stage.files import TEMPORARY
-from latent_tools.build.encoder import Encoder
-from latent_tools.build.images import content_hash, file_of
+from latent_tools.build.encoder import LatentEncoder
+from latent_tools.build.follow import first_free_unit, follow, trim
 from latent_tools.build.options import CacheOptions
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.build.sizes import FOLDER as PLANNING
@@ -33,6 +32,7 @@ from latent_tools.format.plan import (
     Shape,
     committed_units,
     duplicate_id,
+    kohya_bucket,
     nearest_bucket,
     parse_buckets,
 )
@@ -41,7 +41,6 @@ from latent_tools.format.shards import COMMITS, SHARDS, commit_path, read_commit
 _CARRIED = ("label", "labels", "cls", "class", "caption", "captions", "text", "txt", "prompt")
 _SHARD_BYTES = 256 * 2**20
 _LARGEST_UNIT = 1024
-_SPOT_CHECKS = 4
 _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
 
 
@@ -60,9 +59,7 @@ def source_ids(source: Source) -> pa.Array:
     return ids
 
 
-def describe_launch(
-    autoencoder: nn.Module, name: str, source: Source, encoder: Encoder, options: CacheOptions
-) -> Manifest:
+def describe_launch(source: Source, encoder: LatentEncoder, options: CacheOptions) -> Manifest:
     """What a launch would encode with, after checking the options against the first stage.
 
     Raises:
@@ -73,11 +70,9 @@ def describe_launch(
     if representation is None:
         representation = "moments" if encoder.has_posterior else "mean"
     return Manifest(
-        first_stage=describe_first_stage(
-            autoencoder, name, encoder.latent_channels, encoder.factor, options.revision
-        ),
+        first_stage=describe_first_stage(encoder.first_stage, options.revision),
         preprocessing=describe_preprocessing(
-            encoder.in_channels,
+            options.reading or Reading(encoder.first_stage.in_channels),
             options.resolution,
             options.resize if buckets is None else None,
             [list(shape) for shape in buckets] if buckets is not None else None,
@@ -101,24 +96,22 @@ def describe_launch(
     )
 
 
-def _check_options(options: CacheOptions, encoder: Encoder) -> list[Shape] | None:
-    for field, value in (("batch_size", options.batch_size), ("resolution", options.resolution)):
-        if value < 1:
-            raise CacheError(f"{field} is {value}; it must be at least 1")
-    if options.unit_size < 0 or options.workers < 0:
-        raise CacheError("unit_size and data.workers must not be negative")
+def _check_options(options: CacheOptions, encoder: LatentEncoder) -> list[Shape] | None:
+    for problem in misfits(options):
+        raise CacheError(problem)
     if options.representation in ("moments", "sample") and not encoder.has_posterior:
         raise CacheError(
             f"representation is {options.representation!r}, but this first stage has no posterior: "
             "leave representation out, or use mean, to store its latents"
         )
+    factor = encoder.first_stage.downsample_factor
     if options.buckets is not None:
-        return parse_buckets(options.buckets, options.resolution, encoder.factor)
-    if options.resolution % encoder.factor:
-        nearest = max(1, round(options.resolution / encoder.factor)) * encoder.factor
+        return parse_buckets(options.buckets, options.resolution, factor)
+    if options.resolution % factor:
+        nearest = max(1, round(options.resolution / factor)) * factor
         raise CacheError(
             f"data.resolution {options.resolution} is no multiple of the first stage's downsample "
-            f"factor {encoder.factor}: use {nearest}"
+            f"factor {factor}: use {nearest}"
         )
     return None
 
@@ -169,43 +162,52 @@ def prepare(
     lock.take()
     plan = _plan(folder, say)
     if (folder / FILE).exists() and (_is_begun(folder, plan) or not lock.is_held):
-        _check_same(folder, Manifest.load(folder), launch, say)
-        _check_data(folder, plan, source, ids)
+        cache = Manifest.load(folder)
+        _check_same(folder, cache, launch, say)
+        _keep_classes(folder, cache, source)
+        new = len(plan.new_ids(ids))
+        if len(plan) and new:
+            say(f"{new} samples are new since the last launch")
+        followed = follow(folder, plan, source, ids, options.update, say)
     else:
         # What an earlier launch wanted binds nobody as long as nothing is encoded so.
         plan = Plan.empty()
         launch.save(folder)
-    positions = plan.new_ids(ids)
-    if len(plan) and len(positions):
-        say(f"{len(positions)} samples are new since the last launch")
-    if len(plan) and (gone := int((plan.places_in(ids) < 0).sum())):
-        say(f"{gone} planned samples are no longer in {source.name!r}; their latents stay")
+        _keep_classes(folder, launch, source)
+        followed = plan
+    positions = followed.new_ids(ids)
     if len(positions):
         names = ids.take(pa.array(positions))
-        _extended(plan, folder, launch, source, positions, names, options).save(folder)
+        first = first_free_unit(folder, plan)
+        _extended(followed, first, folder, launch, source, positions, names, options).save(folder)
         forget_sizes(folder)
+    elif len(followed) < len(plan):
+        followed.save(folder)
+    trim(folder, Plan.load(folder))
     return lock
 
 
 def _extended(
-    plan: Plan, folder: Path, launch: Manifest, source: Source, positions: np.ndarray,
-    names: pa.Array, options: CacheOptions,
+    plan: Plan, first: int, folder: Path, launch: Manifest, source: Source,
+    positions: np.ndarray, names: pa.Array, options: CacheOptions,
 ) -> Plan:  # fmt: skip
-    """The plan with the samples at these positions of the source."""
+    """The plan with the samples at these positions of the source, in units from `first` on."""
     buckets = launch.preprocessing["buckets"]
     if buckets is None:
         shapes = np.full((len(positions), 2), options.resolution)
-        return plan.extend(names, shapes, options.unit_size or _unit_size(launch, shapes))
-    sizes = image_sizes(folder, source, positions, names, options.workers)
-    shapes = nearest_bucket(sizes, [(h, w) for h, w in buckets])
+        return plan.extend(names, shapes, options.unit_size or _unit_size(launch, shapes), first)
+    reading = options.reading or Reading(launch.preprocessing["channels"])
+    sizes = image_sizes(folder, source, positions, names, options.workers, reading)
+    choose = kohya_bucket if options.buckets == "kohya" else nearest_bucket
+    shapes = choose(sizes, [(h, w) for h, w in buckets])
     unit_size = options.unit_size or _unit_size(launch, shapes)
     if not isinstance(source, ParquetStream):
-        return plan.extend(names, shapes, unit_size)
+        return plan.extend(names, shapes, unit_size, first)
     # Units of all shapes for a stretch of row groups: whoever encodes them reads each group once.
     start = 0
     for count in source.stretches(positions, unit_size * len(buckets)):
         part = slice(start, start + count)
-        plan = plan.extend(names[part], shapes[part], unit_size)
+        plan = plan.extend(names[part], shapes[part], unit_size, first if start == 0 else None)
         start += count
     return plan
 
@@ -235,6 +237,18 @@ def _is_begun(folder: Path, plan: Plan) -> bool:
     return any(True for _ in committed_units(folder)) or any(
         commit_path(folder, unit.number).exists() for unit in plan.units
     )
+
+
+def _keep_classes(folder: Path, cache: Manifest, source: Source) -> None:
+    """Let classes keep their labels when folders come in between; new ones get the next."""
+    keep = getattr(source, "keep_classes", None)
+    if keep is None:
+        return
+    known = cache.source.get("classes") or _committed_classes(folder)
+    names = keep(known)
+    if names != known:
+        cache.source["classes"] = names
+        cache.save(folder)
 
 
 def _check_folder(folder: Path) -> None:
@@ -272,33 +286,14 @@ def _check_same(
             say(f"the first stage's {field} is now {now}; the cache keeps {kept}")
 
 
-def _check_data(folder: Path, plan: Plan, source: Source, ids: pa.Array) -> None:
-    """Refuse another data set whose ids happen to be the same, row numbers above all."""
-    places = plan.places_in(ids)
-    if len(plan) and (places < 0).all():
-        raise CacheError(
-            f"none of the {len(plan)} samples planned in {str(folder)!r} is in data.path "
-            f"{source.name!r}: it is another data set; give another --output"
-        )
-    committed = sorted(committed_units(folder))
-    chosen = {committed[i * (len(committed) - 1) // 3] for i in range(4)} if committed else set()
-    for unit in sorted(chosen)[:_SPOT_CHECKS]:
-        commit = read_commit(folder, unit)
-        for name, content in zip(commit["ids"][:1], commit["content"][:1], strict=True):
-            place = pc.index(ids, name).as_py()
-            if place >= 0 and _content_of(source, place) != content:
-                raise CacheError(
-                    f"the sample {name!r} of {source.name!r} is not the one that was encoded into "
-                    f"{str(folder)!r}: its content changed, or it is another data set; give "
-                    "another --output"
-                )
-
-
-def _content_of(source: Source, place: int) -> str | None:
-    try:
-        return content_hash(file_of(source.read(place).image))
-    except BrokenImage:
-        return None
+def _committed_classes(folder: Path) -> list[str]:
+    """Class names in the order of their labels, of a cache that does not say them itself."""
+    labels: dict[str, int] = {}
+    for unit in committed_units(folder):
+        columns = read_commit(folder, unit)["columns"]
+        labels |= dict(zip(columns.get("class", []), columns.get("label", []), strict=False))
+    names = [name for name in labels if name is not None]
+    return sorted(names, key=lambda name: labels[name])
 
 
 def _unit_size(launch: Manifest, shapes: np.ndarray) -> int:

@@ -14,9 +14,8 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from first_stage.data import Source
-from first_stage.files import write_atomic
-from latent_tools.build.images import picture_size
+from first_stage.data import BrokenImage, MachineFault, Reading, Source, picture_size, read_bytes
+from first_stage.files import MachineError, write_atomic
 
 FOLDER = "planning"
 _BLOCK = 1 << 16
@@ -24,8 +23,9 @@ _TOGETHER = 256
 
 
 def image_sizes(
-    folder: Path, source: Source, positions: np.ndarray, ids: pa.Array, workers: int
-) -> np.ndarray:
+    folder: Path, source: Source, positions: np.ndarray, ids: pa.Array, workers: int,
+    reading: Reading,
+) -> np.ndarray:  # fmt: skip
     """Height and width of images as they are seen; 0 where there is none.
 
     Args:
@@ -34,6 +34,7 @@ def image_sizes(
         positions: `(N,)`, which, in order.
         ids: Ids of these.
         workers: Threads that read headers.
+        reading: How files are read.
 
     Returns:
         `(N, 2)` int32.
@@ -49,7 +50,7 @@ def image_sizes(
             if path.exists():
                 sizes[block] = np.load(path, allow_pickle=False)
             else:
-                sizes[block] = _read(source, positions[block], pool, bar.update)
+                sizes[block] = _read(source, positions[block], reading, pool, bar.update)
                 write_atomic(path, _saver(sizes[block]))
             bar.update(min(len(positions), start + _BLOCK) - bar.n)
     return sizes
@@ -78,17 +79,31 @@ def _saver(sizes: np.ndarray) -> Callable[[Path], None]:
 def _read(
     source: Source,
     positions: np.ndarray,
+    reading: Reading,
     pool: ThreadPoolExecutor,
     done: Callable[[int], Any],
 ) -> np.ndarray:
     def read(run: np.ndarray) -> np.ndarray:
-        return np.array([picture_size(image) for image in _images(source, run)], np.int32)
+        return np.array([_size(image, reading) for image in _images(source, run)], np.int32)
 
     found = []
     for part in pool.map(read, _runs(source, positions)):
         found.append(part)
         done(len(part))
     return np.concatenate(found)
+
+
+def _size(image: Any, reading: Reading) -> tuple[int, int]:
+    size = picture_size(image, reading)
+    if size == (0, 0) and isinstance(image, Path) and image.is_file():
+        # Damaged, or a machine that fails: that must not decide about the shape.
+        try:
+            return picture_size(read_bytes(image), reading)
+        except MachineFault as error:
+            raise MachineError(str(error)) from None
+        except BrokenImage:
+            pass
+    return size
 
 
 def _runs(source: Source, positions: np.ndarray) -> list[np.ndarray]:

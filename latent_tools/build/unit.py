@@ -4,27 +4,30 @@ Portions are packed into the stored type as they come, so that of a whole unit o
 written is held.
 """
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from first_stage.files import sha256, write_atomic
-from latent_tools.format.files import write_json
+from first_stage.files import sha256, write_atomic, write_json
+from first_stage.metrics.moments import ChannelMoments
+from latent_tools.format.files import write_bytes
 from latent_tools.format.plan import Shape
 from latent_tools.format.shards import (
     LABEL_COLUMNS,
     SHARDS,
+    Dtype,
     commit_path,
     pack,
     shard_name,
     unpack,
 )
-from latent_tools.format.statistics import ChannelSums
 
 
 @dataclass
@@ -122,9 +125,9 @@ class OpenUnit:
         channels: Latent channels C.
     """
 
-    def __init__(self, number: int, dtype: str, channels: int):
+    def __init__(self, number: int, dtype: Dtype, channels: int):
         self.number, self.dtype, self.channels = number, dtype, channels
-        self.sums = ChannelSums.empty(channels)
+        self.sums = ChannelMoments(channels)
         self.storage, self.precision = Deviation(channels), Deviation(channels)
         self.tensors: dict[str, list[Tensor]] = {}
         self.records: list[SampleRecord] = []
@@ -147,9 +150,7 @@ class OpenUnit:
                 scales = (packed.get(f"{name}_{part}") for part in ("scale", "offset"))
                 kept = unpack(packed[name], *scales)
                 self.storage.add(latents, kept)
-                mean, logvar = kept[:, : self.channels], kept[:, self.channels :]
-                has_posterior = logvar.shape[1] > 0
-                self.sums = self.sums.merge_samples(mean, logvar if has_posterior else None)
+                _count(self.sums, kept, self.channels)
         if portion.exact is not None and portion.records:
             self.precision.add(portion.latents[0][: len(portion.exact)], portion.exact)
 
@@ -188,7 +189,7 @@ class OpenUnit:
         }
         if self.records:
             commit |= self._write_shard(folder / SHARDS / shard_name(self.number, shape), commit)
-        write_json(commit_path(folder, self.number), commit)
+        write_json(commit_path(folder, self.number), commit, indent=None)
         return commit
 
     def _write_shard(self, path: Path, commit: dict[str, Any]) -> dict[str, Any]:
@@ -220,3 +221,71 @@ def _labels(records: list[SampleRecord]) -> Tensor | None:
         if all(isinstance(v, int) and not isinstance(v, bool) for v in values):
             return torch.tensor(values, dtype=torch.int64)
     return None
+
+
+def trimmed(folder: Path, commit: dict[str, Any], keep: set[str]) -> str | None:
+    """Write a unit anew with some of its samples: what is stored of them stays bit for bit.
+
+    The shard gets another name, so that the old one is whole until the commit names the new one.
+
+    Args:
+        folder: The cache.
+        commit: The unit's commit.
+        keep: Ids of the samples and failures to keep.
+
+    Returns:
+        The shard's name now, `None` when no sample is left.
+    """
+    rows = [row for row, name in enumerate(commit["ids"]) if name in keep]
+    new = {
+        **commit,
+        "count": len(rows),
+        **{key: [commit[key][row] for row in rows]
+           for key in ("ids", "content", "original_size", "crop")},
+        "columns": {k: [values[row] for row in rows] for k, values in commit["columns"].items()},
+        "failures": [failure for failure in commit["failures"] if failure["id"] in keep],
+        "retried_in_float32": [name for name in commit["retried_in_float32"] if name in keep],
+    }  # fmt: skip
+    if rows and len(rows) < commit["count"]:
+        new |= _trimmed_shard(folder, commit, rows)
+    elif not rows:
+        channels = len(commit["sums"]["mean"])
+        empty = ChannelMoments(channels).to_json()
+        new |= {"shard": None, "sums": empty}
+        new = {key: value for key, value in new.items() if key not in ("sha256", "bytes")}
+    write_json(commit_path(folder, commit["unit"]), new, indent=None)
+    return new["shard"]
+
+
+def _trimmed_shard(folder: Path, commit: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    with safetensors.safe_open(folder / SHARDS / commit["shard"], framework="pt") as file:
+        names = list(file.keys())
+        tensors = {name: file.get_tensor(name)[rows].contiguous() for name in names}
+    ids = [commit["ids"][row] for row in rows]
+    about = json.dumps({"unit": commit["unit"], "ids": ids}, ensure_ascii=False)
+    content = safetensors.torch.save(tensors, {"latent_cache": about})
+    stem, _, number = commit["shard"].removesuffix(".safetensors").partition(".")
+    name = f"{stem}.{int(number or 0) + 1}.safetensors"
+    write_bytes(folder / SHARDS / name, content)
+    main = "moments" if "moments" in tensors else "latents"
+    channels = len(commit["sums"]["mean"])
+    return {
+        "shard": name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "sums": _moments_of(tensors, main, channels).to_json(),
+    }
+
+
+def _moments_of(tensors: dict[str, Tensor], name: str, channels: int) -> ChannelMoments:
+    scale, offset = (tensors.get(f"{name}_{part}") for part in ("scale", "offset"))
+    moments = ChannelMoments(channels)
+    _count(moments, unpack(tensors[name], scale, offset), channels)
+    return moments
+
+
+def _count(moments: ChannelMoments, kept: Tensor, channels: int) -> None:
+    """Add samples one after the other: however they are cut into portions, bit for bit the same."""
+    has_posterior = kept.shape[1] > channels
+    for sample in kept.split(1):  # a unit's latents in float64 would not be small
+        moments.update(sample[:, :channels], sample[:, channels:] if has_posterior else None)

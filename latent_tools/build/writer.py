@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from latent_tools.build.unit import EncodedPortion, OpenUnit
+from latent_tools.format.shards import Dtype
 
 
 class UnitWriter:
@@ -31,7 +32,7 @@ class UnitWriter:
     def __init__(
         self,
         folder: Path,
-        dtype: str,
+        dtype: Dtype,
         channels: int,
         written: Callable[[dict[str, Any]], None],
         waiting: int = 8,

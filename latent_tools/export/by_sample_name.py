@@ -3,15 +3,19 @@
 Readers with class folders number the classes by the sorted names of the folders.
 """
 
+import zipfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from first_stage.data.sources import IMAGE_SUFFIXES
+from first_stage.data.files import IMAGE_SUFFIXES
 from latent_tools.export.cache import ExportCache, relative_path
 from latent_tools.export.writer import SmallFiles, npy, npz
 from latent_tools.format.files import CacheError
+
+_MARK = "made_by_latent_tools"
+"""An array in kohya's files that readers skip: such a file may be written over."""
 
 
 def class_folders(cache: ExportCache) -> dict[int, str]:
@@ -112,7 +116,8 @@ class KohyaWriter:
         kind: `sd` or `sdxl`.
 
     Raises:
-        CacheError: When ids are no image files, or two differ only in their extension.
+        CacheError: When ids are no image files, two differ only in their extension, or a file of
+            somebody else is in the way.
     """
 
     def __init__(self, cache: ExportCache, output: Path, kind: str):
@@ -132,6 +137,8 @@ class KohyaWriter:
             name = f"{path.stem}_{width:04d}x{height:04d}_{kind}.npz"
             self.paths.append(str(path.with_name(name)))
         _refuse_duplicates(self.paths, cache.ids)
+        for place in self.paths:
+            _refuse_strangers(output / place)
         self._files = SmallFiles()
 
     def write_unit(self, unit: int, places: np.ndarray) -> None:
@@ -144,6 +151,7 @@ class KohyaWriter:
                 "latents": self.cache.latents(place),
                 "original_size": np.array(size),
                 "crop_ltrb": np.array(crop_ltrb((width, height), size)),
+                _MARK: np.array(True),
             }
             if self.cache.has_flips:
                 arrays["latents_flipped"] = self.cache.latents(place, flipped=True)
@@ -152,6 +160,26 @@ class KohyaWriter:
 
     def finish(self) -> None:
         """Nothing is left to do."""
+
+
+def _refuse_strangers(path: Path) -> None:
+    """Refuse to write over latents that something else cached beside an image.
+
+    Raises:
+        CacheError: Naming the file.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            is_ours = _MARK in arrays
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, zipfile.BadZipFile):
+        is_ours = False
+    if not is_ours:
+        raise CacheError(
+            f"{str(path)!r} is there already and was not written by this export: move it, or "
+            "export beside a copy of the images"
+        )
 
 
 def crop_ltrb(bucket: tuple[int, int], image: tuple[int, int]) -> tuple[float, ...]:

@@ -61,7 +61,7 @@ FORMATS = {
             needs_posterior=True, needs_labels=True, pixel_range=(0, 1),
         ),
         Format(
-            "repa", lambda cache, output: Edm2Writer(cache, output, "vae-sd"),
+            "repa", lambda cache, output: Edm2Writer(cache, output, "vae-sd", by_name=True),
             "--data-dir={output} (it reads the pictures from {output}/images, in the same order)",
             needs_posterior=True, needs_labels=True,
         ),

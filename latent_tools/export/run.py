@@ -6,10 +6,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from first_stage.files import TEMPORARY
+from first_stage.files import TEMPORARY, write_json
 from latent_tools.export.cache import Draw, ExportCache
 from latent_tools.export.formats import FORMATS, Format, check
-from latent_tools.format.files import CacheError, read_json, write_json
+from latent_tools.format.files import CacheError, read_json
 
 _SAVE_EVERY = 5.0  # seconds between two writes of the journal, which grows with the cache
 
@@ -45,7 +45,7 @@ def export_cache(
     chosen, source, folder = FORMATS[form], ExportCache(Path(cache), draw, seed), Path(output)
     check(chosen, source, any_pixel_range)
     writer = chosen.writer(source, folder)
-    journal = Journal(folder, chosen, source)
+    journal = Journal(folder, chosen, source, getattr(writer, "order", None))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tqdm(total=len(source.ids), desc=f"exporting {form}", unit=" samples") as bar:
@@ -69,12 +69,13 @@ class Journal:
         folder: The export's folder.
         form: Its format.
         cache: What is exported.
+        order: Of a format that numbers samples by their names, a hash of these.
 
     Raises:
         CacheError: When the folder holds something else, or units that were encoded anew since.
     """
 
-    def __init__(self, folder: Path, form: Format, cache: ExportCache):
+    def __init__(self, folder: Path, form: Format, cache: ExportCache, order: str | None = None):
         self.path, self.cache = folder / f"{form.name}.export.json", cache
         stage = cache.manifest.first_stage
         self._about: dict[str, Any] = {
@@ -88,6 +89,7 @@ class Journal:
             "scaling_factor": cache.scaling_factor,
             "shift_factor": cache.shift_factor,
             "is_scaled": form.is_scaled,
+            "order": order,
         }
         self._units: dict[str, dict[str, Any]] = {}
         self._saved = time.monotonic()
@@ -99,6 +101,11 @@ class Journal:
     def _load(self, folder: Path) -> None:
         there = read_json(self.path)
         for key, value in self._about.items():
+            if key == "order" and there.get(key) != value:
+                raise CacheError(
+                    f"output {str(folder)!r} holds an export of other samples, and this format "
+                    "numbers them in the order of their names: give another --output"
+                )
             if key != "cache" and there.get(key) != value:
                 raise CacheError(
                     f"output {str(folder)!r} holds an export with {key} {there.get(key)!r}, now it "
@@ -154,7 +161,7 @@ def _report(form: Format, cache: ExportCache, folder: Path) -> list[str]:
             lines.append(
                 f"shift     {form.name}'s trainers know none, so shift_factor "
                 f"{cache.shift_factor:.4g} is not subtracted; fold it into the first stage with "
-                "scripts/export.py --fold_statistics to be rid of it"
+                "first-stage export --fold_statistics to be rid of it"
             )
     lines.append(f"next      {form.hint.format(output=folder)}")
     return lines

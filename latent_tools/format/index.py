@@ -15,7 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latent_tools.format.files import CacheError, patiently
+from first_stage.files import patiently
+from latent_tools.format.files import CacheError
 
 INDEX, FAILURES = "index.parquet", "failures.parquet"
 SAMPLES, UNITS = "index.arrow", "units.arrow"

@@ -11,16 +11,24 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
-from latent_tools.format.files import CacheError, read_json, write_json
+from first_stage.data import Reading
+from first_stage.files import write_json
+from latent_tools.format.files import CacheError, read_json
+
+if TYPE_CHECKING:  # reading a cache needs no diffusers, whose import takes seconds in every worker
+    from first_stage.models.first_stage import FirstStage
 
 FILE = "manifest.json"
 FORMAT = "first-stage latent cache"
 VERSION = 1
+
+Representation = Literal["moments", "mean", "sample"]
+"""What is stored: mean and log-variance of the posterior, its mean, or one draw from it."""
 
 # What an autoencoder uses after the latents: changing it changes no latent. A codebook is among
 # them because `VQModel.encode` gives the latents before they are quantised.
@@ -105,9 +113,9 @@ class Manifest:
     statistics: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def representation(self) -> str:
-        """`moments`, `mean` or `sample`."""
-        return str(self.store["representation"])
+    def representation(self) -> Representation:
+        """What the shards hold."""
+        return cast(Representation, self.store["representation"])
 
     @property
     def tensor_name(self) -> str:
@@ -137,71 +145,72 @@ class Manifest:
             raise CacheError(
                 f"{str(path)!r} has format version {version}; this release reads {VERSION}"
             )
+        if isinstance(values.get("preprocessing"), dict):
+            # Before there was a choice, embedded color profiles were left alone.
+            values["preprocessing"].setdefault("color", "keep")
+            values["preprocessing"].setdefault("upright", True)
         known = {f.name for f in dataclasses.fields(Manifest)}
         if missing := {"first_stage", "preprocessing", "store"} - set(values):
             raise CacheError(f"{str(path)!r} lacks {', '.join(sorted(missing))}")
         return Manifest(**{key: value for key, value in values.items() if key in known})
 
 
-def describe_first_stage(
-    autoencoder: nn.Module, name: str, latent_channels: int, factor: int, revision: str | None
-) -> dict[str, Any]:
+def describe_first_stage(first_stage: "FirstStage", revision: str | None) -> dict[str, Any]:
     """The manifest's `first_stage` entry.
 
     Args:
-        autoencoder: The autoencoder.
-        name: The folder or hub id it was loaded from.
-        latent_channels: Channels of its latents.
-        factor: Pixels per latent along a side.
+        first_stage: The first stage; its name is the folder or hub id it was loaded from.
         revision: The hub revision.
     """
+    autoencoder = first_stage.model
     config: Mapping[str, Any] = getattr(autoencoder, "config", {})
     weights = fingerprint_weights(autoencoder)
     return {
-        "name": name,
+        "name": first_stage.name,
         "revision": revision,
         "class": type(autoencoder).__name__,
         "encoder_sha256": weights.encoder,
         "decoder_sha256": weights.decoder,
         "config": latent_config(config),
-        "latent_channels": latent_channels,
-        "downsample_factor": factor,
-        **pipeline_statistics(autoencoder),
+        "latent_channels": first_stage.latent_channels,
+        "downsample_factor": first_stage.downsample_factor,
+        **pipeline_statistics(first_stage),
         "encoder_tensors": weights.tensors,
     }
 
 
-def pipeline_statistics(autoencoder: nn.Module) -> dict[str, Any]:
-    """What pipelines normalize an autoencoder's latents by.
+def pipeline_statistics(first_stage: "FirstStage") -> dict[str, Any]:
+    """What pipelines normalize a first stage's latents by.
 
     Returns:
-        `scaling_factor` and `shift_factor` (absent or null in the config means 1 and 0),
-        `latents_mean` and `latents_std` (a list each, or `None`), and whether there is a
-        `batch_norm` over patches of latents, as in Flux 2.
+        `scaling_factor` and `shift_factor`, `latents_mean` and `latents_std` (a list each, or
+        `None`), and whether there is a `batch_norm` over patches of latents, as in Flux 2.
     """
-    config: Mapping[str, Any] = getattr(autoencoder, "config", {})
+    model = first_stage.model
+    config: Mapping[str, Any] = getattr(model, "config", {})
     lists = {name: config.get(name) for name in ("latents_mean", "latents_std")}
+    scaling, shift = first_stage.scaling_and_shift
     return {
-        "scaling_factor": float(config.get("scaling_factor") or 1.0),
-        "shift_factor": float(config.get("shift_factor") or 0.0),
+        "scaling_factor": scaling,
+        "shift_factor": shift,
         **{name: None if v is None else [float(x) for x in v] for name, v in lists.items()},
-        "batch_norm": getattr(getattr(autoencoder, "bn", None), "running_mean", None) is not None,
+        "batch_norm": getattr(getattr(model, "bn", None), "running_mean", None) is not None,
     }
 
 
 def describe_preprocessing(
-    channels: int, resolution: int, resize: int | None, buckets: list[list[int]] | None
+    reading: Reading, resolution: int, resize: int | None, buckets: list[list[int]] | None
 ) -> dict[str, Any]:
     """The manifest's `preprocessing` entry.
 
     Args:
-        channels: Channels that files are read into.
+        reading: How files are read.
         resolution: Side of the centre crop.
         resize: Shorter side after resizing; `None` keeps sizes.
         buckets: Shapes (height, width) instead of the square, or `None`.
     """
     return {
-        "channels": channels,
+        **reading.describe(),
         "pixel_range": [-1, 1],
         "resolution": resolution,
         "resize": resize,

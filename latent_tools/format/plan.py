@@ -15,13 +15,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from latent_tools.format.files import CacheError, patiently, write_bytes
+from first_stage.files import patiently
+from latent_tools.format.files import CacheError, write_bytes
 
 Shape = tuple[int, int]
 """(height, width) of the encoded pixels."""
 
 FILE = "plan.parquet"
 _BLOCK = 1 << 16
+_KOHYA_STEP, _KOHYA_SMALLEST, _KOHYA_LARGEST = 64, 256, 1024
 
 
 @dataclass(frozen=True)
@@ -88,18 +90,38 @@ class Plan:
         planned = pc.is_in(ids, value_set=self.table["id"].combine_chunks())
         return np.flatnonzero(~planned.to_numpy(zero_copy_only=False))
 
-    def extend(self, ids: Sequence[str] | pa.Array, shapes: np.ndarray, unit_size: int) -> "Plan":
+    def without(self, ids: Sequence[str]) -> "Plan":
+        """The plan without some samples; the others keep their units."""
+        dropped = pc.is_in(self.table["id"], value_set=pa.array(ids, pa.string()))
+        table = self.table.filter(pc.invert(dropped))
+        units = table["unit"].to_numpy()
+        starts = np.flatnonzero(np.diff(units, prepend=-1))
+        sizes = np.diff([*starts.tolist(), len(units)])
+        rows = np.arange(len(units)) - np.repeat(starts, sizes)
+        place = table.column_names.index("row")
+        return Plan(table.set_column(place, "row", pa.array(rows, pa.int32())))
+
+    def extend(
+        self,
+        ids: Sequence[str] | pa.Array,
+        shapes: np.ndarray,
+        unit_size: int,
+        first: int | None = None,
+    ) -> "Plan":
         """The plan with more samples in new units; the units that are there stay as they are.
 
         Args:
             ids: Ids of the new samples.
             shapes: `(len(ids), 2)`, their heights and widths.
             unit_size: Samples per unit; the last unit of each shape has what is left over.
+            first: Number of the first new unit; `None`: behind the last one.
 
         Returns:
             The longer plan.
         """
-        number = int(self.table["unit"][-1].as_py()) + 1 if len(self) else 0
+        number = first
+        if number is None:
+            number = int(self.table["unit"][-1].as_py()) + 1 if len(self) else 0
         parts: list[tuple[np.ndarray, Shape, np.ndarray]] = []
         for shape in map(tuple, np.unique(shapes, axis=0).tolist() if len(shapes) else []):
             rows = np.flatnonzero((shapes == shape).all(1))
@@ -229,8 +251,8 @@ def parse_buckets(text: str, resolution: int, step: int) -> list[Shape]:
     """Read `--buckets`.
 
     Args:
-        text: `auto`, or heights and widths as in `256x256,320x192`.
-        resolution: Side of the square whose area `auto` keeps.
+        text: `auto`, `kohya`, or heights and widths as in `256x256,320x192`.
+        resolution: Side of the square whose area `auto` and `kohya` keep.
         step: What every side must be a multiple of: the downsample factor; `auto` takes coarser
             steps of about an eighth of the resolution.
 
@@ -240,6 +262,8 @@ def parse_buckets(text: str, resolution: int, step: int) -> list[Shape]:
     Raises:
         CacheError: When a shape is not one, or no multiple of `step`.
     """
+    if text == "kohya":
+        return kohya_buckets(resolution, step)
     if text == "auto":
         return bucket_shapes(resolution, step * max(1, resolution // 8 // step))
     shapes = set()
@@ -258,6 +282,54 @@ def parse_buckets(text: str, resolution: int, step: int) -> list[Shape]:
             )
         shapes.add((height, width))
     return sorted(shapes)
+
+
+def kohya_buckets(resolution: int, step: int) -> list[Shape]:
+    """The shapes that kohya's scripts make: their `make_bucket_resolutions` with its defaults.
+
+    For every width from 256 to 1024 pixels (or the resolution, when it is larger) in steps of 64
+    the largest height that keeps the area, in the scripts' order: by width, then height.
+
+    Args:
+        resolution: Side of the square with the largest area.
+        step: Both sides must be multiples of it: the downsample factor.
+
+    Raises:
+        CacheError: When 64 is no multiple of `step`.
+    """
+    if _KOHYA_STEP % step:
+        raise CacheError(
+            f"buckets kohya makes sides in steps of {_KOHYA_STEP}, which the first stage's "
+            f"downsample factor {step} does not divide"
+        )
+    largest = max(_KOHYA_LARGEST, resolution)
+    square = resolution // _KOHYA_STEP * _KOHYA_STEP
+    if square < 1:
+        raise CacheError(f"data.resolution {resolution} is below 64, the step of kohya's buckets")
+    found = {(square, square)}
+    for width in range(_KOHYA_SMALLEST, largest + 1, _KOHYA_STEP):
+        height = min(largest, resolution**2 // width // _KOHYA_STEP * _KOHYA_STEP)
+        if height >= _KOHYA_SMALLEST:
+            found |= {(width, height), (height, width)}
+    return [(height, width) for width, height in sorted(found)]
+
+
+def kohya_bucket(sizes: np.ndarray, buckets: Sequence[Shape]) -> np.ndarray:
+    """The bucket that kohya's scripts choose: the nearest width-to-height ratio.
+
+    Args:
+        sizes: `(N, 2)`, heights and widths of images; 0 where unknown.
+        buckets: From `kohya_buckets`; an image of just that shape takes it.
+
+    Returns:
+        `(N, 2)`, heights and widths.
+    """
+    known = (sizes > 0).all(1)
+    ratio = np.where(known, sizes[:, 1], 1) / np.where(known, sizes[:, 0], 1)
+    shapes = np.array(buckets)
+    order = np.abs((shapes[:, 1] / shapes[:, 0])[None] - ratio[:, None]).argmin(1)
+    exact = (sizes[:, None] == shapes[None]).all(2)
+    return shapes[np.where(exact.any(1), exact.argmax(1), order)]
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: Sequence[Shape]) -> np.ndarray:

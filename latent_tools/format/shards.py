@@ -16,22 +16,25 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import torch
 from torch import Tensor
 
+from first_stage.command_line import command_line
 from latent_tools.format.files import CacheError, read_json
 from latent_tools.format.plan import Shape
 
 SHARDS, COMMITS = "shards", "commits"
 LABEL_COLUMNS = ("label", "labels", "cls")
+Dtype = Literal["float16", "bfloat16", "float32", "uint8"]
+"""What latents are stored as."""
 ERRORS = ("storage_error", "storage_error_logvar", "precision_error", "precision_error_logvar")
 """Of a commit and of the statistics: what rounding to the stored type, and encoding in less than
 float32, changed; log-variances apart, whose unit is another."""
-_SHARD_NAME = re.compile(r"b\d+x\d+-u(\d+)\.safetensors")
-DTYPES = {
+_SHARD_NAME = re.compile(r"b\d+x\d+-u(\d+)(\.\d+)?\.safetensors")
+DTYPES: dict[Dtype, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -55,7 +58,7 @@ def commit_path(folder: Path, unit: int) -> Path:
     return folder / COMMITS / f"u{unit:06d}.json"
 
 
-def pack(values: Tensor, dtype: str, name: str) -> dict[str, Tensor]:
+def pack(values: Tensor, dtype: Dtype, name: str) -> dict[str, Tensor]:
     """Latents as they are stored.
 
     Args:
@@ -143,7 +146,7 @@ class ShardReader:
             except (OSError, safetensors.SafetensorError) as error:
                 raise CacheError(
                     f"the shard {str(path)!r} cannot be read ({error}): "
-                    f"python -m latent_tools verify {self.folder}"
+                    f"{command_line('latents', 'verify', self.folder)} says more"
                 ) from error
             while len(self._open) >= self.keep:
                 self._open.pop(next(iter(self._open)))

@@ -102,7 +102,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         if isinstance(first_stage, nn.Module):
             return first_stage
         # Reading latents needs no diffusers, whose import takes seconds in every worker.
-        from first_stage.models.first_stage import load_autoencoder
+        from first_stage.models.loading import load_autoencoder
 
         name, revision = str(first_stage), self.manifest.first_stage["revision"]
         is_the_same = name == self.manifest.first_stage["name"]
@@ -322,14 +322,17 @@ class LatentDataset(Dataset[dict[str, Any]]):
         Returns:
             For each an image `(C_in, H, W)` in [-1, 1], not clamped, on the CPU.
         """
+        # Reading latents needs no diffusers, whose import takes seconds in every worker.
+        from first_stage.models.first_stage import as_first_stage
+
         autoencoder = self._first_stage(first_stage or self.manifest.first_stage["name"])
         check_weights(self.manifest, autoencoder, self.path)
         channels = self.manifest.first_stage["latent_channels"]
-        device = next(autoencoder.parameters()).device
+        stage = as_first_stage(autoencoder, "first_stage")
         images = []
         for name in ids:
-            latents = self.stored(self.index_of(name))[None, :channels].to(device)
-            images.append(autoencoder.decode(latents, return_dict=False)[0][0].float().cpu())  # type: ignore[operator]
+            latents = self.stored(self.index_of(name))[None, :channels].to(stage.device)
+            images.append(stage.decode(latents)[0].cpu())
         return images
 
     def to_datasets(self, shape: Shape | None = None) -> Any:

@@ -87,7 +87,10 @@ def check_statistics(manifest: Manifest, autoencoder: nn.Module, path: Path) -> 
     Raises:
         CacheError: Naming the entry with both values.
     """
-    now = pipeline_statistics(autoencoder)
+    # Reading latents needs no diffusers, whose import takes seconds in every worker.
+    from first_stage.models.first_stage import as_first_stage
+
+    now = pipeline_statistics(as_first_stage(autoencoder, "expect"))
     for name, value in now.items():
         recorded = manifest.first_stage.get(name, False if name == "batch_norm" else None)
         if recorded != value:

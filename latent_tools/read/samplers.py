@@ -40,7 +40,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         rank: int | None = None,
         world: int | None = None,
-        drop_last: bool = True,
+        drop_last: bool = False,
     ):
         if rank is None:
             rank = torch.distributed.get_rank() if processes() > 1 else 0

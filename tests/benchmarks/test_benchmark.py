@@ -26,7 +26,7 @@ def test_the_usual_step_has_our_gradient_where_it_should(tiny, weight, pixels):
     one = torch.ones(())
     with mock.patch.object(benchmark_steps, "_adaptive_weight", return_value=one):
         loss, _ = benchmark_steps.first_stage_loss(
-            trainer, images_from_pixels(batch.pixels), batch.noise
+            trainer, images_from_pixels(batch.pixels), trainer.noise(batch)
         )
     parameters = trainer.first_stage.parameters
     expected = {"first_stage": list(torch.autograd.grad(loss, parameters))}

@@ -46,6 +46,7 @@ def bad_inputs(tmp_path, images):
             arguments(run, images, data__resolution=17),
             "data.resolution (17) is not a multiple of the downsample factor (2): use 16 or 18",
         ),
+        "a recipe that is none": (["--config", "kl_f9"], "is neither a file nor a recipe; the rec"),
         "a misspelt flag": ([*arguments(run, images), "--loss.kl_wieght", "1"], "kl_wieght"),
         "a misspelt key": (
             ["--config", str(tmp_path / "broken.yaml"), *arguments(run, images)],
@@ -70,10 +71,9 @@ def test_bad_input_is_one_line_and_exit_code_2(images, tmp_path):
     program = (
         "import json, sys\n"
         "from first_stage.errors import run_command\n"
-        "sys.path.insert(0, 'scripts')\n"
-        "import train\n"
+        "from first_stage.commands import train\n"
         "for line in json.load(sys.stdin):\n"
-        "    sys.argv = ['train.py', *line]\n"
+        "    sys.argv = ['first-stage train', *line]\n"
         "    try:\n"
         "        run_command(train.main)\n"
         "    except SystemExit as end:\n"

@@ -2,7 +2,8 @@
 
 import pytest
 
-from first_stage.config.schema import Config, ConfigError
+from first_stage.config.schema import Config
+from first_stage.errors import ConfigError
 
 REFUSED = {
     "critic.layers is 6": {"critic__layers": 6},

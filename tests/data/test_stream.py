@@ -1,7 +1,11 @@
+import collections
+import time
+
 import numpy as np
 import pytest
 import torch
 from conftest import picture
+from PIL import Image
 
 from first_stage.data import (
     BrokenFiles,
@@ -12,6 +16,7 @@ from first_stage.data import (
     fixed_images,
     open_source,
     spare_workers,
+    too_many,
     training_loader,
 )
 from first_stage.data import (
@@ -21,7 +26,7 @@ from first_stage.errors import DataError
 
 
 def stream(images, **options):
-    options = {"channels": 3, "seed": 0, "latent_shape": (4, 2, 2), **options}
+    options = {"reading": 3, "seed": 0, **options}
     return TrainingStream(open_source(str(images)), View(16, None), **options)
 
 
@@ -34,15 +39,15 @@ def joined(parts):
     return (
         [name for batch in parts for name in batch.ids],
         torch.cat([batch.pixels for batch in parts]),
-        torch.cat([batch.noise for batch in parts]),
+        torch.tensor([p for batch in parts for p in batch.positions]),
     )
 
 
 def test_every_epoch_is_a_permutation(images):
-    ids, _, noise = joined(batches(images, steps=4))
+    ids, _, positions = joined(batches(images, steps=4))
     assert sorted(ids[:12]) == sorted(ids[12:]) == [f"{i:02d}.png" for i in range(12)]
     assert ids[:12] != ids[12:]
-    assert len({tuple(row.flatten().tolist()) for row in noise}) == 24
+    assert positions.tolist() == list(range(24))
 
 
 @pytest.mark.parametrize(("world", "workers"), [(2, 0), (3, 0), (1, 2), (3, 1)])
@@ -100,28 +105,77 @@ def test_broken_files_are_skipped_and_reported(images):
     assert joined(found)[0] == joined(batches(images, micro=6, steps=2, workers=2))[0]
 
 
+def test_each_kind_of_mirror_images_is_drawn_equally_often(tmp_path):
+    corner = np.zeros((16, 16, 3), np.uint8)
+    corner[:4, :2] = 255  # every one of the eight looks different
+    Image.fromarray(corner).save(tmp_path / "a.png")
+    expected = {
+        "none": 1, False: 1, "horizontal": 2, True: 2, "both": 4, "dihedral": 8,
+    }  # fmt: skip
+    for flip, number in expected.items():
+        views = stream(tmp_path, flip=flip)
+        seen = collections.Counter(views[n].pixels.tobytes() for n in range(400))
+        assert len(seen) == number
+        assert min(seen.values()) > 400 / number / 2
+    both = [stream(tmp_path, flip=flip)[n].pixels for flip in (True, "horizontal") for n in (3, 5)]
+    assert np.array_equal(both[0], both[2])
+
+
 def test_nothing_but_broken_files_is_told(tmp_path):
     (tmp_path / "a.png").write_bytes(b"rubbish")
     with pytest.raises(DataError, match="cannot be decoded"):
         stream(tmp_path)[0]
-    with pytest.raises(DataError, match="none of the 1 samples"):
+    with pytest.raises(DataError, match=r"none of the 1 samples .*first: a.png: not an image"):
         fixed_images(open_source(str(tmp_path)), View(16, None), 3, 4, 0)
 
 
 def test_the_share_of_broken_files_is_bounded(tmp_path):
-    broken = BrokenFiles(tmp_path / "broken.jsonl", max_share=0.02)
-    broken.add(50, [("a", "bad"), ("b", "worse")], write=True)  # 2 of 100 are allowed so far
-    broken.add(50, [], write=True)
-    with pytest.raises(DataError, match=r"3 of 110 samples.*max_broken \(0.02\).*a: bad"):
-        broken.add(10, [("a", "bad")], write=True)
-    lines = (tmp_path / "broken.jsonl").read_text().splitlines()
-    assert len(lines) == 2
-    assert '"worse"' in lines[1]
+    broken = BrokenFiles(tmp_path / "broken.jsonl", 0.02)
+    broken.add(100, [("a", "bad"), ("b", "bad")], write=True)
+    with pytest.raises(DataError, match=r"17 of 115 samples.*max_broken \(0.02\).*a: bad"):
+        broken.add(15, [(f"c{n}", "worse") for n in range(15)], write=True)
+    assert len((tmp_path / "broken.jsonl").read_text().splitlines()) == 17
+    assert (broken.drawn, broken.skipped, len(broken.reasons)) == (100, 2, 2)
+    assert "2 samples could not be decoded and were skipped (2.00%" in broken.summary()
+    assert BrokenFiles(tmp_path / "x", 0.02).summary() == ""
+
+
+def test_an_allowed_share_stops_no_run_and_a_larger_one_stops_soon(tmp_path):
+    def stopped_at(share: float, seed: int, steps: int) -> int | None:
+        broken = BrokenFiles(tmp_path / "b", 0.05)
+        draw = np.random.default_rng(seed)
+        for step in range(steps):
+            bad = int(draw.binomial(32, share))
+            try:
+                broken.add(32, [(f"{step}-{n}", "x") for n in range(bad)], write=False)
+            except DataError:
+                return step
+        return None
+
+    assert all(stopped_at(0.04, seed, 400) is None for seed in range(100))
+    assert sum(stopped_at(0.05, seed, 400) is not None for seed in range(100)) <= 2
+    ends = [stopped_at(0.10, seed, 400) for seed in range(50)]
+    assert None not in ends
+    assert np.median(ends) < 40
+    assert stopped_at(1.0, 0, 1) == 0
+    assert not too_many(0, 10, 0.0)
+    assert too_many(1, 10**9, 0.0)
+    assert not too_many(10, 10, 1.0)
+
+
+def test_counting_costs_the_same_however_long_the_list_is(tmp_path):
+    def seconds(known: int) -> float:
+        broken = BrokenFiles(tmp_path / "b", 0.5)
+        broken.reasons = {str(n): "x" for n in range(known)}
+        started = time.perf_counter()
+        for step in range(50):
+            broken.add(32, [(f"new {step}", "x")], write=False)
+        return time.perf_counter() - started
+
+    assert min(seconds(1_000_000) for _ in range(3)) < 50 * max(seconds(0), 1e-4)
 
 
 def test_sixteen_bit_files_widen_a_batch_without_changing_values(images):
-    from PIL import Image
-
     deep = Image.fromarray(np.full((20, 24), 257 * 100, np.uint16))
     plain = joined(batches(images, micro=6, steps=2, flip=False, random_crop=False))
     deep.save(images / "05.png")

@@ -1,8 +1,9 @@
-"""SIGKILL, again and again: the run still ends where an undisturbed one ends."""
+"""SIGKILL, again and again: a run ends where an undisturbed one ends, and nothing is lost."""
 
 import hashlib
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 from conftest import arguments
 from launching import TRAIN, command, finish, kill_group, run, start
 
+from first_stage.errors import UserError
+from first_stage.files import standing
 from first_stage.training.checkpoint import list_checkpoints, load_checkpoint
 from first_stage.training.log import read_log
+from first_stage.training.run_folder import prepare_folder
 
 KILLS, IN_SAVES = 22, 11
 STEPS = 260
@@ -102,3 +106,91 @@ def test_a_run_that_is_killed_over_and_over_ends_where_an_undisturbed_one_does(t
     assert last.returncode == 0, text
     assert hashes(root / "run") == expected
     assert not list((root / "run").rglob(".tmp-*"))
+
+
+def kill_when(process, output: Path, due, draw: random.Random, longest: float) -> None:
+    """SIGKILL a job a random while after something is seen."""
+    end = time.monotonic() + 120
+    while not due():
+        assert process.poll() is None, output.read_text()
+        assert time.monotonic() < end, output.read_text()
+    time.sleep(draw.uniform(0, longest))
+    kill_group(process)
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {
+        file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_during_overwrite_lose_no_run(tmp_path, images):
+    """The earlier run is whole until the new one has a checkpoint, wherever the kill falls."""
+    run_folder, output = tmp_path / "run", tmp_path / "output.txt"
+    fields = {**FIELDS, "train.max_steps": 4, "train.decay_steps": 0, "validation.every": 2}
+    run(1, TRAIN, *arguments(run_folder, images, **fields), output=output)
+    kept = tmp_path / "kept"
+    shutil.copytree(run_folder, kept, symlinks=True)
+    names = [entry.name for entry in kept.iterdir() if entry.name != ".lock"]
+    expected = {name: value for name, value in files_of(kept).items() if name != ".lock"}
+    moments = {
+        "moving": lambda: any((run_folder / n).exists() for n in (".moving-run", "replaced-run")),
+        "saving": lambda: (run_folder / "replaced-run").exists() and is_saving(run_folder),
+        "saved": lambda: (run_folder / "config.yaml").exists() and bool(steps_logged(run_folder)),
+    }
+    draw, outcomes = random.Random(0), set()
+    line = command(1, TRAIN, *arguments(run_folder, images, **fields, seed=1, overwrite=True))
+    for kill in range(20):
+        shutil.rmtree(run_folder)
+        shutil.copytree(kept, run_folder, symlinks=True)
+        moment = list(moments)[kill % 3]
+        before = moments["moving"] if moment == "saved" else lambda: True
+        process = start(line, output)
+        end = time.monotonic() + 120
+        while not before():
+            assert process.poll() is None, output.read_text()
+            assert time.monotonic() < end, output.read_text()
+        kill_when(process, output, moments[moment], draw, 0.02 if moment != "saved" else 0.3)
+        # What the next start makes of it.
+        with pytest.raises(UserError, match="already holds a run"):
+            prepare_folder(run_folder, overwrite=False, resume=False)
+        found = {n: h for n, h in files_of(run_folder).items() if n.split("/")[0] in names}
+        if found == expected:
+            outcomes.add("earlier")
+            continue
+        outcomes.add("newer")
+        saved = list_checkpoints(run_folder)
+        assert saved, sorted(found)
+        for _, checkpoint in saved:
+            assert load_checkpoint(checkpoint).state["config"]["seed"] == 1
+    assert outcomes == {"earlier", "newer"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_during_the_export_leave_a_whole_one(tmp_path, images):
+    output = tmp_path / "output.txt"
+    fields = {**FIELDS, "train.max_steps": 4, "train.decay_steps": 0, "validation.every": 2}
+    run(1, TRAIN, *arguments("run", images, **fields), output=output, cwd=tmp_path)
+    export = tmp_path / "run" / "export"
+    expected, inode = files_of(export), export.stat().st_ino
+    draw, replaced = random.Random(0), 0
+    line = command(1, TRAIN, "--config", "run/config.yaml", "--resume", "latest")
+
+    def exporting() -> bool:
+        return bool(list(export.parent.glob(".tmp-*-export"))) or export.stat().st_ino != inode
+
+    for _ in range(20):
+        process = start(line, output, cwd=tmp_path)
+        kill_when(process, output, exporting, draw, 0.03)
+        assert files_of(standing(export)) == expected
+        prepare_folder(tmp_path / "run", overwrite=False, resume=True)
+        assert files_of(export) == expected
+        assert not list(export.parent.glob(".tmp-*"))
+        replaced += export.stat().st_ino != inode
+        inode = export.stat().st_ino
+    assert 0 < replaced < 20  # kills fell before and after the new one took its place

@@ -8,7 +8,7 @@ from equality import RECORDING, check_equal, line
 from launching import run
 from recording import record
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 
 MIXES = {
     "wasserstein": {

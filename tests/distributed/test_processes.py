@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from first_stage.distributed import heartbeat as watch
 from first_stage.distributed import processes
-from first_stage.distributed.heartbeat import Peer, Watch
+from first_stage.distributed.heartbeat import Peer, Watch, looked_after_by
 from first_stage.distributed.processes import Processes, StopRequest
 
 
@@ -156,6 +156,75 @@ def test_roll_call_names_the_silent_one_or_tells_what_another_said(hurry):
     message, told_by = watches[2].roll_call()
     assert message == f"process 1 (pid {os.getpid()} on host1) ended: the disk is full"
     assert told_by == 0
+
+
+class Counting:
+    """A store that counts what is asked of it."""
+
+    def __init__(self, store):
+        self.store, self.requests = store, 0
+
+    def __getattr__(self, name):
+        def ask(*arguments):
+            self.requests += 1
+            return getattr(self.store, name)(*arguments)
+
+        return ask
+
+
+@pytest.mark.parametrize("places", [[0] * 8 + [1] * 8, [0, 1, 0, 1], [0, 1, 1, 1], [0, 1, 2, 0]])
+def test_every_process_is_looked_after_by_one_on_another_machine(places):
+    peers = [Peer(rank, 1, "h", f"place{place}") for rank, place in enumerate(places)]
+    found = [peer.rank for rank in range(len(peers)) for peer in looked_after_by(rank, peers)]
+    assert sorted(found) == list(range(len(peers)))
+    for rank, peer in enumerate(peers):
+        assert all(other.place != peer.place for other in looked_after_by(rank, peers))
+    assert looked_after_by(0, peers[:1] * 3) == []
+
+
+def test_what_a_process_asks_of_the_store_does_not_grow_with_the_job(hurry):
+    asked = {}
+    for hosts in (2, 8):
+        job = Job([rank // 8 for rank in range(8 * hosts)], patience=1000)
+        job.store = Counting(job.store)
+        watches = [job.watch(rank) for rank in range(8 * hosts)]
+        job.store.requests = 0
+        for each in watches:
+            each.start()
+        time.sleep(1.0)
+        for each in watches:
+            each._closed.set()
+        asked[hosts] = job.store.requests / len(watches)
+        time.sleep(0.2)
+        assert not job.left
+    assert 0 < asked[8] < 1.5 * asked[2]
+
+
+def test_the_loss_of_a_machine_is_heard_on_all_others(hurry, capsys):
+    """Also where nobody looks after it from there."""
+    job = Job([0, 0, 1, 1, 2, 2, 3, 3])
+    watches = [job.watch(rank) for rank in range(8)]
+    for each in watches:
+        each.start()
+    time.sleep(0.5)
+    assert not job.left
+    for rank in (4, 5):
+        watches[rank]._closed.set()
+    wait_for(lambda: len(job.left) == 6, 10)
+    told = capsys.readouterr().err
+    assert told.count("error:") == 1
+    assert f"(pid {os.getpid()} on host2) died" in told
+
+
+def test_roll_call_asks_the_store_little_however_many_there_are(hurry):
+    job = Job([rank // 8 for rank in range(64)])
+    job.store = Counting(job.store)
+    watches = [job.watch(rank) for rank in range(64)]
+    watches[9].tell("the disk is full")
+    job.store.requests = 0
+    message, _ = watches[3].roll_call()
+    assert message.endswith("ended: the disk is full")
+    assert job.store.requests < 20
 
 
 def test_peers_know_who_lives():

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,6 +16,7 @@ from launching import (
     TRAIN,
     command,
     descendants,
+    environment,
     finish,
     kill_group,
     run,
@@ -71,17 +71,19 @@ def test_a_signal_to_the_whole_job_saves_and_exits_with_0(tmp_path, images, numb
 
 
 @pytest.mark.slow
-def test_the_printed_command_goes_on(tmp_path, images):
-    process, output = begin(tmp_path, images, 1)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_printed_command_goes_on(tmp_path, images, processes):
+    """Pasted into a shell as it stands, with as many processes as before."""
+    process, output = begin(tmp_path, images, processes)
     os.kill(process.pid, signal.SIGTERM)
     text = finish(process, output, 60)
     step = saved_step(tmp_path / "run")
-    told = shlex.split(re.search(r"accelerate launch .*", text)[0])
-    assert told[:2] == ["accelerate", "launch"]
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
-    again = start([*launcher, *told[2:], "--train.max_steps", str(step + 2)], output)
+    told = re.search(r"Go on with:\n +(.*)", text)[1]
+    shell = {name: value for name, value in environment().items() if name != "ACCELERATE_USE_CPU"}
+    again = start(["bash", "-c", f"{told} --train.max_steps {step + 2}"], output, env=shell)
     text = finish(again, output, 90)
     assert again.returncode == 0, text
+    assert f"{processes} process{'es' if processes > 1 else ''} on cpu" in text
     assert f"resuming at step {step} " in text
     assert (tmp_path / "run" / "export" / "config.json").exists()
 
@@ -117,7 +119,7 @@ def test_several_processes_stop_between_the_same_two_steps(tmp_path, images, who
         assert process.returncode == 0, text
     step = saved_step(tmp_path / "run")
     assert f"stopped after step {step} of 100000; everything is saved. Go on with:" in text
-    assert "accelerate launch --num_processes 2 scripts/train.py" in text
+    assert re.search(r"ACCELERATE_USE_CPU=true .*--num_processes 2 -m first_stage train ", text)
 
 
 @pytest.mark.slow
@@ -151,7 +153,7 @@ def test_a_killed_data_worker_of_one_process_ends_all_with_every_step_saved(tmp_
     assert process.returncode != 0
     step = saved_step(tmp_path / "run")
     assert "error: a data worker of process 1" in text
-    assert f"Everything up to step {step} is saved; go on with: accelerate launch" in text
+    assert f"Everything up to step {step} is saved; go on with: " in text
     assert text.count("error: a data worker") == 1
 
 

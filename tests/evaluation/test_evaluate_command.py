@@ -70,7 +70,7 @@ def test_side_by_side(stages, tmp_path, capsys) -> None:
         (["--first_stage", "a", "--output", "o"], "--data.path is missing"),
         (["--first_stage", "a", "--data.path", "photos"], "--output is missing"),
         (["--first_stage", "a", "--data.path", "photos", "--output", "o", "--num_images", "0"],
-         "--num_images is 0; it must be at least 1"),
+         "num_images is 0; it must be an int above 0 or null"),
         (["--first_stage", "a", "--data.path", "photos", "--output", "o", "--data.split", "test"],
          "photos has train, validation and all"),
         (["--first_stage", "a", "--data.path", "photos", "--output", "o", "--data.resize", "64"],
@@ -100,6 +100,26 @@ def test_bad_input_is_told_in_one_line(stages, tmp_path) -> None:
             main([*map(str, arguments), "--features", "none"])
         assert "\n" not in str(error.value)
         assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_every_name_is_checked_before_the_first_is_measured(stages, tmp_path, monkeypatch) -> None:
+    tiny_kl(in_channels=1).save_pretrained(stages / "gray")
+    tiny_kl().save_pretrained(stages / "torn")
+    weights = stages / "torn" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    measured = []
+    monkeypatch.setattr("first_stage.commands.evaluate.evaluate", measured.append)
+    data = ["--data.path", str(pictures_in(tmp_path, 2)), "--features", "none"]
+    for last, words in (
+        ("nowhere", "does not exist"),
+        ("torn", "cannot be loaded"),
+        ("gray", "takes images of 1 channels, but .* of 3: evaluate them separately"),
+    ):
+        names = [str(stages / name) for name in ("kl/export", "vq", last)]
+        line = ["--first_stage", *names, *data, "--output", str(tmp_path / "out")]
+        with pytest.raises(UserError, match=rf"--first_stage .*{last}.*{words}"):
+            main(line)
+    assert not measured
 
 
 def test_the_script_ends_with_one_line_and_code_2(stages, tmp_path) -> None:

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
+from autoencoders import build_autoencoder
 from conftest import ROOT, picture
 
 from first_stage.data.sources import ListSource, Sample
-from first_stage.models.first_stage import build_autoencoder
 from latent_tools import CacheOptions, precompute
 
 GUIDE = ROOT / "docs" / "guides" / "diffusion-loops.md"
@@ -36,7 +36,7 @@ def place(tmp_path, monkeypatch):
             Sample(f"{n:02d}", picture(n, *sides[n % len(sides)]), {"caption": f"number {n}"})
             for n in range(16)
         ]
-        options = CacheOptions(16, 16, buckets=buckets, unit_size=4)
+        options = CacheOptions(resolution=16, resize=16, buckets=buckets, unit_size=4)
         precompute(vae, "x", ListSource("pictures", samples), "my_latents", options)
 
     monkeypatch.chdir(tmp_path)

@@ -12,13 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from autoencoders import build_autoencoder
 from conftest import ROOT, picture
 from diffusers import DiTPipeline, DiTTransformer2DModel
 from safetensors.torch import load_file
 
 from first_stage.data import open_source
 from first_stage.errors import UserError
-from first_stage.models.first_stage import build_autoencoder
 from latent_tools import CacheOptions, LatentDataset, precompute
 
 SCRIPT = ROOT / "examples" / "digits" / "train_diffusion.py"

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 import torch
+from autoencoders import build_autoencoder
 from conftest import ROOT
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from first_stage.distributed.processes import Processes
 from first_stage.handover.export import measure_latents, model_card, write_export
-from first_stage.models.first_stage import build_autoencoder
 
 STOCK = ROOT / "tests" / "helpers" / "stock_diffusers.py"
 

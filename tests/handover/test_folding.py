@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from autoencoders import build_autoencoder
 from conftest import ROOT, picture, run_script
 from diffusers import AutoencoderKL, AutoencoderTiny
 
@@ -14,7 +15,6 @@ from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
 from first_stage.handover.export import measure_latents
 from first_stage.handover.folding import fold_statistics
-from first_stage.models.first_stage import build_autoencoder
 
 MEAN, STD = [0.5, -3.0, 0.0, 20.0], [2.0, 0.1, 1.0, 7.0]
 

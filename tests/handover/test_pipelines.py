@@ -6,6 +6,7 @@ be the decoder's of exactly the latents that its rule of scaling and shift gives
 
 import pytest
 import torch
+from autoencoders import build_autoencoder
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -23,7 +24,6 @@ from pipelines import STEPS, sample, stable_diffusion_xl, unet
 
 from first_stage.handover.export import LatentStatistics, model_card, write_export
 from first_stage.handover.folding import fold_statistics
-from first_stage.models.first_stage import build_autoencoder
 
 MEAN, STD = [0.5, -1.0, 0.25, 2.0], [0.5, 2.0, 1.0, 3.0]
 STATISTICS = LatentStatistics(MEAN, STD, 0.4375, 2.0, images=8, largest_activation=1.0)

@@ -7,13 +7,30 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from PIL import Image
 
-from first_stage.models.first_stage import build_autoencoder
+from first_stage.config.schema import ModelConfig
+from first_stage.models.families import family_named
 
 
-def tiny_kl(in_channels: int = 3, latent_channels: int = 4, levels: int = 2) -> AutoencoderKL:
+def build_autoencoder(
+    in_channels, latent_channels, block_out_channels, layers_per_block, norm_num_groups,
+    mid_block_attention, quant_conv, sample_size,
+) -> AutoencoderKL:  # fmt: skip
+    """An `AutoencoderKL` as the trainer builds it."""
+    layout = ModelConfig(
+        in_channels=in_channels, latent_channels=latent_channels,
+        block_out_channels=block_out_channels, layers_per_block=layers_per_block,
+        norm_num_groups=norm_num_groups, mid_block_attention=mid_block_attention,
+        quant_conv=quant_conv,
+    )  # fmt: skip
+    return family_named("kl").build(layout, sample_size)
+
+
+def tiny_kl(
+    in_channels: int = 3, latent_channels: int = 4, levels: int = 2, attention: bool = False
+) -> AutoencoderKL:
     torch.manual_seed(0)
     widths = (8, 16, 16)[:levels]
-    return build_autoencoder(in_channels, latent_channels, widths, 1, 4, False, True, 16).eval()
+    return build_autoencoder(in_channels, latent_channels, widths, 1, 4, attention, True, 16).eval()
 
 
 def tiny_vq() -> VQModel:

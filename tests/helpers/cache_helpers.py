@@ -7,16 +7,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
+from autoencoders import build_autoencoder
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
 from first_stage.data import open_source
-from first_stage.models.first_stage import build_autoencoder
+from first_stage.models.bottlenecks import Gaussian
+from first_stage.models.families import Family, register_family
 from latent_tools import CacheError, CacheOptions, Outcome, precompute
 from latent_tools.maintenance import leftovers
 
@@ -54,9 +55,39 @@ class NumberReader(nn.Module):
         self.logvar = logvar
         self.config = {"in_channels": 3, "scaling_factor": 1.0}
 
-    def encode(self, images: Tensor, return_dict: bool = True):
+    def encode(self, images: Tensor) -> Tensor:
         mean = nn.functional.avg_pool2d(images * self.weight, 2)
-        return (SimpleNamespace(mean=mean, logvar=torch.full_like(mean, self.logvar)),)
+        return torch.cat([mean, torch.full_like(mean, self.logvar)], 1)
+
+
+class Numbers(Family):
+    """The family of `NumberReader`: a class from outside the library."""
+
+    name, model_class = "numbers", NumberReader
+
+    def build(self, config, sample_size):
+        return NumberReader()
+
+    def bottleneck(self, model, config=None):
+        return Gaussian()
+
+    def to_code(self, model, images):
+        return model.encode(images)
+
+    def downsample_factor(self, model):
+        return 2
+
+    def latent_channels(self, model):
+        return 3
+
+    def in_channels(self, model):
+        return model.config["in_channels"]
+
+    def last_layer(self, model):
+        return model.weight
+
+
+register_family(Numbers())
 
 
 def number_of(latents: Tensor) -> tuple[int, bool]:

@@ -10,8 +10,8 @@ from diffusers import AutoencoderKL
 from recording import record
 from safetensors.torch import load_file
 
-from first_stage.config.schema import parse_config
-from first_stage.training.log import read_log
+from first_stage.config import parse_config
+from first_stage.files import read_log
 
 RECORDING = Path(__file__).with_name("recording.py")
 

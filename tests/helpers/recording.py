@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import save_file
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.training.checkpoint import checkpoint_folder, load_checkpoint
 from first_stage.training.loop import train
 from first_stage.training.step import Trainer
@@ -26,12 +26,12 @@ def digest(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
-def samples_of(batches):
+def samples_of(trainer, batches):
     """Id, hash of the pixels (so of crop and flip) and hash of the noise of each sample."""
     return [
         [name, digest(pixels), digest(noise)]
         for batch in batches
-        for name, pixels, noise in zip(batch.ids, batch.pixels, batch.noise, strict=True)
+        for name, pixels, noise in zip(batch.ids, batch.pixels, trainer.noise(batch), strict=True)
     ]
 
 
@@ -65,7 +65,7 @@ class Recorder:
         if not hasattr(trainer, "recorded"):
             trainer.recorded = True
             self.watch(trainer)
-        self.samples[step] = samples_of(batches)
+        self.samples[step] = samples_of(trainer, batches)
         if self.reference is not None and step > 0:
             self.kind = f"{step}.forced"
             own = copy.deepcopy(trainer.snapshot(step))

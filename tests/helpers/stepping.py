@@ -15,8 +15,7 @@ from first_stage.training.step import Trainer
 def batch_of(trainer: Trainer, count: int, seed: int) -> Batch:
     draw = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 16, 16, 3), dtype=torch.uint8, generator=draw)
-    shape = trainer.first_stage.network.latent_shape(16)
-    return Batch(pixels, torch.randn(count, *shape, generator=draw), [""] * count)
+    return Batch(pixels, [100 * seed + n for n in range(count)], [""] * count)
 
 
 def make_trainer(config) -> Trainer:
@@ -25,8 +24,8 @@ def make_trainer(config) -> Trainer:
 
 def averaged(trainer: Trainer) -> AutoencoderKL:
     """A copy of the autoencoder with its averaged weights."""
-    with trainer.ema_weights() as vae:
-        return copy.deepcopy(vae)
+    with trainer.ema_weights() as stage:
+        return copy.deepcopy(stage.model)
 
 
 def gradients_of(trainer: Trainer, step: int, batches: list[Batch]) -> dict[str, list]:

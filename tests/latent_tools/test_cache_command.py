@@ -1,10 +1,11 @@
 """The command and the tools as users run them: through the launcher, in processes of their own."""
 
 import json
+import re
 
 import pytest
 import torch
-from cache_helpers import launch, make_vae, photo, run_tool, shard_hashes, write_photos
+from cache_helpers import cache, launch, make_vae, photo, run_tool, shard_hashes, write_photos
 from PIL import Image
 
 from first_stage.commands import cache as command
@@ -12,6 +13,7 @@ from first_stage.commands.cache import parse_options
 from first_stage.errors import ConfigError, UserError
 from latent_tools import LatentDataset, Process
 from latent_tools.__main__ import main as tool
+from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
 
 
@@ -46,7 +48,7 @@ def test_two_processes_make_one_cache(made):
         "process 1: 10 samples in 2 units encoded, 0 of 5 units were done before",
     ]
     # The process that commits the last unit ends with these; the other one may print after it.
-    assert any(line.startswith("next: python -m latent_tools info") for line in lines)
+    assert any(line.startswith("next: ") and " latents info " in line for line in lines)
     assert any("1 samples failed" in line and "failures.parquet" in line for line in lines)
     dataset = LatentDataset(made / "c", expect=str(made / "vae"))
     assert len(set(dataset.ids)) == len(dataset) == 23
@@ -110,7 +112,7 @@ class TestTools:
         assert "unit 3: shards/b16x16-u000003.safetensors has sha256" in result.stdout
         assert result.stdout.count("unit ") == 1
         assert "--release" in result.stderr
-        assert "scripts/cache_latents.py --first_stage" in result.stderr
+        assert re.search(r"first.stage cache --first_stage", result.stderr)
         assert "Traceback" not in result.stderr
         tool(["verify", str(made / "c"), "--release"])
         capsys.readouterr()
@@ -184,7 +186,7 @@ class TestOptions:
 
     def test_types(self):
         options = parse_options([*self.base, "--columns", "[a,b]", "--data.max_broken", "1e-3"])
-        assert options.columns == ["a", "b"]
+        assert options.columns == ("a", "b")
         assert options.data.max_broken == 0.001
 
     @pytest.mark.parametrize(
@@ -199,3 +201,37 @@ class TestOptions:
     def test_mistakes_name_the_option(self, given, message):
         with pytest.raises(ConfigError, match=message):
             parse_options(given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"batch_size": 0}, "batch_size is 0; it must be an int above 0"),
+        ({"resolution": -16}, "resolution is -16; it must be an int above 0"),
+        ({"unit_size": -1}, "unit_size is -1; it must be an int of 0 or above"),
+        ({"workers": -1}, "workers is -1; it must be an int of 0 or above"),
+        ({"max_broken": 1.5}, "max_broken is 1.5; it must be a float from 0 to 1"),
+        ({"dtype": "int4"}, "dtype is int4; it must be a choice of float16"),
+    ],
+)
+def test_options_set_in_python_are_refused_like_flags(tmp_path, changes, words):
+    write_photos(tmp_path / "data", 1)
+    with pytest.raises(CacheError, match=words):
+        cache(tmp_path / "data", tmp_path / "cache", **changes)
+    if "dtype" not in changes:
+        ((name, value),) = changes.items()
+        flag = f"data.{name}" if name in ("resolution", "workers", "max_broken") else name
+        with pytest.raises(ConfigError, match=words):
+            parse_options([f"--{flag}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["preview", "c", "--count", "0"], "count is 0; it must be an int above 0"),
+        (["export", "c", "--seed", "-1"], "seed is -1; it must be an int of 0 or above"),
+    ],
+)
+def test_the_tools_refuse_what_is_out_of_range(line, words):
+    with pytest.raises(ConfigError, match=words):
+        tool(line)

@@ -1,5 +1,6 @@
 import json
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,12 +19,12 @@ from cache_helpers import (
 )
 from diffusers import AutoencoderDC, AutoencoderTiny, VQModel
 from PIL import Image
-from torch import nn
 
 from first_stage.data import View, images_from_pixels, open_image, open_source, pixels_of
 from first_stage.errors import UserError
+from first_stage.models.first_stage import as_first_stage
 from latent_tools import LatentDataset, Manifest, precompute
-from latent_tools.build.encoder import BatchSplitter, Encoder
+from latent_tools.build.encoder import BatchSplitter, LatentEncoder
 from latent_tools.format.files import LaunchLock
 from latent_tools.format.shards import read_commit
 
@@ -206,8 +207,10 @@ class TestOtherFirstStages:
     def test_what_does_not_encode_images_is_refused(self, tmp_path):
         write_photos(tmp_path / "data", 1)
 
-        class Video(nn.Module):
-            def encode(self, x, return_dict=True):
+        class Video(NumberReader):
+            config = SimpleNamespace(in_channels=3)
+
+            def encode(self, x):
                 raise ValueError("expected 5 dimensions")
 
         with pytest.raises(UserError, match="does not encode images: expected 5 dimensions"):
@@ -396,15 +399,15 @@ class Overflowing(NumberReader):
         super().__init__()
         self.in_half, self.always = in_half, always
 
-    def encode(self, images, return_dict=True):
-        (posterior,) = super().encode(images)
+    def encode(self, images):
+        moments = super().encode(images)
         numbers = ((images[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
         for row, number in enumerate(numbers):
             if number in self.always:
-                posterior.mean[row, 0] = float("nan")
+                moments[row, 0] = float("nan")
             elif number in self.in_half and torch.is_autocast_enabled("cpu"):
-                posterior.mean[row, 1] = float("inf")
-        return (posterior,)
+                moments[row, 1] = float("inf")
+        return moments
 
 
 class TestNotFinite:
@@ -446,10 +449,10 @@ class TestNotFinite:
         vae = make_vae()
         vae.register_to_config(force_upcast=True)
         cpu = torch.device("cpu")
-        assert Encoder(vae, "x", cpu, "fp16").precision == "no"
-        assert Encoder(vae, "x", cpu, "bf16").precision == "bf16"
+        assert LatentEncoder(as_first_stage(vae, "x"), cpu, "fp16").precision == "no"
+        assert LatentEncoder(as_first_stage(vae, "x"), cpu, "bf16").precision == "bf16"
         vae.register_to_config(force_upcast=False)
-        assert Encoder(vae, "x", cpu, "fp16").precision == "fp16"
+        assert LatentEncoder(as_first_stage(vae, "x"), cpu, "fp16").precision == "fp16"
 
 
 class TestMemory:
@@ -478,12 +481,12 @@ class TestMemory:
                     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
                 return super().encode(images)
 
-        splitter = BatchSplitter(Encoder(Full(), "x", torch.device("cpu")), 4)
+        splitter = BatchSplitter(LatentEncoder(as_first_stage(Full(), "x"), torch.device("cpu")), 4)
         with pytest.raises(UserError, match="one image of 64x64 does not fit"):
             splitter(torch.zeros(4, 3, 64, 64))
 
     def test_a_filled_up_batch_gives_the_same(self):
-        encoder = Encoder(make_vae(), "x", torch.device("cpu"))
+        encoder = LatentEncoder(as_first_stage(make_vae(), "x"), torch.device("cpu"))
         images = torch.randn(5, 3, 16, 16)
         padded = BatchSplitter(encoder, 4, is_padded=True)(images)
         assert padded.shape == (5, 8, 8, 8)
@@ -535,7 +538,9 @@ class TestContinuing:
             for number in range(4):
                 photo(first + number).save(tmp_path / folder / f"{number}.png")
         cache(tmp_path / "a", tmp_path / "c")
-        with pytest.raises(UserError, match=r"'0\.png' .* is not the one that was encoded"):
+        with pytest.raises(
+            UserError, match=r"4 changed of the 4 samples .*'0\.png'.*another --output"
+        ):
             cache(tmp_path / "b", tmp_path / "c")
         (tmp_path / "e").mkdir()
         photo(0).save(tmp_path / "e" / "else.png")
@@ -584,7 +589,7 @@ class TestContinuing:
         child = context.Process(target=_hold_lock, args=(tmp_path / "c", taken, done))
         child.start()
         assert taken.wait(20)
-        with pytest.raises(UserError, match=f"another launch .process {child.pid} on"):
+        with pytest.raises(UserError, match=f"another launch .pid {child.pid} on"):
             cache(tmp_path / "data", tmp_path / "c")
         done.set()
         child.join(20)

@@ -7,17 +7,21 @@ import os
 import time
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from cache_helpers import NumberReader, cache, make_vae, options, shard_hashes, write_photos
 
-from first_stage.data import open_source
+from first_stage import files
+from first_stage.data import Reading, decode, open_source
 from first_stage.errors import UserError
+from first_stage.files import MachineError
 from latent_tools import CacheError, LatentDataset, Manifest, Process, precompute
 from latent_tools import maintenance as tools
-from latent_tools.build import images, launch
+from latent_tools.build import launch
 from latent_tools.build.encode import PortionEncoder
-from latent_tools.format import files
-from latent_tools.format.files import LaunchLock, MachineError
+from latent_tools.build.sizes import image_sizes
+from latent_tools.format.files import LaunchLock
 from latent_tools.format.plan import Plan, committed_units
 from latent_tools.format.shards import commit_path
 
@@ -95,15 +99,15 @@ class TestErrorsOfTheMachine:
         monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0))
 
     def failing(self, monkeypatch, name, times, number=errno.ESTALE):
-        original, left = Path.read_bytes, {"times": times}
+        original, left = os.open, {"times": times}
 
-        def read_bytes(self):
-            if self.name == name and left["times"] > 0:
+        def open_(path, *arguments, **named):
+            if str(path).endswith(name) and left["times"] > 0:
                 left["times"] -= 1
                 raise OSError(number, os.strerror(number))
-            return original(self)
+            return original(path, *arguments, **named)
 
-        monkeypatch.setattr(Path, "read_bytes", read_bytes)
+        monkeypatch.setattr(decode.os, "open", open_)
 
     @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
     def test_a_transient_error_costs_no_sample(self, tmp_path, monkeypatch, number):
@@ -130,13 +134,27 @@ class TestErrorsOfTheMachine:
         self.failing(monkeypatch, "00003.png", 99, errno.ENOENT)
         assert cache(tmp_path / "data", tmp_path / "c", max_broken=0.5).failures == 1
 
-    def test_a_size_is_not_guessed_when_the_machine_fails(self, monkeypatch):
-        def open_(*_):
-            raise OSError(errno.EIO, "Input/output error")
+    def test_a_size_is_not_guessed_when_the_machine_fails(self, tmp_path, monkeypatch):
+        write_photos(tmp_path / "data", 2)
+        source = open_source(str(tmp_path / "data"))
+        ids = pa.array([source.id(n) for n in range(2)])
 
-        monkeypatch.setattr(images.Image, "open", open_)
-        with pytest.raises(MachineError):
-            images.picture_size(Path("x.png"))
+        def sizes():
+            return image_sizes(tmp_path / "c", source, np.arange(2), ids, 1, Reading(3)).tolist()
+
+        original = open
+
+        def open_(path, *arguments, **named):
+            if str(path).endswith("1.png"):
+                raise OSError(errno.EIO, "Input/output error")
+            return original(path, *arguments, **named)
+
+        monkeypatch.setattr("builtins.open", open_)
+        self.failing(monkeypatch, "1.png", 99, errno.EIO)
+        with pytest.raises(MachineError, match=r"00001\.png"):
+            sizes()
+        monkeypatch.undo()
+        assert sizes() == [[16, 16], [16, 16]]
 
     def test_a_commit_is_read_again(self, made, monkeypatch):
         original, left = Path.read_text, {"times": 2}
@@ -150,14 +168,14 @@ class TestErrorsOfTheMachine:
         monkeypatch.setattr(Path, "read_text", read_text)
         assert Manifest.load(made / "c").counts["samples"] == 10
 
-    def test_a_full_disk_is_told_in_words(self, tmp_path, monkeypatch):
+    def test_a_full_disk_ends_the_launch(self, tmp_path, monkeypatch):
         write_photos(tmp_path / "data", 4)
 
         def full(*_):
             raise OSError(errno.ENOSPC, "No space left on device")
 
         monkeypatch.setattr("latent_tools.build.unit.write_atomic", full)
-        with pytest.raises(UserError, match="No space left on device; free some space"):
+        with pytest.raises(OSError, match="No space left on device"):  # told by the command
             cache(tmp_path / "data", tmp_path / "c", NumberReader())
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cache_helpers import make_vae
 
+from first_stage.models.first_stage import as_first_stage
 from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import (
     Manifest,
@@ -16,8 +17,12 @@ from latent_tools.format.manifest import (
 
 def manifest(vae, **changes):
     return Manifest(
-        first_stage=describe_first_stage(vae, "x", 4, 2, None),
-        preprocessing={"resolution": changes.get("resolution", 16)},
+        first_stage=describe_first_stage(as_first_stage(vae, "x"), None),
+        preprocessing={
+            "resolution": changes.get("resolution", 16),
+            "color": "srgb",
+            "upright": True,
+        },
         store={"dtype": changes.get("dtype", "float16")},
         source={},
         made_with={},

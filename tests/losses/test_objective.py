@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from first_stage.config.schema import AdversarialConfig, LearnedConfig, LossConfig
-from first_stage.losses.objective import Judged, Objective, channel_kl, pixel_error, schedule
-from first_stage.models.critic import Verdict
-from first_stage.models.first_stage import Posterior
+from first_stage.losses.objective import Objective
+from first_stage.losses.pixel import pixel_error
+from first_stage.losses.terms import CriticOutputs, Inputs, schedule
+from first_stage.metrics.latents import kl_divergence
+from first_stage.models.bottlenecks import Code, Gaussian
+from first_stage.models.critic import CriticOutput
 
 NO_CRITIC = {
     "learned": LearnedConfig(weight=0.0),
@@ -21,11 +24,11 @@ def one(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def verdicts(*logits: float, count: int = 2) -> Judged:
-    """A critic's verdicts on `count` reals, and on any number of fakes."""
+def outputs_of(*logits: float, count: int = 2) -> CriticOutputs:
+    """A critic's logits on `count` reals, and on any number of fakes."""
     reals = torch.tensor(logits[:count]).view(-1, 1, 1, 1).requires_grad_()
     fakes = torch.tensor(logits[count:]).view(-1, 1, 1, 1).requires_grad_()
-    return Judged(Verdict(reals, []), Verdict(fakes, []))
+    return CriticOutputs(CriticOutput(reals, []), CriticOutput(fakes, []))
 
 
 # -- pixels -----------------------------------------------------------------------------------
@@ -75,8 +78,8 @@ def test_the_pixel_term_hears_everything_until_another_term_is_at_work():
     for config, start in ((later, 5), (off, 7)):
         objective = Objective(config)
         for step, cutoff in ((start - 1, None), (start, 0.2)):
-            terms = objective._terms(step, images, leaf, None)
-            assert terms["pixel"].value.item() == pytest.approx(errors[cutoff])
+            value = objective.terms["pixel"].value(Inputs(step, images, leaf))
+            assert value.item() == pytest.approx(errors[cutoff])
 
 
 def test_the_learned_noise_level_moves_to_where_it_belongs():
@@ -85,15 +88,15 @@ def test_the_learned_noise_level_moves_to_where_it_belongs():
     parameter = objective.parameters["logvar"]
     optimizer = torch.optim.Adam([parameter], lr=0.05)
     images, leaf = torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.25)
-    posterior = Posterior(torch.zeros(2, 1, 1, 1), torch.zeros(2, 1, 1, 1))
+    code = Gaussian()(torch.zeros(2, 2, 1, 1))
     for _ in range(400):
         optimizer.zero_grad()
-        objective.direct_loss(0, images, leaf, posterior)[0].backward()
+        objective.direct_loss(Inputs(0, images, leaf), code)[0].backward()
         optimizer.step()
     assert parameter.item() == pytest.approx(math.log(0.25), abs=1e-2)
     leaf.requires_grad_()
     decoded = leaf * 1.0
-    gradient, _, _ = objective.gradient(0, images, decoded, leaf, None, torch.zeros(()))
+    gradient = objective.gradient(Inputs(0, images, leaf), decoded, torch.zeros(())).decoder
     # d(error / exp(s)) = sign / n / 0.25
     torch.testing.assert_close(
         gradient, torch.full_like(gradient, 4 / gradient.numel()), rtol=0.02, atol=0
@@ -103,34 +106,33 @@ def test_the_learned_noise_level_moves_to_where_it_belongs():
 # -- KL ---------------------------------------------------------------------------------------
 
 
-def posterior_of(*channel_means: float) -> Posterior:
+def code_of(*channel_means: float) -> tuple[torch.Tensor, Code]:
+    """Means with a gradient, and the code of posteriors of unit variance around them."""
     mean = torch.tensor(channel_means).view(1, -1, 1, 1).expand(2, -1, 2, 2).contiguous()
-    return Posterior(mean.requires_grad_(), torch.zeros_like(mean))
+    mean.requires_grad_()
+    return mean, Gaussian()(torch.cat([mean, torch.zeros_like(mean)], 1))
 
 
 def test_channel_kl_by_hand():
     # unit variance: KL = mean^2 / 2
-    torch.testing.assert_close(channel_kl(posterior_of(1.0, 3.0)), torch.tensor([0.5, 4.5]))
+    facts = code_of(1.0, 3.0)[1].facts
+    torch.testing.assert_close(facts["kl_channel"], torch.tensor([0.5, 4.5]))
 
 
 def test_kl_by_finite_differences():
     mean = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
     logvar = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
 
-    def in_double(m, v):
-        return 0.5 * (m.square() + v.exp() - 1 - v).mean((0, 2, 3))
-
-    assert torch.autograd.gradcheck(in_double, (mean, logvar))
-    torch.testing.assert_close(
-        channel_kl(Posterior(mean.float(), logvar.float())), in_double(mean, logvar).float()
-    )
+    assert torch.autograd.gradcheck(kl_divergence, (mean, logvar))
+    by_hand = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+    torch.testing.assert_close(kl_divergence(mean, logvar), by_hand)
 
 
 def test_the_kl_is_annealed():
     objective = Objective(LossConfig(kl_weight=1.0, kl_ramp_steps=4, **NO_CRITIC))
     images = torch.zeros(2, 3, 8, 8)
     losses = [
-        objective.direct_loss(step, images, images, posterior_of(1.0, 3.0))[0].item()
+        objective.direct_loss(Inputs(step, images, images), code_of(1.0, 3.0)[1])[0].item()
         for step in (0, 1, 3, 9)
     ]
     whole = (0.5 + 4.5) * 4 / images[0].numel()
@@ -142,9 +144,9 @@ def test_free_bits_leave_cheap_channels_alone_once_they_were_measured():
     images = torch.zeros(2, 3, 8, 8)
 
     def step() -> tuple[float, torch.Tensor]:
-        posterior = posterior_of(1.0, 3.0)  # 0.5 and 4.5 nats per value
-        loss, log = objective.direct_loss(0, images, images, posterior)
-        (gradient,) = torch.autograd.grad(loss, posterior.mean)
+        mean, code = code_of(1.0, 3.0)  # 0.5 and 4.5 nats per value
+        loss, log = objective.direct_loss(Inputs(0, images, images), code)
+        (gradient,) = torch.autograd.grad(loss, mean)
         objective.finish_step(one)
         assert log["loss/kl"].item() == pytest.approx((0.5 + 4.5) * 4)  # what it is, not the loss
         return loss.item() * images[0].numel() / 4, gradient.abs().sum((0, 2, 3))
@@ -161,9 +163,10 @@ def test_free_bits_leave_cheap_channels_alone_once_they_were_measured():
 # -- the learned distance ---------------------------------------------------------------------
 
 
-def judged_features(fakes: list, reals: list) -> Judged:
-    logits = torch.zeros(1, 1, 1, 1)
-    return Judged(Verdict(logits, reals), Verdict(logits, fakes))
+def with_features(fakes: list, reals: list, averaged: tuple | None = None) -> Inputs:
+    logits, image = torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+    found = CriticOutputs(CriticOutput(logits, reals), CriticOutput(logits, fakes), averaged)
+    return Inputs(0, image, image, found)
 
 
 def objective_with(**learned: object) -> Objective:
@@ -172,16 +175,16 @@ def objective_with(**learned: object) -> Objective:
     )
 
 
-def test_layers_weights_and_normalisation_by_hand():
+def test_layers_weights_and_normalization_by_hand():
     leaf = torch.zeros(1, 1, 1, 1, requires_grad=True)
     reals = [torch.full((1, 1, 2, 2), size) for size in (2.0, 10.0, 0.5)]
     fakes = [real + offset + leaf for real, offset in zip(reals, (1.0, 1.0, 1.0), strict=True)]
-    judged = judged_features(fakes, reals)
+    inputs = with_features(fakes, reals)
 
     def value(objective: Objective) -> float:
-        objective._learned_distance(judged, 1)
+        objective.terms["learned"].value(inputs)
         objective.finish_step(one)  # the magnitudes are those of the step before
-        return objective._learned_distance(judged, 1).item()
+        return objective.terms["learned"].value(inputs).item()
 
     assert value(objective_with()) == pytest.approx((1 / 2 + 1 / 10 + 1 / 0.5) / 3)
     assert value(objective_with(normalise=False)) == pytest.approx(1.0)
@@ -190,14 +193,12 @@ def test_layers_weights_and_normalisation_by_hand():
     assert value(weighted) == pytest.approx((3 / 2 + 1 / 10) / 4)
 
 
-def test_the_averages_features_are_the_yardstick_where_there_is_one():
+def test_the_averages_features_measure_where_there_is_one():
     objective = objective_with(ema_decay=0.9, normalise=False)
     reals, fakes = [torch.zeros(1, 1, 1, 1)], [torch.ones(1, 1, 1, 1)]
-    own = judged_features(fakes, reals)
-    judged = Judged(
-        own.reals, own.fakes, ([torch.zeros(1, 1, 1, 1)], [torch.full((1, 1, 1, 1), 5.0)])
-    )
-    assert objective._learned_distance(judged, 1).item() == 5.0
+    averaged = ([torch.zeros(1, 1, 1, 1)], [torch.full((1, 1, 1, 1), 5.0)])
+    inputs = with_features(fakes, reals, averaged)
+    assert objective.terms["learned"].value(inputs).item() == 5.0
 
 
 # -- what counts as fake ----------------------------------------------------------------------
@@ -215,15 +216,17 @@ def adversarial_only(**adversarial: object) -> Objective:
 
 def test_prior_samples_count_as_fakes_for_both_players():
     objective = adversarial_only(kind="hinge", prior_samples=True)
-    judged = verdicts(0.0, 0.0, -2.0, 0.0, 3.0, 0.0)  # 2 reals, 2 reconstructions, 2 of the prior
-    loss, _ = objective.critic_loss(judged, 2)
+    outputs = outputs_of(
+        0.0, 0.0, -2.0, 0.0, 3.0, 0.0
+    )  # 2 reals, 2 reconstructions, 2 of the prior
+    loss, _ = objective.critic.loss(outputs)
     assert loss.item() == pytest.approx(1.0 + (0 + 1 + 4 + 1) / 4)
 
 
 def test_relativistic_pairs_repeat_the_reals():
     objective = adversarial_only(kind="relativistic", prior_samples=True)
-    judged = verdicts(1.0, 2.0, 0.0, 0.0, 1.0, 1.0)
-    loss, _ = objective.critic_loss(judged, 2)
+    outputs = outputs_of(1.0, 2.0, 0.0, 0.0, 1.0, 1.0)
+    loss, _ = objective.critic.loss(outputs)
     expected = sum(math.log1p(math.exp(-d)) for d in (1, 2, 0, 1)) / 4
     assert loss.item() == pytest.approx(expected)
 
@@ -233,11 +236,11 @@ def test_relativistic_pairs_repeat_the_reals():
 
 def test_lecams_anchors_are_those_of_earlier_steps_with_its_own_decay():
     objective = adversarial_only(kind="wasserstein", lecam=2.0, lecam_decay=0.75)
-    judged = verdicts(1.0, 3.0, -2.0, 0.0)
-    loss, _ = objective.critic_loss(judged, 2)
+    outputs = outputs_of(1.0, 3.0, -2.0, 0.0)
+    loss, _ = objective.critic.loss(outputs)
     assert loss.item() == pytest.approx(-3.0)  # nothing is known yet
     objective.finish_step(one)
-    loss, log = objective.critic_loss(judged, 2)
+    loss, log = objective.critic.loss(outputs)
     # anchors 2 and -1; reals to -1: 4, 16; fakes to 2: 16, 4
     assert log["penalty/lecam"].item() == pytest.approx(20.0)
     assert loss.item() == pytest.approx(-3.0 + 2 * 20.0)

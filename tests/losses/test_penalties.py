@@ -49,14 +49,14 @@ def test_the_gradient_penalty_is_taken_between_reals_and_fakes():
 def test_zero_centred_penalties_by_hand():
     judge = Linear([3.0, 4.0])
     x = images([1, 2], [5, 6])
-    assert regularisers.zero_centred_penalty(judge, x).item() == pytest.approx(12.5)  # 25 / 2
+    assert regularisers.zero_centered_penalty(judge, x).item() == pytest.approx(12.5)  # 25 / 2
     torch.testing.assert_close(judge.seen[0], x)
 
 
 def test_a_penalty_depends_neither_on_the_batch_nor_on_the_number_of_patches():
     judge = Linear([3.0, 4.0])
-    once = regularisers.zero_centred_penalty(judge, images([1, 2]))
-    thrice = regularisers.zero_centred_penalty(judge, images([1, 2], [1, 2], [1, 2]))
+    once = regularisers.zero_centered_penalty(judge, images([1, 2]))
+    thrice = regularisers.zero_centered_penalty(judge, images([1, 2], [1, 2], [1, 2]))
     assert once.item() == pytest.approx(thrice.item())
 
 
@@ -75,7 +75,7 @@ def test_penalties_reach_the_critics_weights_by_finite_differences(name):
             return torch.func.functional_call(judge, named, (images,))
 
         if name == "zero_centred":
-            return regularisers.zero_centred_penalty(run, x)
+            return regularisers.zero_centered_penalty(run, x)
         return regularisers.gradient_penalty(run, x, y, mix)
 
     assert torch.autograd.gradcheck(penalty, tuple(judge.parameters()))

@@ -6,9 +6,31 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from first_stage.config.schema import ConfigError, PretrainedConfig
+from first_stage.config.schema import LossConfig, PretrainedConfig
+from first_stage.errors import ConfigError
 from first_stage.losses.learned import gram_matrix
-from first_stage.losses.pretrained import PretrainedDistances, VGG16Features
+from first_stage.losses.pretrained import LPIPS, VGG, Gram, PretrainedFeatures
+from first_stage.losses.terms import Inputs, Surroundings
+from first_stage.models.vgg import VGG16Features
+
+
+class Distances:
+    """The pretrained terms of a configuration as one function of reconstructions and images."""
+
+    def __init__(self, config: PretrainedConfig, network: VGG16Features | None = None):
+        surroundings = Surroundings()
+        if network is not None:
+            surroundings.network(PretrainedFeatures, lambda: PretrainedFeatures(config, network))
+        loss = LossConfig(pretrained=config)
+        kinds = [kind for kind in (VGG, LPIPS, Gram) if loss.weight_of(kind.name) > 0]
+        self.terms = [kind(loss, surroundings) for kind in kinds]
+        self.features = self.terms[0].features
+        assert len(surroundings.networks) == 1  # however many terms there are
+
+    def __call__(self, rebuilt: torch.Tensor, images: torch.Tensor) -> dict:
+        inputs = Inputs(0, images, rebuilt)
+        return {term.name: (term.weight, term.value(inputs)) for term in self.terms}
+
 
 CONFIGURATION_D = [64, 64, "M", 128, 128, "M", 256, 256, 256, "M"]
 CONFIGURATION_D += [512, 512, 512, "M", 512, 512, 512, "M"]
@@ -62,10 +84,10 @@ def batches(size: int = 32):
 def test_features_equal_a_reference_forward_pass(files, file):
     folder, network, _ = files
     config = PretrainedConfig(weights=str(folder / file), vgg_weight=2.0, layers=(0, 2))
-    distances = PretrainedDistances.load(config)
+    distances = Distances(config)
     x, y = batches()
     expected = reference_maps(network, x)
-    found = distances.network(x)
+    found = distances.features.network(x)
     assert len(found) == 5
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs)
@@ -78,7 +100,7 @@ def test_features_equal_a_reference_forward_pass(files, file):
 
 def test_lpips_equals_a_reference(files):
     folder, network, heads = files
-    distances = PretrainedDistances.load(
+    distances = Distances(
         PretrainedConfig(
             weights=str(folder / "vgg.pth"), heads=str(folder / "heads.pth"), lpips_weight=1.0
         )
@@ -90,7 +112,7 @@ def test_lpips_equals_a_reference(files):
         a = a / (a.norm(dim=1, keepdim=True) + 1e-10)
         b = b / (b.norm(dim=1, keepdim=True) + 1e-10)
         expected += F.conv2d((a - b) ** 2, head).mean((2, 3)).squeeze(1)
-    distances.train()  # a parent's train() must not switch anything on
+    distances.features.train()  # a parent's train() must not switch anything on
     first, again = (distances(x, y)["lpips"][1] for _ in range(2))
     torch.testing.assert_close(first, expected.mean())
     assert first.item() == again.item()
@@ -102,7 +124,7 @@ def test_gram_equals_a_reference(files):
     config = PretrainedConfig(weights=str(folder / "vgg.pth"), gram_weight=3.0, layers=(1,))
     x, y = batches()
     a, b = (gram_matrix(reference_maps(network, i)[1]) for i in (x, y))
-    weight, value = PretrainedDistances.load(config)(x, y)["gram"]
+    weight, value = Distances(config)(x, y)["gram"]
     assert weight == 3.0
     torch.testing.assert_close(value, ((a - b) ** 2).sum((1, 2)).mean())
 
@@ -111,21 +133,21 @@ def test_gradients_reach_the_reconstruction_and_nothing_else(files):
     folder, _, _ = files
     names = {"weights": str(folder / "vgg.pth"), "heads": str(folder / "heads.pth")}
     weights = {"vgg_weight": 1.0, "lpips_weight": 1.0, "gram_weight": 1.0}
-    distances = PretrainedDistances.load(PretrainedConfig(**names, **weights))
+    distances = Distances(PretrainedConfig(**names, **weights))
     x, y = (batch.requires_grad_() for batch in batches())
     for name, (_, value) in distances(x, y).items():
         x.grad = None
         value.backward(retain_graph=True)
         assert x.grad.abs().max() > 0, name
         assert y.grad is None, name
-    assert all(p.grad is None for p in distances.parameters())
+    assert all(p.grad is None for p in distances.features.parameters())
 
 
 def test_the_ratio_to_a_pixel_error_does_not_depend_on_the_resolution(files):
     # Tiled images have the same statistics at 32 and 64, up to the borders.
     folder, _, _ = files
     names = {"weights": str(folder / "vgg.pth"), "heads": str(folder / "heads.pth")}
-    distances = PretrainedDistances.load(PretrainedConfig(**names, lpips_weight=1.0))
+    distances = Distances(PretrainedConfig(**names, lpips_weight=1.0))
     x, y = batches()
     small, large = (
         distances(x.repeat(1, 1, n, n), y.repeat(1, 1, n, n))["lpips"][1] for n in (1, 2)
@@ -135,13 +157,11 @@ def test_the_ratio_to_a_pixel_error_does_not_depend_on_the_resolution(files):
 
 def test_other_channel_counts_take_a_stated_adapter(files):
     folder, _, _ = files
-    gray = PretrainedDistances.load(
-        PretrainedConfig(weights=str(folder / "vgg.pth"), vgg_weight=1.0)
-    )
+    gray = Distances(PretrainedConfig(weights=str(folder / "vgg.pth"), vgg_weight=1.0))
     x, y = (batch[:, :1] for batch in batches())
     expected = gray(x.repeat(1, 3, 1, 1), y.repeat(1, 3, 1, 1))["vgg"][1]
     torch.testing.assert_close(gray(x, y)["vgg"][1], expected)
-    chosen = PretrainedDistances(PretrainedConfig(vgg_weight=1.0, channels=(3, 0, 1)), gray.network)
+    chosen = Distances(PretrainedConfig(vgg_weight=1.0, channels=(3, 0, 1)), gray.features.network)
     x, y = (torch.cat([batch, batch[:, :1]], 1) for batch in batches())
     expected = gray(x[:, [3, 0, 1]], y[:, [3, 0, 1]])["vgg"][1]
     torch.testing.assert_close(chosen(x, y)["vgg"][1], expected)
@@ -152,7 +172,7 @@ def test_unusable_weights_are_refused_in_one_line(files, tmp_path):
 
     def refused(name: str) -> str:
         with pytest.raises(ConfigError) as caught:
-            PretrainedDistances.load(PretrainedConfig(weights=name, vgg_weight=1.0))
+            Distances(PretrainedConfig(weights=name, vgg_weight=1.0))
         assert "\n" not in str(caught.value)
         return str(caught.value)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from first_stage.metrics.latents import ChannelMoments, LatentHealth, equivariance
+from first_stage.metrics.latents import HigherMoments, LatentHealth, equivariance
 from first_stage.metrics.spectrum import radial_frequency
 
 
@@ -20,12 +20,12 @@ def skewed(count: int = 40) -> torch.Tensor:
 @pytest.mark.parametrize("split", [40, 7, 1])
 def test_moments_equal_scipy_for_any_batches(split) -> None:
     x = skewed()
-    moments = ChannelMoments(3)
+    moments = HigherMoments(3)
     for part in x.split(split):
         moments.update(part)
     flat = x.double().transpose(0, 1).flatten(1).numpy()
     np.testing.assert_allclose(moments.mean, flat.mean(1), rtol=1e-12)
-    np.testing.assert_allclose(moments.variance, flat.var(1), rtol=1e-10)
+    np.testing.assert_allclose(moments.signal_variance, flat.var(1), rtol=1e-10)
     np.testing.assert_allclose(moments.excess_kurtosis, stats.kurtosis(flat, axis=1), rtol=1e-8)
 
 

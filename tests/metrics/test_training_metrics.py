@@ -49,9 +49,11 @@ def test_shares_and_cosines_by_hand():
 
 
 def test_active_channels_by_hand():
-    found = derived({"kl_channel/0": 0.0, "kl_channel/1": 0.01, "kl_channel/2": 0.2})
-    assert found["kl/active_channels"] == 1
-    assert found["kl_channel/2"] == 0.2
+    # Of a channel's means: E[m^2] - E[m]^2 against a hundredth of the noise's variance.
+    values = {"signal_mean/0": 3.0, "signal_square/0": 9.001, "noise_square/0": 1.0}
+    values |= {"signal_mean/1": 0.0, "signal_square/1": 0.02, "noise_square/1": 1.0}
+    found = derived({**values, "kl_channel/1": 0.2})
+    assert found == {"kl/active_channels": 1, "kl_channel/1": 0.2}
 
 
 GOOD = {"critic/ranking": 0.7, "critic/logit_gap": 0.8, "kl/active_channels": 3.0}
@@ -90,3 +92,13 @@ def test_the_report_repeats_the_warnings(tmp_path):
     body = training_section(read_run(tmp_path)).body
     assert body.count("the critic has won") == 1
     assert "warning at step 50" in body
+
+
+def test_a_kl_that_explodes_is_told():
+    watch, said = Watch(), []
+    for step in range(4):
+        said += watch.read(step, GOOD | {"kl_channel/0": 12.0, "kl_channel/1": 5e6})
+    assert len(said) == 1
+    assert "the KL explodes: a latent channel carries 5e+06 nats per value" in said[0]
+    assert "loss.kl_weight" in said[0]
+    assert not Watch(1).read(0, GOOD | {"kl_channel/0": 20.0})  # as of public first stages

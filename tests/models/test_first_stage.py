@@ -1,16 +1,10 @@
-import json
-
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
+from autoencoders import build_autoencoder
 
-from first_stage.errors import UserError
+from first_stage.models.bottlenecks import Gaussian
 from first_stage.models.first_stage import (
     FirstStage,
-    Posterior,
-    build_autoencoder,
-    load_autoencoder,
-    require_kl,
 )
 
 
@@ -33,9 +27,11 @@ def test_one_forward_gives_reconstruction_and_posterior():
     vae = tiny_vae()
     stage = FirstStage(vae)
     images, noise = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 8, 8)
-    reconstruction, posterior, drawn = stage(images, noise)
+    reconstruction, code, drawn = stage(images, noise)
     distribution = vae.encode(images).latent_dist
-    assert torch.equal(posterior.mean, distribution.mean)
+    assert torch.equal(stage.encode(images).latents, distribution.mean)
+    assert torch.equal(stage.encode(images).logvar, distribution.logvar)
+    assert torch.equal(code.latents, drawn)
     latents = distribution.mean + distribution.std * noise
     torch.testing.assert_close(drawn, latents)
     torch.testing.assert_close(reconstruction, vae.decode(latents).sample)
@@ -48,73 +44,34 @@ def test_one_forward_gives_reconstruction_and_posterior():
 
 def test_autocast_outputs_are_float32():
     with torch.autocast("cpu", torch.bfloat16):
-        reconstruction, posterior, _ = FirstStage(tiny_vae())(torch.randn(1, 3, 16, 16))
-    assert reconstruction.dtype == posterior.mean.dtype == posterior.logvar.dtype == torch.float32
+        stage, images = FirstStage(tiny_vae()), torch.randn(1, 3, 16, 16)
+        reconstruction, code, _ = stage(images)
+        encoded = stage.encode(images)
+    found = [reconstruction, code.latents, code.penalties["kl"], encoded.latents, encoded.logvar]
+    assert {tensor.dtype for tensor in found} == {torch.float32}
 
 
 def test_kl_is_nats_per_image():
-    posterior = Posterior(torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2))
+    mean, logvar = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     exact = torch.distributions.kl_divergence(
-        torch.distributions.Normal(posterior.mean, (0.5 * posterior.logvar).exp()),
+        torch.distributions.Normal(mean, (0.5 * logvar).exp()),
         torch.distributions.Normal(0.0, 1.0),
     )
-    torch.testing.assert_close(posterior.kl(), exact.sum((1, 2, 3)))
-    standard = Posterior(torch.zeros(1, 4, 2, 2), torch.zeros(1, 4, 2, 2))
-    assert standard.kl().item() == 0
+    code = Gaussian()(torch.cat([mean, logvar], 1))
+    torch.testing.assert_close(code.penalties["kl"], exact.sum((1, 2, 3)))
+    torch.testing.assert_close(code.facts["kl_channel"], exact.mean((0, 2, 3)))
+    assert Gaussian()(torch.zeros(1, 8, 2, 2)).penalties["kl"].item() == 0
+
+
+def test_facts_of_a_gaussian_tell_signal_from_noise():
+    mean, logvar = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    facts = Gaussian()(torch.cat([mean, logvar], 1)).facts
+    signal = facts["signal_square"] - facts["signal_mean"] ** 2
+    torch.testing.assert_close(signal, mean.var((0, 2, 3), correction=0))
+    torch.testing.assert_close(facts["noise_square"], logvar.exp().mean((0, 2, 3)))
 
 
 @pytest.mark.parametrize("in_channels", [1, 3, 4])
 def test_channel_counts(in_channels):
     stage = FirstStage(tiny_vae(in_channels=in_channels))
     assert stage(torch.zeros(1, in_channels, 16, 16))[0].shape == (1, in_channels, 16, 16)
-
-
-def test_loading_a_folder_a_pipeline_and_other_kinds(tmp_path):
-    vae = tiny_vae()
-    vae.save_pretrained(tmp_path / "plain")
-    vae.save_pretrained(tmp_path / "pipeline/vae")
-    for name in ("plain", "pipeline"):
-        loaded = load_autoencoder(str(tmp_path / name))
-        assert isinstance(loaded, AutoencoderKL)
-        assert not loaded.training
-        for key, value in vae.state_dict().items():
-            assert torch.equal(loaded.state_dict()[key], value)
-    small = AutoencoderTiny(
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1), num_decoder_blocks=(1, 1),
-    )  # fmt: skip
-    small.save_pretrained(tmp_path / "tiny")
-    loaded = load_autoencoder(str(tmp_path / "tiny"))
-    assert isinstance(loaded, AutoencoderTiny)
-    with pytest.raises(UserError, match="AutoencoderTiny; the trainer fits AutoencoderKL"):
-        require_kl(loaded, "tiny")
-
-
-def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path):
-    UNet2DModel(
-        block_out_channels=(8, 8), norm_num_groups=4,
-        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-    ).save_pretrained(tmp_path / "unet")  # fmt: skip
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "unknown").mkdir()
-    (tmp_path / "unknown/config.json").write_text(json.dumps({"_class_name": "os"}))
-    tiny_vae().save_pretrained(tmp_path / "torn")
-    weights = tmp_path / "torn/diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    for name, words in [
-        ("unet", "no encode and decode"),
-        ("empty", "neither config.json nor vae/config.json"),
-        ("unknown", "names the class 'os'"),
-        ("torn", "cannot be loaded"),
-        ("nowhere", "does not exist"),
-    ]:
-        with pytest.raises(UserError, match=words) as caught:
-            load_autoencoder(str(tmp_path / name))
-        assert "\n" not in str(caught.value)
-
-
-def test_pickled_weights_are_never_loaded(tmp_path):
-    tiny_vae().save_pretrained(tmp_path, safe_serialization=False)
-    assert list(tmp_path.glob("*.bin"))
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_autoencoder(str(tmp_path))

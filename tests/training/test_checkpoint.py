@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from first_stage.errors import UserError
+from first_stage.files import sha256
+from first_stage.training import checkpoint
 from first_stage.training.checkpoint import (
     DamagedCheckpoint,
     Snapshot,
@@ -14,6 +16,7 @@ from first_stage.training.checkpoint import (
     flatten_optimizer,
     list_checkpoints,
     load_checkpoint,
+    read_checkpoint,
     restore_optimizer,
     save_checkpoint,
     set_aside,
@@ -40,6 +43,19 @@ def test_what_is_saved_is_what_is_loaded(tmp_path):
     assert loaded.step == 7
     assert loaded.state == {"note": "x"}
     assert torch.equal(loaded.tensors["first_stage"]["w"], torch.full((3,), 7.0))
+
+
+def test_only_one_process_hashes(tmp_path, monkeypatch):
+    """One verifies for all of a job; to read is then enough."""
+    folder, hashed = save(tmp_path, 7), []
+    monkeypatch.setattr(checkpoint, "sha256", lambda file: hashed.append(file) or sha256(file))
+    find_checkpoint(tmp_path, "latest")
+    assert len(hashed) == len(set(hashed)) == sum(f.is_file() for f in folder.rglob("*")) - 1
+    assert read_checkpoint(folder).step == 7
+    assert len(hashed) == len(set(hashed))
+    (folder / "first_stage.safetensors").unlink()  # on a machine with a disk of its own
+    with pytest.raises(DamagedCheckpoint, match="cannot be read"):
+        read_checkpoint(folder)
 
 
 def test_the_average_does_not_take_the_place_of_the_weights(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,41 +10,18 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 from conftest import arguments
+from launching import TRAIN, finish, start
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.errors import UserError
-from first_stage.files import WriteError
+from first_stage.files import WriteError, read_log
 from first_stage.training.checkpoint import list_checkpoints, load_checkpoint
-from first_stage.training.log import read_log
+from first_stage.training.endings import OutOfMemory
 from first_stage.training.loop import train
 from first_stage.training.run_folder import locked
 from first_stage.training.step import Trainer
-
-
-@pytest.fixture
-def disk(tmp_path):
-    """Mounts small file systems; `disk(kilobytes, options)` is the folder."""
-    mounted: list[Path] = []
-
-    def mount(kilobytes: int) -> Path:
-        folder = tmp_path / f"disk{len(mounted)}"
-        folder.mkdir()
-        options = f"size={kilobytes}k"
-        try:
-            done = subprocess.run(
-                ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True
-            )
-        except OSError as error:
-            pytest.skip(f"no small file system can be mounted here: {error}")
-        if done.returncode:
-            pytest.skip(f"no small file system can be mounted here: {done.stderr.decode()}")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
@@ -98,10 +76,20 @@ def test_an_output_folder_that_cannot_be_made_is_told_before_anything_else(tmp_p
         train(parse_config(arguments(tmp_path / "file" / "run", images)))
 
 
-def test_a_killed_data_worker_ends_in_words_with_every_step_saved(tmp_path, images):
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGKILL, "was killed, most often because memory ran out"),
+        (signal.SIGBUS, "found no room in /dev/shm"),
+        (signal.SIGSEGV, "crashed (Segmentation fault)"),
+    ],
+)
+def test_a_data_worker_that_dies_ends_in_words_with_every_step_saved(
+    tmp_path, images, number, words
+):
     def kill_workers():
         for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
-            os.kill(int(child), signal.SIGKILL)
+            os.kill(int(child), number)
 
     fields = {"data.workers": 1, "train.max_steps": 400, "train.batch_size": 2}
     handler = signal.getsignal(signal.SIGCHLD)
@@ -110,13 +98,30 @@ def test_a_killed_data_worker_ends_in_words_with_every_step_saved(tmp_path, imag
     assert signal.getsignal(signal.SIGCHLD) == handler
     text = one_line(error)
     assert "process 0" in text
-    assert "was killed" in text
+    assert words in text
     ((step, _),) = list_checkpoints(tmp_path / "run")
     assert step >= 3  # what was fetched before is still trained on
     assert f"Everything up to step {step} is saved" in text
     assert "--resume latest" in text
     lines = read_log(tmp_path / "run" / "log.jsonl")
     assert max(line["step"] for line in lines) == step
+
+
+@pytest.mark.parametrize("size", [8, 48])  # no room for the queues, and none for batches
+def test_shared_memory_that_is_too_small_is_told(tmp_path, images, size):
+    """As in a container that was given the usual 64 MiB."""
+    output = tmp_path / "output.txt"
+    small = f"mount -t tmpfs -o size={size}k tmpfs /dev/shm"
+    fields = {"data.workers": 1, "train.max_steps": 400, "data.resolution": 32}
+    line = [sys.executable, str(TRAIN), *arguments(tmp_path / "run", images, **fields)]
+    if subprocess.run(["unshare", "-m", "sh", "-c", small], capture_output=True).returncode:
+        pytest.skip("/dev/shm cannot be replaced here")
+    process = start(["unshare", "-m", "sh", "-c", f"{small} && exec {shlex.join(line)}"], output)
+    text = finish(process, output, 120)
+    assert process.returncode == 2, text
+    assert "error: a data worker of process 0" in text
+    assert "found no room in /dev/shm" in text
+    assert "--shm-size" in text
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -151,6 +156,59 @@ def test_data_that_cannot_be_decoded_at_all_is_told_in_one_line_from_a_worker(tm
     with pytest.raises(UserError, match=r"samples in a row of .* cannot be decoded") as error:
         train(parse_config(arguments(tmp_path / "run", images, **fields)))
     assert "Traceback" not in one_line(error)
+
+
+@pytest.mark.parametrize("how", ["torch", "python", "cuda"])
+def test_memory_that_runs_out_is_told_with_what_to_lower(tmp_path, images, how):
+    def run_out():
+        if how == "torch":
+            torch.empty(2**60, dtype=torch.uint8)
+        elif how == "python":
+            bytearray(2**60)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    fields = {"train.checkpoint_every": 1, "train.micro_batch_size": 2, "train.max_steps": 9}
+    with at_step(3, run_out), pytest.raises(OutOfMemory) as error:
+        train(parse_config(arguments(tmp_path / "run", images, **fields)))
+    text = one_line(error)
+    for words in (
+        "lower train.micro_batch_size (2 now)",
+        "set model.gradient_checkpointing to true",
+        "lower data.resolution (16 now)",
+        "Everything up to step 2 is saved",
+        "--resume latest",
+    ):
+        assert words in text
+    less = {**fields, "train.micro_batch_size": 1, "model.gradient_checkpointing": True}
+    outcome = train(parse_config(arguments(tmp_path / "run", images, **less, resume="latest")))
+    assert outcome.finished
+
+
+def test_other_errors_are_not_taken_for_memory(tmp_path, images):
+    def fail():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with at_step(1, fail), pytest.raises(RuntimeError, match="shapes") as error:
+        train(parse_config(arguments(tmp_path / "run", images)))
+    assert not isinstance(error.value, UserError)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("where", ["open_data", "fixed_images", "validate"])
+def test_a_signal_before_the_first_step_is_obeyed_at_once(tmp_path, images, number, where):
+    """While files are listed, rows counted, or the untrained first stage is measured."""
+    went_on = []
+
+    def listing(*_, **__):
+        signal.raise_signal(number)
+        went_on.append(True)
+
+    handler = signal.getsignal(number)
+    with mock.patch(f"first_stage.training.loop.{where}", listing):
+        outcome = train(parse_config(arguments(tmp_path / "run", images)))
+    assert (outcome.finished, outcome.step, went_on) == (False, 0, [])
+    assert signal.getsignal(number) == handler
+    assert train(parse_config(arguments(tmp_path / "run", images, overwrite=True))).finished
 
 
 def test_two_runs_cannot_write_into_one_folder(tmp_path, images):

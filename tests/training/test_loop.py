@@ -4,15 +4,17 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, arguments
+from autoencoders import build_autoencoder
+from conftest import ROOT, arguments, picture
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from first_stage.config.schema import parse_config
+from first_stage.config import parse_config
 from first_stage.errors import ConfigError, DataError, UserError
-from first_stage.models.first_stage import FirstStage, build_autoencoder
-from first_stage.training.log import read_log
-from first_stage.training.loop import TrainingDiverged, train
+from first_stage.files import read_log
+from first_stage.models.first_stage import FirstStage
+from first_stage.training.endings import TrainingDiverged
+from first_stage.training.loop import train
 
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
@@ -27,7 +29,7 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
         *("config.yaml", "log.jsonl", "training.gif", "checkpoints", "export", "pictures"),
     }
     assert AutoencoderKL.from_pretrained(run / "export").config.scaling_factor != 0.18215
-    frames = sorted(p.name for p in (run / "pictures").iterdir())
+    frames = sorted(p.name for p in (run / "pictures").glob("step-*"))
     assert frames == [f"step-{s:06d}.png" for s in (0, 2, 4)]
     with Image.open(run / "pictures" / frames[0]) as grid:
         assert grid.size == (2 * 20 + 4, 2 * 20 + 4)
@@ -184,12 +186,15 @@ def test_what_blows_up_stops_the_run_by_name_and_saves_nothing(tiny, tmp_path):
 
 def test_broken_files_are_listed_and_too_many_stop_the_run(tiny, images, tmp_path):
     (images / "90.png").write_bytes(b"rubbish")
-    config = tiny(data__validation_path=images, train__max_steps=6, data__max_broken=0.2)
+    held_out = tmp_path / "held-out"
+    held_out.mkdir()
+    picture(99).save(held_out / "a.png")
+    config = tiny(data__validation_path=held_out, train__max_steps=6, data__max_broken=0.2)
     assert train(config).finished
     lines = (tmp_path / "run/broken_files.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["90.png"]
     with pytest.raises(DataError, match=r"more than data.max_broken \(0.0\) allows"):
-        train(tiny(data__validation_path=images, data__max_broken=0.0, overwrite=True))
+        train(tiny(data__validation_path=held_out, data__max_broken=0.0, overwrite=True))
 
 
 def test_no_held_out_images_is_no_error(tiny, tmp_path):

@@ -7,10 +7,14 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
+import yaml
+from autoencoders import tiny_kl
 from conftest import arguments, picture
 
-from first_stage.config.schema import Config, parse_config, to_dict
+from first_stage.config import Config, parse_config, to_dict
 from first_stage.errors import UserError
+from first_stage.training import checkpoint
 from first_stage.training.loop import train
 from first_stage.training.resume import MAY_CHANGE, changed_fields, differences
 from first_stage.training.step import Trainer
@@ -229,3 +233,93 @@ def test_fields_that_a_checkpoint_does_not_know_count_with_their_default():
 
 def test_lists_and_tuples_are_the_same():
     assert differences({"a": [1, 2]}, {"a": (1, 2)}) == {}
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A first stage to begin from; no field of the recipe's layout fits it."""
+    folder = tmp_path / "pretrained"
+    tiny_kl(latent_channels=2, levels=3, attention=True).save_pretrained(folder)
+    return folder
+
+
+def test_a_fine_tuned_run_goes_on_without_what_it_began_from(
+    tmp_path, images, fields, pretrained, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    fields = {**fields, "model.pretrained": pretrained}
+    for name in ("undisturbed", "stopped"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "undisturbed")
+    train(parse_config(arguments("run", images, **fields)))
+    monkeypatch.chdir(tmp_path / "stopped")
+    train_until(parse_config(arguments("run", images, **fields)), 3)
+
+    kept = pretrained.rename(tmp_path / "moved")
+    resume = ["--config", "run/config.yaml", "--resume", "latest"]
+    assert train_until(parse_config(resume), 5).step == 5
+    # Under another path it is compared by its weights; the recipe as it was written will do too.
+    again = arguments("run", images, **{**fields, "model.pretrained": kept}, resume="latest")
+    assert train(parse_config(again)).finished
+    expected = contents(tmp_path / "undisturbed" / "run" / "export")
+    found = contents(tmp_path / "stopped" / "run" / "export")
+    expected.pop("README.md"), found.pop("README.md")  # they name what it began from
+    assert found == expected
+
+
+def test_other_weights_to_begin_from_are_refused(tmp_path, images, fields, pretrained, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fields = {**fields, "model.pretrained": pretrained}
+    train_until(parse_config(arguments("run", images, **fields)), 3)
+    other = tiny_kl(latent_channels=2, levels=3, attention=True)
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 1
+    other.save_pretrained(tmp_path / "other")
+    resume = ["--config", "run/config.yaml", "--resume", "latest", "--model.pretrained"]
+    with pytest.raises(UserError, match=r"trained from other weights than model.pretrained"):
+        train(parse_config([*resume, str(tmp_path / "other")]))
+    with pytest.raises(UserError, match=r"cannot be compared: .*does not exist.* put .* back"):
+        train(parse_config([*resume, str(tmp_path / "nowhere")]))
+    with pytest.raises(UserError, match=r"other values of model.pretrained"):
+        train(parse_config([*resume, "null"]))
+
+
+def test_the_recipe_of_a_fine_tuned_run_has_the_loaded_layout(
+    tmp_path, images, fields, pretrained, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    train(parse_config(arguments("run", images, **{**fields, "model.pretrained": pretrained})))
+    written = yaml.safe_load(Path("run/config.yaml").read_text())["model"]
+    assert written["latent_channels"] == 2
+    assert written["block_out_channels"] == [8, 16, 16]
+    assert written["mid_block_attention"] is True
+    assert "latent_channels: 2\n" in Path("run/export/README.md").read_text()
+
+
+def test_the_average_lies_in_memory_as_the_weights_do(tmp_path, images, fields, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def look(trainer, step, batches, original=Trainer.training_step):
+        pairs = zip(
+            trainer.ema.shadow_params, trainer.first_stage.network.parameters(), strict=True
+        )
+        seen.append([a.stride() == w.stride() for a, w in pairs])
+        original(trainer, step, batches)
+
+    train_until(parse_config(arguments("run", images, **fields)), 3)
+    with mock.patch.object(Trainer, "training_step", look):
+        train(parse_config(["--config", "run/config.yaml", "--resume", "latest"]))
+    assert seen
+    assert all(map(all, seen))
+
+
+def test_a_checkpoint_is_hashed_once(tmp_path, images, fields, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train_until(parse_config(arguments("run", images, **fields)), 3)
+    hashed = []
+    original = checkpoint.sha256
+    monkeypatch.setattr(checkpoint, "sha256", lambda file: hashed.append(file) or original(file))
+    train_until(parse_config(["--config", "run/config.yaml", "--resume", "latest"]), 4)
+    before = [str(file) for file in hashed if "step-000003" in str(file)]
+    assert len(before) == len(set(before)) > 4

@@ -20,7 +20,7 @@ def reference(trainer: Trainer, batch: Batch) -> dict[str, list]:
     config = trainer.config.loss
     stage, critic = trainer.first_stage.network, trainer.critic.network
     images = images_from_pixels(batch.pixels)
-    reconstruction, posterior, _ = stage(images, batch.noise)
+    reconstruction = stage(images, trainer.noise(batch)).images
     pixel = (reconstruction - images).abs().mean()
     with torch.no_grad():
         reals = critic(images)
@@ -43,7 +43,8 @@ def reference(trainer: Trainer, batch: Batch) -> dict[str, list]:
     elif target is not None:
         factor = (target / trainer.objective.means.get("reconstruction/adversarial")).sqrt()
     total = others + config.adversarial.weight * factor * generator
-    kl = 0.5 * (posterior.mean**2 + posterior.logvar.exp() - 1 - posterior.logvar)
+    mean, logvar = stage.encode(images)
+    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
     total = total + config.kl_weight * kl.sum((1, 2, 3)).mean() / images[0].numel()
     first_stage = torch.autograd.grad(total, list(stage.parameters()))
 
@@ -76,9 +77,9 @@ def test_the_learned_distance_alone_moves_decoder_and_encoder(tiny):
     gradients = gradients_of(trainer, 1, [batch_of(trainer, 4, 1)])["first_stage"]
     names = [name for name, _ in trainer.first_stage.network.named_parameters()]
     for part in (
-        "vae.encoder.conv_in.weight",
-        "vae.decoder.conv_in.weight",
-        "vae.decoder.conv_out",
+        "model.encoder.conv_in.weight",
+        "model.decoder.conv_in.weight",
+        "model.decoder.conv_out",
     ):
         found = [g for n, g in zip(names, gradients, strict=True) if n.startswith(part)]
         assert all(g.abs().max() > 0 for g in found), part
@@ -90,7 +91,7 @@ def test_accumulation_equals_the_large_batch(tiny, at):
     for step in range(3):
         whole = batch_of(trainers[0], 4, step)
         parts = [
-            Batch(whole.pixels[i : i + 2], whole.noise[i : i + 2], whole.ids[i : i + 2])
+            Batch(whole.pixels[i : i + 2], whole.positions[i : i + 2], whole.ids[i : i + 2])
             for i in (0, 2)
         ]
         expected = gradients_of(trainers[0], step, [whole])
@@ -103,15 +104,18 @@ def test_accumulation_equals_the_large_batch(tiny, at):
 
 def test_parameters_optimizers_and_ema_are_float32_and_move_under_bf16(tiny):
     trainer = make_trainer(tiny(train__precision="bf16", train__ema_decay=0.5))
-    before = [p.detach().clone() for p in trainer.vae.parameters()]
+    before = [p.detach().clone() for p in trainer.first_stage.network.model.parameters()]
     averaged = [p.clone() for p in trainer.ema.shadow_params]
     for step in range(2):
         trainer.training_step(step, [batch_of(trainer, 4, step)])
     states = [v for o in (trainer.first_stage, trainer.critic) for v in o.optimizer.state.values()]
-    tensors = [*trainer.vae.parameters(), *trainer.ema.shadow_params]
+    tensors = [*trainer.first_stage.network.model.parameters(), *trainer.ema.shadow_params]
     tensors += [state[key] for state in states for key in ("exp_avg", "exp_avg_sq")]
     assert all(t.dtype == torch.float32 for t in tensors)
-    moved = [not torch.equal(p, b) for p, b in zip(trainer.vae.parameters(), before, strict=True)]
+    moved = [
+        not torch.equal(p, b)
+        for p, b in zip(trainer.first_stage.network.model.parameters(), before, strict=True)
+    ]
     assert all(moved)
     pairs = zip(trainer.ema.shadow_params, averaged, strict=True)
     assert all(not torch.equal(p, b) for p, b in pairs)
@@ -125,7 +129,7 @@ def test_layout_mode_and_checkpointing_change_no_gradient(tiny):
         batch = batch_of(plain, 4, step)
         expected = gradients_of(plain, step, [batch])
         assert_close(gradients_of(fast, step, [batch]), expected)
-        fast.restore(copy.deepcopy(plain.snapshot(step)), plain.vae)
+        fast.restore(copy.deepcopy(plain.snapshot(step)), plain.first_stage.network.model)
 
 
 def test_bf16_gradients_are_as_near_as_the_plain_form_comes(tiny):
@@ -134,7 +138,7 @@ def test_bf16_gradients_are_as_near_as_the_plain_form_comes(tiny):
     start = copy.deepcopy(exact.snapshot(1))
     AcceleratorState._reset_state(reset_partial_state=True)  # it allows one precision a process
     rounded = make_trainer(tiny(train__precision="bf16"))
-    rounded.restore(start, exact.vae)
+    rounded.restore(start, exact.first_stage.network.model)
     batch = batch_of(exact, 4, 1)
     with torch.autocast("cpu", torch.bfloat16):
         plain = reference(rounded, batch)
@@ -151,19 +155,24 @@ def test_bf16_gradients_are_as_near_as_the_plain_form_comes(tiny):
 
 def test_after_its_steps_the_encoder_stays_as_its_average(tiny):
     trainer = make_trainer(tiny(train__max_steps=5, train__encoder_steps=2, train__ema_decay=0.9))
-    encoder, decoder = trainer.vae.encoder, trainer.vae.decoder
+    encoder, decoder = (
+        trainer.first_stage.network.model.encoder,
+        trainer.first_stage.network.model.decoder,
+    )
     for step in range(2):
         trainer.training_step(step, [batch_of(trainer, 4, seed=step)])
     resting = averaged(trainer).state_dict()
-    assert not all(torch.equal(resting[n], p) for n, p in trainer.vae.named_parameters())
+    assert not all(
+        torch.equal(resting[n], p) for n, p in trainer.first_stage.network.model.named_parameters()
+    )
     for step in range(2, 5):
         batch = batch_of(trainer, 4, seed=step)
         found = gradients_of(trainer, step, [batch])["first_stage"]
-        names = [name for name, _ in trainer.vae.named_parameters()]
+        names = [name for name, _ in trainer.first_stage.network.model.named_parameters()]
         for name, gradient in zip(names, found, strict=True):
             learns = name.startswith(("decoder.", "post_quant_conv."))
             assert gradient.any() == learns, name
-    for live in (trainer.vae, averaged(trainer)):
+    for live in (trainer.first_stage.network.model, averaged(trainer)):
         state = live.state_dict()
         assert all(torch.equal(state[f"encoder.{n}"], p) for n, p in encoder.named_parameters())
         same = {name for name, value in state.items() if torch.equal(value, resting[name])}
@@ -174,7 +183,9 @@ def test_after_its_steps_the_encoder_stays_as_its_average(tiny):
 def test_the_decoder_alone_computes_in_the_same_precision(tiny):
     trainer = make_trainer(tiny(train__encoder_steps=1, train__precision="bf16"))
     seen = []
-    trainer.vae.decoder.conv_in.register_forward_hook(lambda *a: seen.append(a[-1].dtype))
+    trainer.first_stage.network.model.decoder.conv_in.register_forward_hook(
+        lambda *a: seen.append(a[-1].dtype)
+    )
     for step in range(3):
         trainer.training_step(step, [batch_of(trainer, 4, seed=step)])
     assert seen == [torch.bfloat16] * 3
@@ -186,7 +197,7 @@ def test_the_decoders_gradient_is_the_same_whether_the_encoder_learns_or_not(tin
     )
     batch = batch_of(learning, 4, seed=0)
     found = [gradients_of(t, 0, [batch])["first_stage"] for t in (learning, resting)]
-    names = [name for name, _ in learning.vae.named_parameters()]
+    names = [name for name, _ in learning.first_stage.network.model.named_parameters()]
     for name, a, b in zip(names, *found, strict=True):
         assert torch.equal(b, a if name.startswith(("decoder", "post")) else torch.zeros_like(a))
 

@@ -8,7 +8,8 @@ from stepping import assert_close, averaged, batch_of, gradients_of, make_traine
 
 from first_stage.data import Batch, images_from_pixels
 from first_stage.losses.adversarial import PAIRS
-from first_stage.losses.penalties import gradient_penalty, zero_centred_penalty
+from first_stage.losses.penalties import gradient_penalty, zero_centered_penalty
+from first_stage.losses.terms import Inputs
 from first_stage.metrics.training import derived
 from first_stage.training.loop import train
 
@@ -58,8 +59,8 @@ OPTIONS = {
 def parts(batch: Batch, count: int) -> list[Batch]:
     """A batch as micro-batches."""
     return [
-        Batch(p, n, [""] * len(p))
-        for p, n in zip(batch.pixels.chunk(count), batch.noise.chunk(count), strict=True)
+        Batch(p, batch.positions[k * len(p) : (k + 1) * len(p)], [""] * len(p))
+        for k, p in enumerate(batch.pixels.chunk(count))
     ]
 
 
@@ -98,8 +99,7 @@ def test_a_restored_trainer_goes_on_bit_for_bit(tiny, options):
 def forwards(trainer, batch: Batch):
     stage, critic = trainer.first_stage.network, trainer.critic.network
     images = images_from_pixels(batch.pixels)
-    reconstruction, posterior, _ = stage(images, batch.noise)
-    return images, reconstruction, posterior, critic
+    return images, stage(images, trainer.noise(batch)).images, critic
 
 
 @pytest.mark.parametrize("kind", PAIRS)
@@ -116,13 +116,13 @@ def test_both_players_play_the_same_game(tiny, kind):
         )
     )
     batch = batch_of(trainer, 4, seed=0)
-    images, reconstruction, _, critic = forwards(trainer, batch)
+    images, reconstruction, critic = forwards(trainer, batch)
     reals, fakes = critic(images).logits, critic(reconstruction).logits
     pair = PAIRS[kind]
     weight = trainer.config.loss.adversarial.weight
     total = (reconstruction - images).abs().mean() + weight * pair.generator(reals.detach(), fakes)
     loss = pair.critic(critic(images).logits, critic(reconstruction.detach()).logits)
-    loss = loss + 0.5 * zero_centred_penalty(lambda x: critic(x).logits, images)
+    loss = loss + 0.5 * zero_centered_penalty(lambda x: critic(x).logits, images)
     expected = {
         "first_stage": list(
             torch.autograd.grad(
@@ -142,10 +142,10 @@ def test_the_gradient_penalty_is_on_interpolates_and_a_function_of_the_step(tiny
     options = OPTIONS["wasserstein with gradient penalty"]
     trainer = make_trainer(tiny(train__clip_norm=None, **options))
     batch = batch_of(trainer, 4, seed=0)
-    images, reconstruction, _, critic = forwards(trainer, batch)
-    mix = trainer._mix(0, 0, batch)
-    assert not torch.equal(mix, trainer._mix(1, 0, batch))
-    assert torch.equal(mix, trainer._mix(0, 0, batch))
+    images, reconstruction, critic = forwards(trainer, batch)
+    mix = trainer._mix(batch)
+    assert not torch.equal(mix, trainer._mix(batch_of(trainer, 4, seed=1)))
+    assert torch.equal(mix, trainer._mix(batch))
     assert 0 < mix.min() < mix.max() < 1
     penalty = gradient_penalty(lambda x: critic(x).logits, images, reconstruction, mix)
     logits = critic(reconstruction.detach()).logits, critic(images).logits
@@ -160,10 +160,10 @@ def test_the_gradient_penalty_is_on_interpolates_and_a_function_of_the_step(tiny
 def test_lazy_penalties_run_every_nth_step_and_count_n_times(tiny):
     options = {"loss__adversarial__r1": 1, "loss__adversarial__penalty_every": 2}
     trainer = make_trainer(tiny(**options))
-    objective = trainer.objective
-    assert [objective.penalises(step) for step in range(4)] == [True, False, True, False]
+    objective = trainer.objective.critic
+    assert [objective.penalizes(step) for step in range(4)] == [True, False, True, False]
     images = torch.randn(2, 3, 16, 16)
-    total, log = objective.penalty(trainer.critic.network.judge, images, images, torch.ones(2))
+    total, log = objective.penalty(trainer.critic.network.logits, images, images, torch.ones(2))
     assert total.item() == pytest.approx(2 * log["penalty/r1"].item())
 
 
@@ -182,13 +182,13 @@ def test_the_adversarial_gradient_stops_before_the_encoder_where_asked(tiny):
         gradients = gradients_of(trainer, 0, [batch_of(trainer, 4, 0)])["first_stage"]
         found[reaches] = by_name(trainer, gradients)
     for name in found[True]:
-        inside = name.startswith(("vae.encoder", "vae.quant_conv"))
+        inside = name.startswith(("model.encoder", "model.quant_conv"))
         if inside:
             assert not found[False][name].any(), name
         else:  # the decoder's is the same
             torch.testing.assert_close(found[False][name], found[True][name], rtol=1e-4, atol=1e-7)
-    assert found[True]["vae.encoder.conv_in.weight"].abs().max() > 0
-    assert found[True]["vae.decoder.conv_out.weight"].abs().max() > 0
+    assert found[True]["model.encoder.conv_in.weight"].abs().max() > 0
+    assert found[True]["model.decoder.conv_out.weight"].abs().max() > 0
 
 
 def test_the_other_terms_reach_the_encoder_beside_a_cut_off(tiny):
@@ -201,7 +201,7 @@ def test_the_other_terms_reach_the_encoder_beside_a_cut_off(tiny):
     for trainer in trainers:
         trainer.restore(copy.deepcopy(start), average)
         gradients = gradients_of(trainer, 1, [batch_of(trainer, 4, 1)])["first_stage"]
-        found.append(by_name(trainer, gradients)["vae.encoder.conv_in.weight"])
+        found.append(by_name(trainer, gradients)["model.encoder.conv_in.weight"])
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
 
 
@@ -216,21 +216,21 @@ def test_the_learned_distance_gives_the_critic_nothing_and_both_halves_something
     trainer = make_trainer(config)
     trainer.training_step(0, [batch_of(trainer, 4, 0)])
     batch = batch_of(trainer, 4, 1)
-    images, reconstruction, _, _ = forwards(trainer, batch)
-    leaf = reconstruction.detach().requires_grad_()
-    judged = trainer._judge(trainer.critic, images, leaf)
+    images, reconstruction, _ = forwards(trainer, batch)
+    decoded = reconstruction.detach().requires_grad_()
+    inputs = Inputs(1, images, decoded, trainer._look(trainer.critic, images, decoded))
     last = trainer.first_stage.network.last_layer
-    gradient, _, _ = trainer.objective.gradient(1, images, reconstruction, leaf, judged, last)
-    (reconstruction * gradient).sum().backward()
+    gradient = trainer.objective.gradient(inputs, reconstruction, last)
+    (reconstruction * gradient.decoder).sum().backward()
     assert all(p.grad is None for p in trainer.critic.network.parameters())
     if trainer.critic_ema is not None:
         assert all(not p.requires_grad for p in trainer.critic_ema.parameters())
     named = dict(trainer.first_stage.network.named_parameters())
-    assert named["vae.encoder.conv_in.weight"].grad.abs().max() > 0
-    assert named["vae.decoder.conv_in.weight"].grad.abs().max() > 0
+    assert named["model.encoder.conv_in.weight"].grad.abs().max() > 0
+    assert named["model.decoder.conv_in.weight"].grad.abs().max() > 0
 
 
-def test_the_average_is_the_yardstick_and_moves_slowly(tiny):
+def test_the_average_measures_and_moves_slowly(tiny):
     trainer = make_trainer(tiny(loss__learned__ema_decay=0.9))
     before = copy.deepcopy(trainer.critic_ema.state_dict())
     trainer.training_step(0, [batch_of(trainer, 4, 0)])
@@ -302,8 +302,8 @@ def test_nothing_is_decoded_beside_the_batch_before_the_critic_starts(tiny):
     starts = {"critic__start_step": 2, "loss__learned__start_step": 2}
     trainer = make_trainer(tiny(loss__adversarial__start_step=2, **starts, **options))
     batch = batch_of(trainer, 4, 0)
-    assert trainer._prior_samples(1, 0, batch) is None
-    assert trainer._prior_samples(2, 0, batch).shape == batch.noise.shape
+    assert trainer._prior_samples(1, batch) is None
+    assert trainer._prior_samples(2, batch).shape == trainer.noise(batch).shape
     assert not trainer.objective.cuts_off(1)
     assert trainer.objective.cuts_off(2)
 

@@ -1,0 +1,189 @@
+"""The command `first-stage export`: a first stage with its latents' statistics in its weights."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from first_stage.command_line import command_line
+from first_stage.config.images import ImagesConfig
+from first_stage.config.parsing import read_options
+from first_stage.config.types import PositiveInt
+from first_stage.data import fixed_images, images_from_pixels
+from first_stage.distributed.processes import Processes
+from first_stage.errors import ConfigError
+from first_stage.files import write_folder, write_json
+from first_stage.handover.export import measure_latents
+from first_stage.handover.folding import fold_statistics
+from first_stage.handover.public import public_name
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import (
+    STATISTICS_FILE,
+    load_autoencoder,
+    require_kl,
+    training_resolution,
+)
+from latent_tools import LatentDataset
+
+_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class ExportData(ImagesConfig):
+    """Images to measure the latents on."""
+
+    path: str | None = None
+    """As in training; null: the statistics that the first stage's config has."""
+    images: PositiveInt = 1000
+    """How many images at most."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a first stage anew, so that no pipeline can scale or shift its latents wrongly."""
+
+    first_stage: str = ""
+    """A diffusers AutoencoderKL: the folder of an export, a pipeline's folder, or a hub id."""
+    output: str = ""
+    """The folder to write; it must not be there yet."""
+    fold_statistics: bool = False
+    """Fold the per-channel mean and standard deviation of the latents into the 1x1 convolutions:
+    the same reconstructions, latents with mean 0 and variance 1, scaling_factor 1, no shift."""
+    latents: str | None = None
+    """Take the statistics of this cache, which the first stage made."""
+    data: ExportData = field(default_factory=ExportData)
+    """Or measure them on these images."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fold, write, and say what came of it.
+
+    Args:
+        arguments: Command line without the program's name; `None` reads `sys.argv`.
+    """
+    options = parse_options(arguments)
+    if Path(options.output).exists():
+        raise ConfigError(f"output {options.output!r} is already there: give another folder")
+    vae = load_autoencoder(options.first_stage, field="--first_stage")
+    vae = require_kl(vae, options.first_stage)
+    mean, std = statistics(options, vae)
+    folded = fold_statistics(vae, mean, std)
+    print("channel   mean      std       are now 0 and 1")
+    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
+        print(f"{channel:<9} {m:<9.4f} {s:<9.4f}")
+    if vae.quant_conv is None:
+        print("the first stage had no 1x1 convolutions around the latents; it has them now")
+
+    def write(folder: Path) -> None:
+        folded.save_pretrained(folder, safe_serialization=True)
+        (folder / "README.md").write_text(card(options, mean, std), encoding="utf-8")
+        standard: dict[str, Any] = {"mean": [0.0] * len(mean), "std": [1.0] * len(std)}
+        standard["resolution"] = training_resolution(options.first_stage, vae)
+        write_json(folder / STATISTICS_FILE, standard)
+
+    write_folder(Path(options.output), write)
+    cache = ("--first_stage", options.output, "--data.path", "DATA", "--output", "CACHE")
+    print(
+        f"export    {options.output} (scaling_factor 1, no shift)\n"
+        "Load it with diffusers:\n"
+        "  from diffusers import AutoencoderKL\n"
+        f"  vae = AutoencoderKL.from_pretrained({options.output!r})\n"
+        "Latents cached with the first stage as it was belong to that one; cache anew:\n"
+        f"  {command_line('cache', *cache, processes=1)}"
+    )
+
+
+def statistics(options: Options, vae: AutoencoderKL) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of the latents: of a cache, of data, of the config.
+
+    Raises:
+        ConfigError: When there are none.
+    """
+    if options.latents is not None:
+        cached = LatentDataset(options.latents, expect=vae).stats
+        return list(cached["mean"]), list(cached["std"])
+    if options.data.path is not None:
+        measured = measure_latents(FirstStage(vae), images(options, vae), Processes())
+        return measured.mean, measured.std
+    ours = Path(options.first_stage) / STATISTICS_FILE
+    if ours.is_file():
+        found = json.loads(ours.read_text(encoding="utf-8"))
+        return list(found["mean"]), list(found["std"])
+    mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
+    if mean is None or std is None:
+        raise ConfigError(
+            f"{options.first_stage!r} has no {STATISTICS_FILE}, and its config no latents_mean and "
+            "latents_std: measure them with --data.path, or take a cache's with --latents"
+        )
+    return list(mean), list(std)
+
+
+def images(options: Options, vae: AutoencoderKL) -> Iterator[torch.Tensor]:
+    """Batches of images `(B, C, H, W)` in [-1, 1] to measure on."""
+    factor, data = FirstStage(vae).downsample_factor, options.data
+    resolution = data.resolution or training_resolution(options.first_stage, vae)
+    if resolution is None:
+        raise ConfigError(
+            "data.resolution is missing, and the first stage does not say what it was trained on"
+        )
+    if resolution % factor:
+        raise ConfigError(
+            f"data.resolution is {resolution}; it must be a multiple of the downsample factor "
+            f"{factor}"
+        )
+    view, reading = data.view(resolution), data.reading(vae.config.in_channels)
+    found = fixed_images(data.open("train", say=print), view, reading, data.images, seed=0)
+    for pixels in found.pixels.split(_AT_ONCE):
+        yield images_from_pixels(pixels)
+
+
+def card(options: Options, mean: list[float], std: list[float]) -> str:
+    """The folder's README."""
+    rows = "\n".join(
+        f"| {channel} | {m:.6f} | {s:.6f} |"
+        for channel, (m, s) in enumerate(zip(mean, std, strict=True))
+    )
+    return f"""---
+library_name: diffusers
+tags: [autoencoder, latent-diffusion, first-stage]
+---
+
+# First stage with standard latents
+
+`{public_name(options.first_stage)}` with the statistics of its latents folded into the 1x1
+convolutions around them. Reconstructions are the same; every latent channel has mean 0 and variance
+1 over the images measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the
+two are not interchangeable: z here is (z there - mean) / std.
+
+```python
+from diffusers import AutoencoderKL
+vae = AutoencoderKL.from_pretrained("this-folder")
+latents = vae.encode(images).latent_dist.sample()
+```
+
+| channel | mean | std |
+|---|---|---|
+{rows}
+"""
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> Options:
+    """Read the command line.
+
+    Args:
+        arguments: Command line without the program's name; `None` reads `sys.argv`.
+
+    Raises:
+        ConfigError: In one line for anything that cannot work.
+    """
+    options = read_options(Options, arguments, switches={"--fold_statistics": "true"})
+    for name in ("first_stage", "output"):
+        if not getattr(options, name):
+            raise ConfigError(f"--{name} is missing: see --help")
+    if not options.fold_statistics:
+        raise ConfigError("nothing to do: add --fold_statistics")
+    return options

@@ -1,0 +1,84 @@
+"""The command `first-stage train`: trains, and says what was made and what comes next."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+
+from first_stage.command_line import command_line
+from first_stage.config import Config, parse_config
+from first_stage.training.loop import train
+from first_stage.training.plan import plan
+from first_stage.training.run_folder import resume_command
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, export, and say what was made and what comes next.
+
+    Args:
+        arguments: Command line without the program's name; `None` reads `sys.argv`.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    config = parse_config(given)
+    if config.plan:
+        plan(config)
+        if PartialState().is_main_process:
+            again = command_line("train", *without_plan(given))
+            print(f"Nothing was trained. Start it with:\n  {again}")
+        return
+    outcome = train(config)
+    if not PartialState().is_main_process:
+        return
+    folder = Path(config.output_dir)
+    if not outcome.finished and outcome.step == 0:
+        print("stopped before a step was done; nothing is lost. Start the same command again")
+        return
+    if not outcome.finished:
+        print(
+            f"stopped after step {outcome.step} of {config.train.max_steps}; everything is saved. "
+            f"Go on with:\n  {resume_command(folder, outcome.processes)}"
+        )
+        return
+    if outcome.metrics:
+        numbers = ", ".join(f"{k.upper()} {v:.4g}" for k, v in outcome.metrics.items())
+        print(f"held out ({outcome.held_out} images): {numbers}")
+    pictures = sorted((folder / "pictures").glob("step-*.png"))
+    print(
+        f"export  {folder}/export\n"
+        f"grid    {pictures[-1]}\n"
+        f"gif     {folder}/training.gif\n"
+        f"report  {folder}/report.html\n"
+        "Load it with diffusers:\n"
+        "  from diffusers import AutoencoderKL\n"
+        f"  vae = AutoencoderKL.from_pretrained({str(folder / 'export')!r})\n"
+        "Cache a data set's latents with it:\n"
+        f"  {cache_command(config, outcome.processes)}"
+    )
+
+
+def cache_command(config: Config, processes: int) -> str:
+    """The command that caches the latents of the data that was trained on.
+
+    Args:
+        config: The run's configuration.
+        processes: How many trained.
+    """
+    folder, data = Path(config.output_dir), config.data
+    line = ["--first_stage", folder / "export", "--data.path", data.path]
+    if data.streaming:
+        line += ["--data.streaming", "true"]
+    return command_line("cache", *line, "--output", folder / "latents", processes=processes)
+
+
+def without_plan(arguments: Sequence[str]) -> list[str]:
+    """A command line without `--plan true`.
+
+    Args:
+        arguments: The command line.
+    """
+    left = [argument for argument in arguments if not argument.startswith("--plan=")]
+    if "--plan" in left:
+        place = left.index("--plan")
+        del left[place : place + 2]
+    return left

@@ -1,0 +1,273 @@
+"""What a configuration must fulfil beside the ranges in its types.
+
+Every problem names the field, its value, what would happen, and the remedy.
+"""
+
+from collections.abc import Iterator
+
+from first_stage.config.losses import (
+    AdversarialConfig,
+    CriticConfig,
+    LearnedConfig,
+    LossConfig,
+    PretrainedConfig,
+    term_names,
+)
+from first_stage.config.schema import Config, DataConfig
+from first_stage.config.types import misfits
+from first_stage.data.sources import is_builtin
+from first_stage.errors import ConfigError
+
+
+def check(config: Config) -> None:
+    """Check every field by its type, and those that depend on each other.
+
+    Raises:
+        ConfigError: With the first problem: field, value, consequence, remedy.
+    """
+    for problem in _problems(config):
+        raise ConfigError(problem)
+
+
+def _problems(c: Config) -> Iterator[str]:
+    yield from misfits(c)
+    yield from _data_problems(c.data)
+    yield from _layout_problems(c)
+    side = min(c.data.crop_shape or (c.data.resolution,))
+    yield from loss_problems(c.loss, c.critic, c.model.in_channels, side)
+    yield from _schedule_problems(c)
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    if not data.path:
+        yield "data.path is empty: give a folder of images, a hub id, photos or digits"
+    if data.crop_shape is not None and data.flip == "dihedral" and len(set(data.crop_shape)) > 1:
+        yield (
+            f"data.flip is dihedral, which turns crops, but data.crop_shape "
+            f"{list(data.crop_shape)} is no square: use both"
+        )
+    if data.streaming and data.min_side:
+        yield (
+            f"data.min_side is {data.min_side}, but a stream would have to be read whole to know "
+            "sizes: set it to 0, or data.streaming to false"
+        )
+    if data.streaming and is_builtin(data.path):
+        yield (
+            f"data.streaming is true, but data.path {data.path!r} is a built-in set, which is in "
+            "memory anyway: set it to false"
+        )
+
+
+def _layout_problems(c: Config) -> Iterator[str]:
+    if c.model.pretrained is None:
+        yield from c.data.reading_problems(c.model.in_channels)
+        if not c.model.block_out_channels:
+            yield "model.block_out_channels is empty: name the width of each level"
+        for width in c.model.block_out_channels:
+            if width % c.model.norm_num_groups:
+                yield (
+                    f"model.norm_num_groups ({c.model.norm_num_groups}) does not divide the width "
+                    f"{width} of model.block_out_channels: change one of them"
+                )
+        yield from factor_problems(c, 2 ** (len(c.model.block_out_channels) - 1))
+    micro = c.train.micro_batch_size
+    if micro is not None and c.train.batch_size % micro:
+        yield (
+            f"train.micro_batch_size ({micro}) does not divide train.batch_size "
+            f"({c.train.batch_size}): the last micro-batch would be smaller. Choose a divisor"
+        )
+
+
+def factor_problems(c: Config, factor: int) -> Iterator[str]:
+    """Resolutions that a downsample factor does not divide."""
+    sides = {
+        "data.resolution": c.data.resolution,
+        "validation.resolution": c.validation_view[0],
+    }
+    if c.data.crop_shape is not None:
+        height, width = c.data.crop_shape
+        sides = {"data.crop_shape's height": height, "data.crop_shape's width": width}
+    for name, side in sides.items():
+        if side % factor:
+            yield (
+                f"{name} ({side}) is not a multiple of the downsample factor ({factor}): use "
+                f"{max(side // factor, 1) * factor} or {(side // factor + 1) * factor}"
+            )
+
+
+def _schedule_problems(c: Config) -> Iterator[str]:
+    steps, start = c.train.max_steps, c.critic.start_step
+    if c.needs_critic and start >= steps:
+        yield (
+            f"critic.start_step ({start}) must be below train.max_steps ({steps}): the critic "
+            "would never train. Lower it or train longer"
+        )
+    terms: dict[str, LearnedConfig | AdversarialConfig] = {
+        "loss.learned": c.loss.learned,
+        "loss.adversarial": c.loss.adversarial,
+    }
+    for name, term in terms.items():
+        if term.weight == 0:
+            continue
+        if term.start_step < start:
+            yield (
+                f"{name}.start_step ({term.start_step}) is before critic.start_step ({start}): an "
+                "untrained critic would be asked. Raise the first or lower the second"
+            )
+        if term.start_step >= steps:
+            yield (
+                f"{name}.start_step ({term.start_step}) must be below train.max_steps ({steps}): "
+                "the term would never enter. Lower it, train longer, or set its weight to 0"
+            )
+    if c.train.warmup_steps + c.train.decay_steps > steps:
+        yield (
+            f"train.warmup_steps ({c.train.warmup_steps}) and train.decay_steps "
+            f"({c.train.decay_steps}) together exceed train.max_steps ({steps}): shorten one"
+        )
+
+
+def micro_batch_size(config: Config, world: int) -> int:
+    """Samples per forward pass of one process.
+
+    Args:
+        config: The run's configuration.
+        world: Number of processes.
+
+    Returns:
+        The size; `batch_size / world` samples are a whole number of such micro-batches.
+
+    Raises:
+        ConfigError: When the batch cannot be dealt out evenly.
+    """
+    batch = config.train.batch_size
+    if batch % world:
+        raise ConfigError(
+            f"train.batch_size ({batch}) cannot be dealt to {world} processes evenly: use "
+            f"{max(batch // world, 1) * world} or {(batch // world + 1) * world}, or another "
+            "number of processes"
+        )
+    share = batch // world
+    micro = config.train.micro_batch_size or share
+    micro = min(micro, share)
+    if share % micro:
+        raise ConfigError(
+            f"train.micro_batch_size ({micro}) does not divide the {share} images that each of "
+            f"{world} processes takes of train.batch_size ({batch}): choose a divisor of {share}"
+        )
+    return micro
+
+
+def loss_problems(
+    loss: LossConfig, critic: CriticConfig, channels: int, resolution: int
+) -> Iterator[str]:
+    """What cannot work in these fields: field, value, consequence, remedy."""
+    yield from _cutoff_problems(loss)
+    yield from _critic_problems(loss, critic, resolution)
+    yield from _balance_problems(loss)
+    yield from _pretrained_problems(loss.pretrained, channels)
+
+
+def _cutoff_problems(loss: LossConfig) -> Iterator[str]:
+    cutoff = loss.pixel_cutoff
+    if cutoff is not None and term_names(loss) == ["pixel"]:
+        yield (
+            f"loss.pixel_cutoff is {cutoff}, but the pixel term is the only one, so nothing would "
+            "teach finer detail: set it to null, or give another term a weight"
+        )
+
+
+def _critic_problems(loss: LossConfig, critic: CriticConfig, resolution: int) -> Iterator[str]:
+    if critic.rests_on(loss) and resolution < critic.smallest_image:
+        yield (
+            f"data.resolution ({resolution}) is too small for a critic of {critic.layers} strided "
+            f"layers and {critic.scales} scales, which needs {critic.smallest_image} pixels: lower "
+            "critic.layers or critic.scales"
+        )
+    learned = loss.learned
+    available = (critic.layers + 1) * critic.scales
+    chosen = tuple(range(available)) if learned.layers is None else learned.layers
+    for layer in chosen:
+        if layer >= available:
+            yield (
+                f"loss.learned.layers names layer {layer}, but a critic of {critic.layers} "
+                f"strided layers has the feature maps 0 to {available - 1}"
+            )
+    if not chosen:
+        yield "loss.learned.layers is empty: name a layer, or set loss.learned.weight to 0"
+    weights = learned.layer_weights
+    if weights is not None and len(weights) != len(chosen):
+        yield (
+            f"loss.learned.layer_weights has {len(weights)} weights for {len(chosen)} layers: give "
+            "one for each"
+        )
+    if weights is not None and not sum(weights) > 0:
+        yield f"loss.learned.layer_weights is {list(weights)}: weights are 0 or above, not all 0"
+    adversarial = loss.adversarial
+    if adversarial.kind == "wasserstein" and critic.rests_on(loss):
+        bounds = (adversarial.gradient_penalty, adversarial.clip_weights, adversarial.r1)
+        if not any(bounds) and critic.norm != "spectral":
+            yield (
+                "loss.adversarial.kind is wasserstein, but nothing bounds the critic, so its loss "
+                "falls for ever: set loss.adversarial.gradient_penalty to 10, or "
+                "loss.adversarial.clip_weights to 0.01"
+            )
+    if adversarial.clip_weights and critic.norm == "spectral":
+        yield (
+            f"loss.adversarial.clip_weights ({adversarial.clip_weights}) has no effect under "
+            "critic.norm spectral, which divides the weights by their size: set one of them off"
+        )
+
+
+def _balance_problems(loss: LossConfig) -> Iterator[str]:
+    balance = loss.balance
+    if balance.kind != "shares":
+        if balance.shares:
+            yield (
+                f"loss.balance.shares is given, but loss.balance.kind is {balance.kind}: set it to "
+                "shares"
+            )
+        return
+    used, given = term_names(loss), balance.shares
+    if set(used) != set(given):
+        yield (
+            f"loss.balance.shares names {', '.join(given) or 'nothing'}, but the terms in use are "
+            f"{', '.join(used) or 'none'}: give each of them a share"
+        )
+    elif "pixel" not in used:
+        yield "loss.balance.kind shares needs the pixel term: raise loss.pixel_weight above 0"
+    elif abs(sum(given.values()) - 1) > 1e-6:
+        yield (
+            f"loss.balance.shares adds up to {sum(given.values()):g}: shares are above 0 "
+            "and add up to 1"
+        )
+
+
+def _pretrained_problems(pretrained: PretrainedConfig, channels: int) -> Iterator[str]:
+    if not pretrained.in_use:
+        return
+    if pretrained.weights is None:
+        yield (
+            "loss.pretrained has a weight, but loss.pretrained.weights names no file: give VGG16's "
+            "weights (.safetensors or .pth, torchvision's names) or a hub id"
+        )
+    if pretrained.lpips_weight and pretrained.heads is None:
+        yield (
+            f"loss.pretrained.lpips_weight is {pretrained.lpips_weight}, but "
+            "loss.pretrained.heads names no file with the linear heads of LPIPS: give it, or use "
+            "vgg_weight"
+        )
+    if not pretrained.layers or not all(layer <= 4 for layer in pretrained.layers):
+        yield f"loss.pretrained.layers is {list(pretrained.layers)}; choose from 0 to 4"
+    chosen = pretrained.channels
+    if chosen is None and channels not in (1, 3):
+        yield (
+            f"loss.pretrained.channels is not given, but VGG16 sees three channels and the images "
+            f"have {channels} (model.in_channels): say which three, such as [0, 1, 2]"
+        )
+    if chosen is not None and (
+        len(chosen) != 3 or not all(channel < channels for channel in chosen)
+    ):
+        yield (
+            f"loss.pretrained.channels is {list(chosen)}; name three of the {channels} channels, "
+            f"from 0 to {channels - 1}"
+        )

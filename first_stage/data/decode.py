@@ -1,0 +1,396 @@
+"""From an encoded image to a picture: the only place that decodes.
+
+Stated rule for reading a file into `channels` channels:
+
+1. EXIF orientation is applied; where the EXIF data are damaged the picture is used as it lies.
+2. An embedded color profile is converted to sRGB, at 8 bits (`Reading.color` "keep" leaves it).
+3. More than 8 bits per value keep their precision: 16-bit gray and color (PNG, TIFF) and arrays
+   are scaled into 0..255 as float32, unsigned 16-bit values divided by 257.
+4. Palette, CMYK, YCbCr, LAB and HSV files become RGB, or RGBA where they carry transparency.
+5. For 1 and 3 channels a transparent image is laid over white. For 4 channels alpha is kept; an
+   opaque image gets alpha 255.
+6. One channel is the luma of ITU-R 601; gray is repeated for three channels.
+7. `.npy`, `.npz` and TIFF files of any number of bands are read as arrays (see `arrays`).
+   `Reading.select` chooses among the bands as they are stored, and `Reading.value_range` says
+   which stored values are black and white; with either of them nothing is made of colors.
+
+Formats are an explicit list: Pillow's others are never asked, EPS (which starts Ghostscript) and
+those that only read stubs above all. Whatever goes wrong while decoding is a `BrokenImage`.
+"""
+
+import contextlib
+import importlib
+import io
+import os
+import stat
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from first_stage.data import arrays
+from first_stage.data.broken import BrokenImage, MachineFault
+from first_stage.data.color import to_srgb
+from first_stage.errors import first_line
+from first_stage.files import MachineError, patiently
+
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG"),
+    *("PPM", "QOI", "TGA", "TIFF", "WEBP", "HEIF", "JXL"),
+)
+"""The formats that are asked of Pillow."""
+MAX_PIXELS = 100_000_000
+MAX_FILE_BYTES = 2**30
+"""A larger file is no image."""
+
+_PLUGINS = {"HEIF": ("pillow_heif", "register_heif_opener"), "JXL": ("pillow_jxl", None)}
+_TRANSPARENT = {"RGBA", "LA", "PA", "RGBa", "La"}
+_INTEGERS = {"I", "I;16", "I;16L", "I;16B", "I;16N"}
+_OTHER_BYTE_ORDER = {"L": "B", "B": "L", "N": "B" if os.sys.byteorder == "little" else "L"}  # type: ignore[attr-defined]
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+Encoded = bytes | Path | Image.Image | np.ndarray | BrokenImage
+"""What a source gives for a sample: encoded bytes, a path, a decoded picture, an array of values
+`(H, W)`, `(H, W, C)` or `(C, H, W)`, or the reason why there is none."""
+Picture = Image.Image | np.ndarray
+"""A decoded image: mode `L`, `RGB` or `RGBA`; or `(H, W, C)`, uint8 or float32 in 0..255."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How encoded images become pictures.
+
+    Attributes:
+        channels: Channels to read into.
+        select: Which of the stored bands become channels, counted from 0; `None` takes all, by
+            the rule at the top of this module.
+        value_range: Stored values that become -1 and 1; values outside are clipped. `None`: the
+            range of 8-bit and unsigned 16-bit integers.
+        color: "srgb" converts embedded profiles to sRGB, "keep" takes the numbers as they are.
+        max_pixels: Larger pictures are not decoded.
+        display: Which three channels (or one) pictures show; `None`: the first three, or the
+            colors.
+        upright: Apply EXIF orientation.
+    """
+
+    channels: int
+    select: tuple[int, ...] | None = None
+    value_range: tuple[float, float] | None = None
+    color: Literal["srgb", "keep"] = "srgb"
+    max_pixels: int = MAX_PIXELS
+    display: tuple[int, ...] | None = None
+    upright: bool = True
+
+    @property
+    def takes_values(self) -> bool:
+        """Whether stored values are measurements instead of colors."""
+        return self.select is not None or self.value_range is not None
+
+    def describe(self) -> dict[str, Any]:
+        """What pixels depend on, as JSON values."""
+        return {
+            "channels": self.channels,
+            "select": list(self.select) if self.select is not None else None,
+            "value_range": list(self.value_range) if self.value_range is not None else None,
+            "color": self.color,
+            "upright": self.upright,
+        }
+
+
+def as_reading(reading: "Reading | int") -> Reading:
+    """A number of channels as the plain way to read them."""
+    return Reading(reading) if isinstance(reading, int) else reading
+
+
+def open_image(file: Encoded | str, reading: Reading | int) -> Picture:
+    """Decode an image by the rule at the top of this module.
+
+    Args:
+        file: See `Encoded`.
+        reading: How, or just the number of channels.
+
+    Returns:
+        The picture. Gray as an array has one channel, which `pixels_of` repeats to those asked
+        for.
+
+    Raises:
+        BrokenImage: With the reason when the file cannot be decoded, whatever it is.
+    """
+    reading = as_reading(reading)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _decode(file, reading)
+    except BrokenImage:
+        raise
+    except UnidentifiedImageError:
+        raise BrokenImage(f"not an image that Pillow can read{_told_apart(file)}") from None
+    except Exception as error:
+        # Format plugins raise anything: OSError, SyntaxError, RuntimeError, struct.error,
+        # TypeError, MemoryError... A file that cannot be decoded never ends a run.
+        raise BrokenImage(first_line(error)) from None
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """A file's content, when it is a regular file of a bounded size.
+
+    Raises:
+        BrokenImage: When it is something else, or cannot be read.
+        MachineFault: When the machine fails to read it, several times over.
+    """
+    try:
+        return patiently(lambda: _content(path), repr(str(path)))
+    except MachineError as error:
+        raise MachineFault(str(error)) from None
+    except OSError as error:
+        raise BrokenImage(f"cannot be read: {error.strerror or error}") from None
+
+
+def _content(path: str | Path) -> bytes:
+    # A pipe must not make us wait for its other end.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(handle, "rb") as stream:
+        facts = os.fstat(handle)
+        if not stat.S_ISREG(facts.st_mode):
+            raise BrokenImage("no regular file")
+        if facts.st_size > MAX_FILE_BYTES:
+            raise BrokenImage(f"a file of {facts.st_size:,} bytes is no image")
+        return stream.read()
+
+
+def _decode(file: Encoded | str, reading: Reading) -> Picture:
+    if isinstance(file, BrokenImage):
+        raise file
+    if isinstance(file, np.ndarray):
+        return _from_values(arrays.channels_last(file, reading), reading)
+    if isinstance(file, Image.Image):
+        file.load()
+        return _from_pillow(file, reading)
+    content = file if isinstance(file, bytes) else read_bytes(file)
+    values = arrays.read(content, reading)
+    if values is not None:
+        return _from_values(values, reading)
+    image = _open(io.BytesIO(content), reading.max_pixels)
+    deep = None if image.mode not in ("RGB", "RGBA") else _deep_color(image, content, reading)
+    if deep is not None:
+        return _from_deep_color(deep, reading)
+    image.load()
+    return _from_pillow(image, reading)
+
+
+def _open(stream: Any, max_pixels: int) -> Image.Image:
+    """Read an image's header."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2)  # data.max_pixels was raised by the user
+    try:
+        image = Image.open(stream, formats=known_formats())
+    except Image.DecompressionBombError as error:
+        raise BrokenImage(f"more pixels than data.max_pixels allows: {error}") from None
+    if image.width * image.height > max_pixels:
+        raise BrokenImage(
+            f"{image.width:,} x {image.height:,} pixels are more than data.max_pixels "
+            f"({max_pixels:,}) allows"
+        )
+    return image
+
+
+_known: list[str] = []
+
+
+def known_formats() -> list[str]:
+    """Those of `FORMATS` that this installation of Pillow reads; looks for plugins once."""
+    if not _known:
+        for module, register in _PLUGINS.values():
+            with contextlib.suppress(ImportError):
+                plugin = importlib.import_module(module)
+                if register is not None:
+                    getattr(plugin, register)()
+        Image.init()
+        _known.extend(name for name in FORMATS if name in Image.OPEN)
+    return _known
+
+
+def _told_apart(file: Any) -> str:
+    """What an unreadable file is, where that is known."""
+    if not isinstance(file, bytes | str | Path):
+        return ""
+    head = file[:512] if isinstance(file, bytes) else _head(file)
+    if not head:
+        return " (it is empty)"
+    for what, is_it in _UNREAD:
+        if is_it(head):
+            return f" ({what})"
+    return ""
+
+
+_UNREAD = (
+    ("a HEIC file: pip install pillow-heif", lambda head: head[4:12] in
+        (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")),
+    ("a JPEG XL file: pip install pillow-jxl-plugin", lambda head: head[:2] == b"\xff\x0a"
+        or head[4:12] == b"JXL \r\n\x87\n"),
+    ("a DICOM file: pip install pydicom", lambda head: head[128:132] == b"DICM"),
+    ("PostScript, which is never run", lambda head: head.startswith(b"%!PS")),
+    ("an SVG or HTML text", lambda head: head.lstrip()[:1] == b"<"),
+)  # fmt: skip
+
+
+def _head(path: str | Path) -> bytes:
+    try:
+        return read_bytes(path)[:512]
+    except BrokenImage:
+        return b"?"
+
+
+def picture_size(file: Encoded, reading: Reading | int = 3) -> tuple[int, int]:
+    """(height, width) of a picture as it is seen, from its header; (0, 0) when it has none.
+
+    A picture with an EXIF orientation of a quarter turn swaps its sides.
+    """
+    reading = as_reading(reading)
+    try:
+        if isinstance(file, Image.Image):
+            return file.height, file.width
+        if isinstance(file, np.ndarray):
+            height, width = arrays.channels_last(file, reading).shape[:2]
+            return height, width
+        if isinstance(file, Path):
+            if not file.is_file():  # a pipe must not be opened
+                return 0, 0
+            with open(file, "rb") as stream:
+                head = stream.read(132)
+                if not arrays.may_be_array(head):
+                    stream.seek(0)
+                    return _header_size(stream, reading)
+            file = read_bytes(file)
+        if not isinstance(file, bytes):
+            return 0, 0
+        if (shape := arrays.header_shape(file, reading)) is not None:
+            return shape
+        return _header_size(io.BytesIO(file), reading)
+    except Exception:
+        # Format plugins raise anything; the encoding pass will say what is wrong.
+        return 0, 0
+
+
+def _header_size(stream: Any, reading: Reading) -> tuple[int, int]:
+    with Image.open(stream, formats=known_formats()) as picture:
+        width, height = picture.size
+        try:
+            is_turned = reading.upright and picture.getexif().get(0x0112, 1) >= 5
+        except Exception:  # as in decoding: damaged EXIF data turn nothing
+            is_turned = False
+    return (width, height) if is_turned else (height, width)
+
+
+# -- Pillow's pictures -----------------------------------------------------------------------
+
+
+def _from_pillow(image: Image.Image, reading: Reading) -> Picture:
+    profile = image.info.get("icc_profile")
+    image = _upright(image) if reading.upright else image
+    if image.mode in _INTEGERS or image.mode == "F":
+        return _from_values(np.asarray(image)[:, :, None], reading)
+    if reading.color == "srgb" and not reading.takes_values and profile:
+        image = to_srgb(image, profile)
+    if reading.select is not None or reading.channels not in (1, 3, 4):
+        natural = "RGBA" if _is_transparent(image) else "RGB"
+        if image.mode not in ("L", "RGB", "RGBA"):
+            image = image.convert("L" if image.mode == "1" else natural)
+        values = np.asarray(image)
+        return _from_values(values[:, :, None] if values.ndim == 2 else values, reading)
+    image = _with_channels(image, reading.channels)
+    if reading.value_range is None:
+        return image
+    values = np.asarray(image)
+    return _from_values(values[:, :, None] if values.ndim == 2 else values, reading)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:
+        # Struct errors and the like: the pixels are readable, how they were held is not.
+        return image
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return image.mode in _TRANSPARENT or "transparency" in image.info
+
+
+def _with_channels(image: Image.Image, channels: int) -> Image.Image:
+    if _is_transparent(image):
+        image = image.convert("RGBA")
+        if channels < 4:
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
+    elif image.mode not in {"L", "RGB", "1"}:
+        image = image.convert("RGB")
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    return image if image.mode == mode else image.convert(mode)
+
+
+# -- more than 8 bits ------------------------------------------------------------------------
+
+
+def _deep_color(image: Image.Image, content: bytes, reading: Reading) -> np.ndarray | None:
+    """16-bit RGB or RGBA at full precision `(H, W, 3 or 4)` uint16; `None` for other images.
+
+    Pillow keeps the high bytes only. Told that the bytes lie the other way round, it gives the
+    low ones.
+    """
+    raw = _raw_mode(image)
+    if raw is None or (reading.color == "srgb" and not reading.takes_values
+                       and image.info.get("icc_profile")):  # fmt: skip
+        return None
+    swapped = raw[:-1] + _OTHER_BYTE_ORDER[raw[-1]]
+    image.load()
+    low = _open(io.BytesIO(content), reading.max_pixels)
+    tiles: list[Any] = low.tile  # type: ignore[attr-defined]
+    low.tile = [_with_raw_mode(tile, swapped) for tile in tiles]  # type: ignore[attr-defined]
+    low.load()
+    parts = [_upright(part) if reading.upright else part for part in (image, low)]
+    high_bytes, low_bytes = (np.asarray(part) for part in parts)
+    return high_bytes.astype(np.uint16) * 256 + low_bytes
+
+
+def _raw_mode(image: Image.Image) -> str | None:
+    """The name of 16-bit color in an image's file, such as `RGB;16B`; `None` for other pixels."""
+    tiles: list[Any] = getattr(image, "tile", None) or []
+    names = {tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0] for tile in tiles}
+    name = names.pop() if len(names) == 1 else ""
+    if not isinstance(name, str) or name[:-1] not in ("RGB;16", "RGBA;16"):
+        return None
+    return name
+
+
+def _with_raw_mode(tile: Any, name: str) -> Any:
+    arguments = name if isinstance(tile[3], str) else (name, *tile[3][1:])
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
+
+
+def _from_deep_color(values: np.ndarray, reading: Reading) -> np.ndarray:
+    if reading.takes_values or values.shape[2] == reading.channels:
+        return _from_values(values, reading)
+    if values.shape[2] == 3 and reading.channels == 4:
+        opaque = np.full_like(values[:, :, :1], 65535)
+        return _from_values(np.concatenate([values, opaque], axis=2), reading)
+    colors = values[:, :, :3].astype(np.float32) / np.float32(257.0)
+    if values.shape[2] == 4:
+        alpha = values[:, :, 3:].astype(np.float32) / np.float32(65535.0)
+        colors = colors * alpha + 255.0 * (1.0 - alpha)
+    if reading.channels == 1:
+        colors = (colors @ _LUMA)[:, :, None]
+    if colors.shape[2] != reading.channels:
+        raise BrokenImage(arrays.wrong_number(values.shape[2], reading))
+    return np.ascontiguousarray(colors)
+
+
+def _from_values(values: np.ndarray, reading: Reading) -> np.ndarray:
+    """Stored values `(H, W, bands)` as pixels in 0..255."""
+    if reading.value_range is not None and values.shape[2] == 1 and reading.select is None:
+        # One band may be gray for more channels: `pixels_of` repeats it.
+        return arrays.to_pixels(values, reading)
+    return arrays.to_pixels(arrays.chosen(values, reading), reading)

@@ -1,0 +1,281 @@
+"""A folder of images, with the labels and captions that lie beside them."""
+
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from first_stage.data.broken import BrokenImage
+from first_stage.data.decode import read_bytes
+from first_stage.data.inventory import Inventory
+from first_stage.data.paths import Paths, shown
+from first_stage.data.sample import Sample
+from first_stage.errors import DataError, first_line
+
+_FEW = 100
+"""One image in so many, or one in all, may lie beside the class folders."""
+_FILE_NAMES = ("file_name", "image_file_name", "filename")
+_SIDECARS = ((b".txt", "caption"), (b".caption", "caption"), (b".json", "json"))
+
+
+class FolderSource:
+    """Images in a folder, nested or not; the first folder level is the label.
+
+    Columns, as far as there is anything for them: `label` and `class` from folders, `caption` from
+    `x.txt` or `x.caption`, `json` from `x.json`, and those of `metadata.jsonl`, `.csv` or
+    `.parquet` (its column `file_name` says which image, as in `datasets`' imagefolder).
+
+    Args:
+        inventory: Which files.
+
+    Raises:
+        DataError: When a metadata file cannot be read.
+    """
+
+    def __init__(self, inventory: Inventory):
+        self.name = inventory.path
+        self.root = os.fsdecode(inventory.root)
+        self._paths = inventory.files
+        self.classes: list[str] = []
+        self._labels = np.zeros(0, np.int32)
+        self._read_labels(inventory)
+        self._read_sidecars(inventory)
+        self._tables: list[pa.Table] = []
+        self._rows = np.zeros((0, len(self)), np.int32)
+        places = [os.path.join(inventory.root, file) for file in inventory.metadata]
+        self._metadata_touched = max([0.0, *map(_touched, places)])
+        self._read_metadata(inventory)
+        names = ["label", "class"] if self.classes else []
+        names += sorted({name for _, name in self._beside})
+        names += [name for table in self._tables for name in table.column_names]
+        self.columns: tuple[str, ...] = tuple(dict.fromkeys(names))
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def id(self, index: int) -> str:
+        """The path relative to the folder, with its extension."""
+        return self._paths.text(index)
+
+    def ids(self) -> pa.Array:
+        """All ids."""
+        return self._paths.texts()
+
+    @property
+    def paths(self) -> Paths:
+        """All paths, relative to the folder."""
+        return self._paths
+
+    def path(self, index: int) -> bytes:
+        """The file's path."""
+        return os.path.join(os.fsencode(self.root), self._paths[index])
+
+    def read(self, index: int) -> Sample:
+        """The sample's path, and its columns, which are read when they are asked for."""
+        place = Path(os.fsdecode(self.path(index)))
+        columns: Mapping[str, Any] = _Columns(self, index) if self.columns else {}
+        return Sample(self.id(index), place, columns)
+
+    def touched(self, index: int) -> float:
+        """When a file was last written, replaced or moved here: seconds since 1970."""
+        return _touched(self.path(index))
+
+    def columns_touched(self, index: int) -> float:
+        """The same of the files that say something of it."""
+        stem = os.path.splitext(self.path(index))[0]
+        times = [_touched(stem + suffix) for suffix, _ in self._beside]
+        return max([self._metadata_touched, *times])
+
+    def keep_classes(self, known: list[str]) -> list[str]:
+        """Number classes as before; those that are not known get the next numbers.
+
+        Args:
+            known: Class names in the order of their labels.
+
+        Returns:
+            All class names in that order.
+        """
+        names = [*known, *(name for name in self.classes if name not in known)]
+        if self.classes and names != self.classes:
+            numbers = np.array([names.index(name) for name in self.classes] + [-1], np.int32)
+            self._labels = numbers[self._labels]
+            self.classes = names
+        return names
+
+    # -- labels ------------------------------------------------------------------------------
+
+    def _read_labels(self, inventory: Inventory) -> None:
+        prefixes = tuple(sorted(inventory.prefixes, key=len, reverse=True))
+        tops: list[bytes] = []
+        for path in self._paths:
+            prefix = next((p for p in prefixes if path.startswith(p)), b"")
+            rest = path[len(prefix) :]
+            tops.append(rest.split(b"/", 1)[0] if b"/" in rest else b"")
+        counts = Counter(tops)
+        stray = counts.pop(b"", 0)
+        is_labelled = bool(counts) and (
+            not stray or (len(counts) > 1 and stray <= max(1, len(tops) // _FEW))
+        )
+        if not is_labelled:
+            if stray and counts and len(self) > 1:
+                inventory.remarks.append(
+                    f"no labels: {stray:,} images lie beside the folders {_some(counts)}"
+                )
+            return
+        self.classes = [shown(name) for name in sorted(counts)]
+        numbers = {name: number for number, name in enumerate(sorted(counts))}
+        self._labels = np.array([numbers.get(top, -1) for top in tops], np.int32)
+        if stray:
+            first = self._paths.text(tops.index(b""))
+            inventory.remarks.append(
+                f"{stray:,} image{'s' if stray > 1 else ''} beside the class folders "
+                f"{'have' if stray > 1 else 'has'} no label: {first}"
+            )
+
+    # -- files beside images -----------------------------------------------------------------
+
+    def _read_sidecars(self, inventory: Inventory) -> None:
+        there = set(inventory.sidecars)
+        self._beside: list[tuple[bytes, str]] = [
+            (suffix, name)
+            for suffix, name in _SIDECARS
+            if any(path.lower().endswith(suffix) for path in there)
+        ]
+
+    def _sidecar(self, index: int, name: str) -> Any:
+        stem = os.path.splitext(self.path(index))[0]
+        for suffix, column in self._beside:
+            if column != name:
+                continue
+            for ending in (suffix, suffix.upper()):
+                if os.path.isfile(stem + ending):
+                    return self._decoded(os.fsdecode(stem + ending), suffix)
+        return None
+
+    @staticmethod
+    def _decoded(path: str, suffix: bytes) -> Any:
+        content = read_bytes(path)
+        try:
+            return json.loads(content) if suffix == b".json" else content.decode().strip()
+        except ValueError as error:
+            name = os.path.basename(path)
+            raise BrokenImage(f"{name} beside it cannot be read: {error}") from None
+
+    # -- metadata ----------------------------------------------------------------------------
+
+    def _read_metadata(self, inventory: Inventory) -> None:
+        if not len(inventory.metadata):
+            return
+        places = {name: index for index, name in enumerate(self._paths)}
+        rows = []
+        for file in inventory.metadata:
+            path = os.fsdecode(os.path.join(inventory.root, file))
+            table = read_table(path)
+            key = next((name for name in _FILE_NAMES if name in table.column_names), None)
+            if key is None:
+                inventory.remarks.append(
+                    f"{shown(file)} has no column file_name and is not read (it has "
+                    f"{', '.join(table.column_names)})"
+                )
+                continue
+            folder = os.path.dirname(file)
+            found = np.full(len(self), -1, np.int32)
+            lost = 0
+            for row, name in enumerate(table[key].to_pylist()):
+                relative = os.path.normpath(os.path.join(folder, os.fsencode(str(name))))
+                index = places.get(relative)
+                if index is None:
+                    lost += 1
+                else:
+                    found[index] = row
+            if lost:
+                inventory.remarks.append(
+                    f"{lost:,} rows of {shown(file)} name no image that is read"
+                )
+            rows.append(found)
+            self._tables.append(table.drop_columns([key]))
+        if rows:
+            self._rows = np.stack(rows)
+            without = int((self._rows < 0).all(0).sum())
+            if without:
+                inventory.remarks.append(f"{without:,} images have no row of metadata")
+
+    def value(self, index: int, name: str) -> Any:
+        """One column of a sample; `None` where there is nothing."""
+        for rows, table in zip(self._rows, self._tables, strict=True):
+            if rows[index] >= 0 and name in table.column_names:
+                return table[name][int(rows[index])].as_py()
+        if any(name == column for _, column in self._beside):
+            return self._sidecar(index, name)
+        if self.classes and name in ("label", "class"):
+            label = int(self._labels[index])
+            if label < 0:
+                return None
+            return label if name == "label" else self.classes[label]
+        return None
+
+
+def _touched(path: bytes) -> float:
+    """When a file was last changed; 0 where there is none."""
+    try:
+        facts = os.stat(path)
+    except OSError:
+        return 0.0
+    return max(facts.st_mtime, facts.st_ctime)
+
+
+class _Columns(Mapping[str, Any]):
+    """A sample's columns, read when they are asked for."""
+
+    def __init__(self, source: FolderSource, index: int):
+        self._source, self._index = source, index
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._source.columns:
+            raise KeyError(name)
+        return self._source.value(self._index, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._source.columns)
+
+    def __len__(self) -> int:
+        return len(self._source.columns)
+
+
+def read_table(path: str) -> pa.Table:
+    """A table of metadata: JSON lines, CSV or parquet.
+
+    Raises:
+        DataError: When it cannot be read.
+    """
+    try:
+        if path.lower().endswith(".parquet"):
+            import pyarrow.parquet
+
+            return pyarrow.parquet.read_table(path)
+        with open(path, encoding="utf-8", newline="") as stream:
+            if path.lower().endswith(".csv"):
+                return pa.Table.from_pylist(list(csv.DictReader(stream)))
+            rows = [json.loads(line) for line in stream if line.strip()]
+        names = dict.fromkeys(name for row in rows for name in row)
+        return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
+    except Exception as error:
+        raise DataError(f"the metadata {path!r} cannot be read: {first_line(error)}") from error
+
+
+def _column(values: list[Any]) -> pa.Array:
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError):  # values of mixed types
+        return pa.array([json.dumps(value, ensure_ascii=False) for value in values])
+
+
+def _some(names: Mapping[bytes, int]) -> str:
+    first = [shown(name) for name in sorted(names)[:3]]
+    return ", ".join(first) + (", ..." if len(names) > 3 else "")

@@ -1,0 +1,301 @@
+"""Discrete bottlenecks: learned codebooks and finite grids.
+
+The encoder gives vectors, each is replaced by the nearest entry of a codebook, and the entry's
+number is a *token*. Diffusers' own quantizer in `VQModel` weighs the wrong term with its beta,
+restarts nothing and reports no usage; these train, and `bake` writes what they learned into the
+stock class, which then finds the same codes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from first_stage.config.types import NonNegativeInt, PositiveInt
+from first_stage.distributed.processes import Processes
+from first_stage.models.bottlenecks import Bottleneck, Code
+from first_stage.models.quantizers import (
+    grid,
+    nearest,
+    perplexity,
+    rotate,
+    round_to_grid,
+    straight_through,
+)
+from first_stage.seeding import Purpose, generator
+
+Rule = Literal["euclidean", "cosine", "linear"]
+Gradient = Literal["straight_through", "rotation"]
+
+_MANY_CODES = 1024
+_RESTARTS_AT_ONCE = 64
+_USAGE_DECAY = 0.99
+
+
+@dataclass(frozen=True)
+class CodebookConfig:
+    """A learned codebook (van den Oord et al. 2017)."""
+
+    codes: PositiveInt = 1024
+    """Number of codes (K)."""
+    rule: Rule | None = None
+    """euclidean: the nearest of K free vectors; cosine: of K directions, whatever a vector's length
+    (ViT-VQGAN); linear: of K frozen random vectors through one learned matrix (SimVQ, Zhu et al.
+    2024), which keeps every code in use; null: linear above 1024 codes, else euclidean."""
+    gradient: Gradient = "straight_through"
+    """How the decoder's gradient passes a code: copied, or turned as the vector was (rotation
+    trick, Fifty et al. 2024)."""
+    restart_after: NonNegativeInt = 200
+    """Steps without use after which a free code is moved to a vector of the batch; 0: never."""
+
+
+@dataclass(frozen=True)
+class GridConfig:
+    """A finite grid instead of a codebook (FSQ, Mentzer et al. 2023)."""
+
+    levels: tuple[PositiveInt, ...] = (8, 5, 5, 5)
+    """Values on each axis; their product is the number of codes, their count the latent channels.
+    8,5,5,5 has 1,000 codes, 7,5,5,5,5 has 4,375, 8,8,8,6,5 has 15,360."""
+
+
+class Discrete(Bottleneck):
+    """What codebooks and grids share: tokens, usage, and the way into the stock class.
+
+    Args:
+        codes: Number of codes (K).
+
+    Attributes:
+        usage: `(K,)` share of each code, averaged exponentially over steps and processes.
+        age: `(K,)` steps since each code was used.
+    """
+
+    usage: Tensor
+    age: Tensor
+
+    def __init__(self, codes: int):
+        super().__init__()
+        self.register_buffer("usage", torch.zeros(codes))
+        self.register_buffer("age", torch.zeros(codes))
+        self._counts: Tensor | None = None
+        self._seen: list[Tensor] = []
+
+    def table(self) -> Tensor:
+        """The codebook `(K, D)` as the stock class holds it; with a graph where it is learned."""
+        raise NotImplementedError  # abstract
+
+    def tokens(self, latents: Tensor) -> Tensor:
+        """Numbers of the codes of handed-over latents `(B, D, h, w)`: `(B, h, w)` int64."""
+        found = nearest(_rows(latents), self.table().detach())
+        return found.view(len(latents), *latents.shape[2:])
+
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        """The latents that tokens `(B, h, w)` stand for, `(B, D, h, w)`, ready for the decoder."""
+        return rearrange(self.table()[tokens], "b h w d -> b d h w")
+
+    def settle(self, latents: Tensor) -> Tensor:
+        """The nearest code of each place."""
+        return self.from_tokens(self.tokens(latents.float()))
+
+    @torch.no_grad()
+    def bake(self, model: nn.Module) -> None:
+        """Write the table into `VQModel.quantize`."""
+        model.quantize.embedding.weight.copy_(self.table())  # type: ignore[union-attr, operator]
+
+    def _facts(self) -> dict[str, Tensor]:
+        """What the steps before this one used; the same for every micro-batch and process."""
+        total = self.usage.sum().clamp_min(1e-12)
+        shares = self.usage / total
+        window = math.log(0.01) / math.log(_USAGE_DECAY)
+        return {
+            "codes/used": (self.age < window).float().mean(),
+            "codes/perplexity": perplexity(shares),
+            "codes/most_frequent": shares.max(),
+        }
+
+    @torch.no_grad()
+    def _note(self, tokens: Tensor, vectors: Tensor) -> None:
+        """Remember what a micro-batch used, until `finish_step`."""
+        counts = torch.zeros_like(self.usage)
+        counts.index_add_(0, tokens, counts.new_ones(len(tokens)))
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._seen.append(vectors.detach())
+
+    @torch.no_grad()
+    def finish_step(self, step: int, processes: Processes, seed: int) -> Mapping[str, Tensor]:
+        """Take in what this step used, over all processes; move codes that nothing uses."""
+        if self._counts is None:
+            return {}
+        counts, seen = processes.sum(self._counts), self._seen
+        self._counts, self._seen = None, []
+        shares = counts / counts.sum().clamp_min(1)
+        self.usage.lerp_(shares, 1 - _USAGE_DECAY if step else 1.0)
+        self.age = torch.where(counts > 0, torch.zeros_like(self.age), self.age + 1)
+        return self._restart(step, seen, processes, seed)
+
+    def _restart(
+        self, step: int, seen: Sequence[Tensor], processes: Processes, seed: int
+    ) -> Mapping[str, Tensor]:
+        return {}
+
+
+class Codebook(Discrete):
+    """A learned codebook with van den Oord's two losses.
+
+    van den Oord et al. 2017, "Neural discrete representation learning", equation 3: `codebook` is
+    |sg(z) - e|^2, which moves codes to vectors; `commitment` is |z - sg(e)|^2, weighted with beta,
+    which moves vectors to codes. Both are means over a sample's latent values.
+
+    Args:
+        codes: Number of codes (K).
+        dimensions: Of a code (D).
+        rule: As in `CodebookConfig`.
+        gradient: As in `CodebookConfig`.
+        restart_after: As in `CodebookConfig`; a linear codebook restarts nothing.
+        table: Codes to start from, `(K, D)`; drawn at random when `None`.
+    """
+
+    weights: ClassVar[Mapping[str, float]] = {"codebook": 1.0, "commitment": 0.25}
+
+    def __init__(
+        self,
+        codes: int,
+        dimensions: int,
+        rule: Rule = "euclidean",
+        gradient: Gradient = "straight_through",
+        restart_after: int = 0,
+        table: Tensor | None = None,
+    ):
+        super().__init__(codes)
+        self.rule, self.gradient = rule, gradient
+        self.restart_after = 0 if rule == "linear" else restart_after
+        if table is None:
+            table = torch.randn(codes, dimensions) / math.sqrt(dimensions)
+        if rule == "linear":
+            self.register_buffer("frozen", table)
+            self.matrix = nn.Parameter(torch.eye(dimensions))
+        else:
+            self.codes = nn.Parameter(table.clone())
+
+    def table(self) -> Tensor:
+        """`(K, D)`: the codes; of unit length for cosine; through the matrix for linear."""
+        if self.rule == "linear":
+            return self.get_buffer("frozen") @ self.matrix.mT
+        return F.normalize(self.codes, dim=1) if self.rule == "cosine" else self.codes
+
+    def forward(self, output: Tensor, noise: Tensor | None = None) -> Code:
+        """The codes of the encoder's vectors `(B, D, h, w)`; `noise` plays no part."""
+        table = self.table()
+        vectors = _rows(output)
+        tokens = nearest(vectors, table.detach())
+        if self.rule == "cosine":
+            vectors = F.normalize(vectors, dim=1)
+        chosen = table[tokens]
+        if self.training_codes:
+            self._note(tokens, vectors)
+        passed = rotate(vectors, chosen) if self.gradient == "rotation" else straight_through(
+            vectors, chosen
+        )  # fmt: skip
+        batch = len(output)
+        penalties = {
+            "codebook": _per_sample((vectors.detach() - chosen).square(), batch),
+            "commitment": _per_sample((vectors - chosen.detach()).square(), batch),
+        }
+        return Code(_places(passed, output), penalties, self._facts())
+
+    @property
+    def training_codes(self) -> bool:
+        """Whether the codes are being learned."""
+        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+
+    def _restart(
+        self, step: int, seen: Sequence[Tensor], processes: Processes, seed: int
+    ) -> Mapping[str, Tensor]:
+        """Move codes that were not used for long to vectors drawn from the global batch.
+
+        Which vectors is a function of seed and step, by their place in the batch in the order of
+        its samples, so it does not depend on processes and micro-batches. In the first step every
+        code that nothing used is moved. The host never waits for the device to learn how many.
+        """
+        if not self.restart_after or not seen:
+            return {}
+        count = len(self.age) if step == 0 else min(_RESTARTS_AT_ONCE, len(self.age))
+        ages, oldest = self.age.topk(count)
+        dead = ages >= (1 if step == 0 else self.restart_after)
+        vectors = self._drawn(torch.cat(list(seen)), count, processes, seed, step)
+        moved = torch.where(dead[:, None], vectors, self.codes[oldest])
+        self.codes[oldest] = moved
+        self.age[oldest] = torch.where(dead, torch.zeros_like(ages), ages)
+        mask = torch.zeros(len(self.age), dtype=torch.bool, device=self.age.device)
+        mask[oldest] = dead
+        return {"codes": mask}
+
+    def _drawn(
+        self, here: Tensor, count: int, processes: Processes, seed: int, step: int
+    ) -> Tensor:
+        """`(count, D)` vectors of the global batch; every process has a stretch of it."""
+        draw, everywhere = generator(seed, Purpose.RESTART, step), len(here) * processes.world
+        chosen = draw.integers(everywhere, size=count)
+        local = torch.from_numpy(chosen - processes.rank * len(here)).to(here.device)
+        inside = (local >= 0) & (local < len(here))
+        vectors = here[local.clamp(0, len(here) - 1)]
+        return processes.sum(torch.where(inside[:, None], vectors, torch.zeros_like(vectors)))
+
+
+class FiniteGrid(Discrete):
+    """A grid of fixed points (FSQ): nothing to learn, nothing to restart.
+
+    Vectors are clamped to [-1, 1] and rounded, axis by axis; the gradient passes both as if they
+    were not there, and the penalty `range` is the mean square of what lies beyond the bounds, which
+    keeps vectors where the grid is.
+
+    Args:
+        levels: Values on each axis.
+    """
+
+    weights: ClassVar[Mapping[str, float]] = {"range": 1.0}
+    points: Tensor
+
+    def __init__(self, levels: Sequence[int]):
+        super().__init__(math.prod(levels))
+        self.levels = tuple(levels)
+        self.register_buffer("points", grid(levels), persistent=False)
+
+    def table(self) -> Tensor:
+        """The grid's points, `(K, D)`."""
+        return self.points
+
+    def forward(self, output: Tensor, noise: Tensor | None = None) -> Code:
+        """The grid's points nearest to the encoder's vectors `(B, D, h, w)`."""
+        vectors = _rows(output)
+        rounded = round_to_grid(vectors.detach(), self.levels)
+        if torch.is_grad_enabled() and output.requires_grad:
+            self._note(self._numbers(rounded), vectors[:0])
+        beyond = (vectors.abs() - 1).clamp_min(0).square()
+        penalties = {"range": _per_sample(beyond, len(output))}
+        return Code(_places(straight_through(vectors, rounded), output), penalties, self._facts())
+
+    def _numbers(self, points: Tensor) -> Tensor:
+        """Numbers of points of the grid, by axis: no search."""
+        numbers = torch.zeros(len(points), dtype=torch.int64, device=points.device)
+        for axis, count in enumerate(self.levels):
+            place = ((points[:, axis] + 1) / 2 * (count - 1)).round().long()
+            numbers = numbers * count + place
+        return numbers
+
+
+def _rows(latents: Tensor) -> Tensor:
+    return rearrange(latents, "b d h w -> (b h w) d")
+
+
+def _places(rows: Tensor, like: Tensor) -> Tensor:
+    b, _, h, w = like.shape
+    return rearrange(rows, "(b h w) d -> b d h w", b=b, h=h, w=w)
+
+
+def _per_sample(values: Tensor, batch: int) -> Tensor:
+    return values.view(batch, -1).mean(1)

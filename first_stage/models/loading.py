@@ -1,0 +1,331 @@
+"""Loading first stages: any diffusers autoencoder, with every weight in its place.
+
+`from_pretrained` only logs the weights that it found no place for, and leaves those that it found
+none for without values; here both are refused by name.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+from first_stage.errors import ConfigError, UserError, first_line
+from first_stage.files import standing
+from first_stage.models.families import FAMILIES
+
+STATISTICS_FILE = "latent_statistics.json"
+"""Beside the config of one of our exports: what was measured of its latents."""
+_PREFIXES = ("_orig_mod.", "module.")
+"""What `torch.compile` and data-parallel wrappers put before every weight's name."""
+_SHOWN = 3
+_PATIENCE = 6.0
+"""Seconds to wait for an answer of the hub before it counts as out of reach."""
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a first stage lies.
+
+    Attributes:
+        name: What the user called it.
+        field: The option or field that named it.
+        source: A folder, or a hub id.
+        subfolder: `vae` in a pipeline.
+        options: More arguments of `from_pretrained`.
+    """
+
+    name: str
+    field: str
+    source: str
+    subfolder: str | None
+    options: dict[str, Any]
+
+    def problem(self, text: str) -> UserError:
+        """A mistake that names the field."""
+        return UserError(f"{self.field} {self.name!r} {text}")
+
+
+def load_autoencoder(name: str, revision: str | None = None, field: str = "first_stage") -> Any:
+    """Load any diffusers autoencoder: a folder, a pipeline's folder, or a hub id.
+
+    Args:
+        name: A folder with `config.json` and safetensors weights, a pipeline's folder with a `vae`
+            subfolder, or a hub id of either.
+        revision: The hub revision.
+        field: The option or field that names it, for messages.
+
+    Returns:
+        The autoencoder as the class that its `config.json` names, float32, in eval mode.
+
+    Raises:
+        UserError: When it cannot be loaded, is not an autoencoder with `encode` and `decode`, or
+            when its weights are not those that its `config.json` asks for.
+    """
+    place = _find(name, revision, field)
+    try:
+        config = _read_config(place)
+        model = _load(place, _class_of(config, place))
+    except UserError:
+        raise
+    except Exception as error:
+        raise place.problem(f"cannot be loaded: {first_line(error)}") from error
+    # It would go out with every export; it is a folder of this machine.
+    from diffusers.configuration_utils import FrozenDict
+
+    model._internal_dict = FrozenDict(
+        {key: value for key, value in model.config.items() if key != "_name_or_path"}
+    )
+    return model.eval()
+
+
+def require_kl(autoencoder: Any, name: str) -> AutoencoderKL:
+    """The autoencoder, where a command works on `AutoencoderKL` alone.
+
+    Raises:
+        ConfigError: When it is not an `AutoencoderKL`.
+    """
+    if not isinstance(autoencoder, AutoencoderKL):
+        raise ConfigError(
+            f"{name!r} is a {type(autoencoder).__name__}; this works on AutoencoderKL first stages"
+        )
+    return autoencoder
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """SHA-256 over name, type, shape and bytes of every weight and buffer, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def training_resolution(name: str, autoencoder: Any) -> int | None:
+    """The side of the crops that a first stage was trained on, in pixels; `None`: unknown.
+
+    Exports of ours say it beside their config, whose `sample_size` is the tile that diffusers
+    cuts large images into; in other folders `sample_size` is all there is.
+
+    Args:
+        name: The folder or hub id that it was loaded from.
+        autoencoder: What `load_autoencoder` made of it.
+    """
+    folder = standing(Path(name))
+    for file in (folder / STATISTICS_FILE, folder / "vae" / STATISTICS_FILE):
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(file.read_text(encoding="utf-8")).get("resolution")
+            if isinstance(found, int) and found > 0:
+                return found
+    side = autoencoder.config.get("sample_size")
+    return side if isinstance(side, int) and side > 0 else None
+
+
+# -- finding -------------------------------------------------------------------------------------
+
+
+def _find(name: str, revision: str | None, field: str) -> _Place:
+    if not name.strip():
+        raise UserError(f"{field}: no first stage was named: give a diffusers folder or a hub id")
+    local = standing(Path(name))
+    if local.exists():
+        subfolder = "vae" if (local / "vae" / "config.json").exists() else None
+        if subfolder is None and not (local / "config.json").exists():
+            raise UserError(
+                f"{field} {name!r} is no diffusers folder: it has neither config.json nor "
+                "vae/config.json"
+            )
+        return _Place(name, field, str(local), subfolder, {})
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(
+            f"{field} {name!r} does not exist (and is no hub id of the form owner/name)"
+        )
+    return _find_on_hub(name, revision, field)
+
+
+def _find_on_hub(name: str, revision: str | None, field: str) -> _Place:
+    """A first stage on the hub, or in its cache here; says at once when it is neither."""
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+    out_of_reach = _why_the_hub_is_out_of_reach()
+    options = {"revision": revision, "local_files_only": out_of_reach is not None}
+    try:
+        for subfolder in (None, "vae"):
+            place = _Place(name, field, name, subfolder, options)
+            with contextlib.suppress(EntryNotFoundError, OSError):
+                _read_config(place)
+                return place
+    except RepositoryNotFoundError:
+        pass
+    if out_of_reach is not None:
+        raise UserError(
+            f"{field} {name!r}: there is no such folder here, the hub's cache here has no such "
+            f"first stage, and the hub cannot be reached ({out_of_reach})"
+        )
+    raise UserError(
+        f"{field} {name!r}: there is no such folder here, and the hub has no first stage of that "
+        "name that you may read (neither config.json nor vae/config.json)"
+    )
+
+
+def _why_the_hub_is_out_of_reach() -> str | None:
+    """Ask once and briefly: the hub's own client asks six times, half a minute long."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    answer = [f"{constants.ENDPOINT} gave no answer in {_PATIENCE:.0f} s"]
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+            answer[0] = ""
+        except Exception as error:
+            answer[0] = f"{constants.ENDPOINT}: {first_line(error)}"
+
+    thread = threading.Thread(target=ask, daemon=True)  # a name server may take longer
+    thread.start()
+    thread.join(_PATIENCE)
+    return answer[0] or None
+
+
+def _read_config(place: _Place) -> dict[str, Any]:
+    from diffusers.configuration_utils import ConfigMixin
+
+    if Path(place.source).exists():
+        folder = Path(place.source, place.subfolder or ".")
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+    class _Any(ConfigMixin):
+        config_name = "config.json"
+
+    return dict(_Any.load_config(place.source, subfolder=place.subfolder, **place.options))
+
+
+def _class_of(config: Mapping[str, Any], place: _Place) -> Any:
+    import diffusers
+
+    class_name = str(config.get("_class_name", ""))
+    registered = {family.model_class.__name__: family.model_class for family in FAMILIES.values()}
+    cls = registered.get(class_name) or getattr(diffusers, class_name, None)
+    if cls is None or not (hasattr(cls, "encode") and hasattr(cls, "decode")):
+        raise place.problem(
+            f"is not an autoencoder: its config.json names the class {class_name!r}, which has no "
+            "encode and decode in diffusers"
+        )
+    return cls
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+def _load(place: _Place, cls: Any) -> Any:
+    """The model, once every weight fits; names with a wrapper's prefix are read without it."""
+    model, info = _from_pretrained(cls, place.source, place.subfolder, place.options)
+    prefix = _common_prefix(info["unexpected_keys"])
+    if prefix and info["missing_keys"]:
+        with tempfile.TemporaryDirectory() as folder:
+            _write_without_prefix(place, cls, prefix, Path(folder))
+            model, info = _from_pretrained(cls, folder, None, {})
+        if not _misfits(info):
+            _LOG.warning(
+                "%s %r: the prefix %s of its weights' names is left out",
+                place.field, place.name, prefix,
+            )  # fmt: skip
+    if misfits := _misfits(info):
+        raise place.problem(
+            f"has weights that do not fit its config.json: {'; '.join(misfits)}. It was saved by "
+            "another layout or only in part: convert it, or take a complete one"
+        )
+    return model
+
+
+def _from_pretrained(
+    cls: Any, source: str, subfolder: str | None, options: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    with _quiet_diffusers():
+        found: tuple[Any, dict[str, Any]] = cls.from_pretrained(
+            source, subfolder=subfolder, use_safetensors=True, torch_dtype=torch.float32,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
+    return found
+
+
+@contextlib.contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """Without the warnings about weights: what is wrong with them is told in one line."""
+    from diffusers.utils import logging as diffusers_logging
+
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)
+
+
+def _misfits(info: Mapping[str, Any]) -> list[str]:
+    shapes = [
+        f"{key} {tuple(there)} instead of {tuple(wanted)}"
+        for key, there, wanted in info["mismatched_keys"]
+    ]
+    kinds = {
+        "missing": info["missing_keys"],
+        "unknown": info["unexpected_keys"],
+        "of another shape": shapes,
+    }
+    return [f"{_some(names)} {kind}" for kind, names in kinds.items() if names]
+
+
+def _some(names: Iterable[str]) -> str:
+    """A few names, and how many more."""
+    names = sorted(names)
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _common_prefix(names: Iterable[str]) -> str:
+    """The wrappers' prefix that all names have; empty without one."""
+    names, prefix = list(names), ""
+    while names and (
+        more := [p for p in _PREFIXES if all(n.startswith(prefix + p) for n in names)]
+    ):
+        prefix += more[0]
+    return prefix
+
+
+def _write_without_prefix(place: _Place, cls: Any, prefix: str, folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights: dict[str, torch.Tensor] = {}
+    for file in _weight_files(place):
+        weights |= {key.removeprefix(prefix): value for key, value in load_file(file).items()}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps(_read_config(place)), encoding="utf-8")
+
+
+def _weight_files(place: _Place) -> list[Path]:
+    if Path(place.source).exists():
+        folder = Path(place.source, place.subfolder or ".")
+    else:
+        from huggingface_hub import snapshot_download
+
+        inside = f"{place.subfolder}/" if place.subfolder else ""
+        options = {**place.options, "allow_patterns": f"{inside}diffusion_pytorch_model*"}
+        folder = Path(snapshot_download(place.source, **options), place.subfolder or ".")
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "diffusion_pytorch_model.safetensors"]
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return [folder / Path(name).name for name in sorted(names)]

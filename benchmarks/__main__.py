@@ -4,6 +4,7 @@
     python -m benchmarks train --config configs/demo.yaml --random_vgg
     python -m benchmarks cache --config configs/demo.yaml --images 2000
     python -m benchmarks read --latents 20000
+    python -m benchmarks read --sizes 20000 1300000 10000000
     python -m benchmarks scale --config configs/demo.yaml --picture scaling.png
     python -m benchmarks quantize --config configs/demo_vq.yaml
 
@@ -20,6 +21,7 @@ from typing import Any
 from benchmarks import caching, training
 from benchmarks.quantizing import benchmark_quantize
 from benchmarks.reading import benchmark_read
+from benchmarks.reading_sizes import benchmark_sizes
 from benchmarks.scaling import benchmark_scale
 from benchmarks.timing import machine
 from first_stage.errors import run_command
@@ -41,6 +43,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2000, help="image files for cache")
     parser.add_argument("--side", type=int, default=32, help="their side in pixels (default: 32)")
     parser.add_argument("--latents", type=int, default=20000, help="latents for read")
+    parser.add_argument("--sizes", type=int, nargs="+",
+                        help="read: compare caches of so many samples instead")  # fmt: skip
     parser.add_argument("--counts", type=int, nargs="+", default=[1000, 2000, 4000, 8000],
                         help="scale: how many images are cached")  # fmt: skip
     parser.add_argument("--picture", type=Path, help="scale: draw the curves here")
@@ -76,6 +80,8 @@ def _measure(options: argparse.Namespace, recipe: list[str]) -> dict[str, Any]:
         return caching.benchmark_cache(recipe, options.images, options.side, repeats)
     if options.what == "quantize":
         return benchmark_quantize(recipe, repeats)
+    if options.what == "read" and options.sizes:
+        return benchmark_sizes(options.sizes, _LATENT_SHAPE, repeats)
     if options.what == "read":
         return benchmark_read(options.latents, _LATENT_SHAPE, repeats)
     return benchmark_scale(recipe, seconds, options.counts, options.side, options.picture)

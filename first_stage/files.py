@@ -9,10 +9,11 @@ import os
 import re
 import shutil
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
@@ -35,6 +36,58 @@ _DISK = {
     errno.EIO: "check the disk",
     errno.ESTALE: "check the network's file system",
 }
+
+
+Result = TypeVar("Result")
+
+_OF_THE_FILE = {
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL,
+}  # fmt: skip
+_PAUSES = (0.1, 0.3, 1.0, 3.0, 10.0)
+"""Seconds before each further try. A network's file system that changes servers is back in less."""
+
+
+class MachineError(UserError):
+    """The machine, its disk or its network failed several times over: not the file's fault."""
+
+
+def is_of_the_machine(error: OSError) -> bool:
+    """Whether an error (a stale handle, a failing disk, no memory) says nothing about the file.
+
+    Pillow raises an `OSError` without a number for what it cannot decode: that is the file's.
+    """
+    return error.errno is not None and error.errno not in _OF_THE_FILE
+
+
+def patiently(read: Callable[[], Result], what: str) -> Result:
+    """Call again after errors of the machine, with growing pauses.
+
+    Args:
+        read: What may fail.
+        what: What it reads, for the message.
+
+    Returns:
+        What the call returns.
+
+    Raises:
+        MachineError: When the machine fails every time.
+        OSError: At once, for an error of the file.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if not is_of_the_machine(error):
+                raise
+            if pause is None:
+                raise MachineError(
+                    f"{what} cannot be read: {error.strerror}, {len(_PAUSES) + 1} times over "
+                    f"{sum(_PAUSES):.0f} s. That is the machine or its network: "
+                    "start the same command again when it is well, it goes on"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 class WriteError(UserError):

@@ -24,12 +24,16 @@ class RecordLock:
     Args:
         path: The file; it is made when it is not there.
 
+    Attributes:
+        is_held: Whether `take` got it; false where there are no locks.
+
     Raises:
         OSError: When it cannot be opened.
     """
 
     def __init__(self, path: Path):
         self.path = path
+        self.is_held = False
         self._file: IO[str] = path.open("a+", encoding="utf-8", errors="replace")
 
     def take(self) -> str | None:
@@ -47,6 +51,7 @@ class RecordLock:
                 return None
             self._file.seek(0)
             return self._file.read(200).strip() or "unknown"
+        self.is_held = True
         with contextlib.suppress(OSError):  # a full disk is told where something is lost by it
             self._file.truncate(0)
             self._file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")

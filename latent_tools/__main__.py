@@ -106,12 +106,10 @@ def gc(cache: str, delete: bool = False) -> None:
         cache: The cache's folder.
         delete: Delete what is listed.
     """
-    found = tools.leftovers(Path(cache))
-    size = sum(path.stat().st_size for path, _ in found)
-    for path, reason in found:
-        print(f"{path}: {reason}")
-        if delete:
-            path.unlink()
+    found = tools.leftovers(Path(cache), delete)
+    size = sum(item.size for item in found)
+    for item in found:
+        print(f"{item.path}: {item.reason}")
     if not found:
         print("nothing is left over")
     elif delete:

@@ -3,6 +3,7 @@
 Nothing here deletes anything unless told to.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,15 +26,22 @@ from first_stage.data import (
 )
 from first_stage.errors import UserError
 from first_stage.files import TEMPORARY, sha256, write_atomic
-from latent_tools.build.finalize import INDEX
 from latent_tools.build.follow import changed_ids, notice
 from latent_tools.build.images import PortionReader, Preprocessing
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.build.prepare import source_ids
 from latent_tools.format.files import CacheError, LaunchLock
+from latent_tools.format.index import INDEX
 from latent_tools.format.manifest import Manifest
 from latent_tools.format.plan import Plan, committed_units
-from latent_tools.format.shards import COMMITS, SHARDS, ShardReader, commit_path, read_commit
+from latent_tools.format.shards import (
+    COMMITS,
+    SHARDS,
+    ShardReader,
+    commit_path,
+    read_commit,
+    unit_of_shard,
+)
 from latent_tools.read.dataset import LatentDataset
 
 _RELEASED = ".released"
@@ -74,12 +82,24 @@ def describe(folder: Path) -> list[str]:
             f"samples       {counts['samples']}, {counts['failures']} failed, "
             f"{counts['bytes'] / 2**20:.1f} MiB"
         )
-        if error := manifest.statistics.get("storage_error"):
-            lines.append(f"rounding      rms {error['rms']:.3g}, largest {error['max']:.3g}")
+        lines += _error_lines(manifest.statistics)
     if len(done) < len(units) or not (folder / INDEX).exists():
         lines.append(f"not finished; to go on: {manifest.command or 'start its command again'}")
     elif counts and counts["samples"] + counts["failures"] < len(plan):
         lines.append("grown since it was finished; start its command again to finish it")
+    return lines
+
+
+def _error_lines(statistics: dict[str, Any]) -> list[str]:
+    """What storing and encoding changed, of the latents and of the posteriors' spread."""
+    lines = []
+    for name, title in (("storage_error", "rounding"), ("precision_error", "precision")):
+        if error := statistics.get(name):
+            line = f"{title:14}rms {error['rms']:.3g}, largest {error['max']:.3g}"
+            if spread := statistics.get(f"{name}_logvar"):
+                # An error e of a log-variance scales the standard deviation by exp(e / 2).
+                line += f"; posterior std by up to {math.expm1(spread['max'] / 2):.2%}"
+            lines.append(line)
     return lines
 
 
@@ -145,6 +165,9 @@ def release(folder: Path, unit: int) -> Path:
     Returns:
         Where the commit is now.
     """
+    manifest = Manifest.load(folder)
+    manifest.counts = {}  # no longer finished: the next launch counts again
+    manifest.save(folder)
     path = commit_path(folder, unit)
     aside = path.with_name(path.name + _RELEASED)
     os.replace(path, aside)
@@ -284,33 +307,78 @@ def _open(manifest: Manifest, data: str | None) -> Source:
     return open_inventory(inventory, about.get("image_column"), "all", split)
 
 
-def leftovers(folder: Path) -> list[tuple[Path, str]]:
-    """Files that a finished cache does not need.
+@dataclass(frozen=True)
+class Leftover:
+    """A file that a finished cache does not need.
+
+    Attributes:
+        path: The file.
+        reason: Why it is not needed.
+        size: Its bytes.
+    """
+
+    path: Path
+    reason: str
+    size: int
+
+
+def leftovers(folder: Path, delete: bool = False) -> list[Leftover]:
+    """Find, and if asked for delete, what a finished cache does not need.
+
+    Unfinished files of killed launches, shards without a commit, and commits that were set aside.
+    The launch's lock is held until the last file is deleted: a launch that starts meanwhile is
+    refused, and none that runs can lose a shard.
 
     Args:
         folder: The cache.
+        delete: Delete what is found.
 
     Returns:
-        Each with the reason: unfinished files of killed launches, shards without a commit, and
-        commits that were set aside.
+        What was found.
 
     Raises:
-        CacheError: While a launch is filling the cache.
+        CacheError: While a launch is filling the cache; where locks do not work, also when asked to
+            delete, since that cannot be known there.
     """
     Manifest.load(folder)  # refuses a folder that is no cache
-    with LaunchLock(folder) as lock:
-        lock.take()
-    found = []
+    lock = LaunchLock(folder)
+    with lock:
+        if delete:
+            lock.take_alone()
+        else:
+            lock.take()
+        found = list(_unneeded(folder))
+        # The list may come from a directory that lags behind: before each deletion the commit is
+        # asked for by its name.
+        kept = [item for item in found if not _is_needed(folder, item.path)]
+        if delete:
+            for item in kept:
+                if not _is_needed(folder, item.path):
+                    item.path.unlink(missing_ok=True)
+        return kept
+
+
+def _unneeded(folder: Path) -> Iterator[Leftover]:
     wanted = {read_commit(folder, unit)["shard"] for unit in committed_units(folder)}
     for place in (folder, folder / SHARDS, folder / COMMITS):
-        for path in sorted(place.iterdir()):
+        for path in sorted(path for path in place.iterdir() if path.is_file()):
+            reason = None
             if path.name.startswith(TEMPORARY):
-                found.append((path, "unfinished file of a killed launch"))
+                reason = "unfinished file of a killed launch"
             elif path.name.endswith(_RELEASED):
-                found.append((path, "commit set aside by verify --release"))
+                reason = "commit set aside by verify --release"
             elif place.name == SHARDS and path.name not in wanted:
-                found.append((path, "shard without a commit"))
-    return found
+                reason = "shard without a commit"
+            if reason is not None:
+                yield Leftover(path, reason, path.stat().st_size)
+
+
+def _is_needed(folder: Path, path: Path) -> bool:
+    """Whether a shard's commit is there after all."""
+    unit = unit_of_shard(path.name)
+    if path.parent.name != SHARDS or unit is None:
+        return False
+    return commit_path(folder, unit).exists() and read_commit(folder, unit)["shard"] == path.name
 
 
 def redo_command(manifest: Manifest) -> str:

@@ -4,18 +4,19 @@ accelerate launch examples/digits/train_diffusion.py --latents CACHE --output_di
 
 An example to read and to copy. It learns the velocity of a DDPM (Salimans & Ho 2022, section 4)
 with classifier-free guidance (Ho & Salimans 2022), and saves a `DiTPipeline` that diffusers loads
-alone.
+alone. docs/guides/diffusion-loops.md shows the loop with several shapes, with captions, without a
+condition, behind `accelerator.prepare` and with a `StatefulDataLoader`.
 """
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -29,7 +30,7 @@ from first_stage.errors import ConfigError, run_command
 from first_stage.files import write_folder
 from first_stage.handover.folding import fold_statistics
 from first_stage.models.loading import load_autoencoder
-from first_stage.seeding import Purpose, generator
+from first_stage.seeding import Purpose, hashed_bits, standard_normals
 from first_stage.training.checkpoint import (
     Snapshot,
     find_checkpoint,
@@ -84,12 +85,18 @@ class Options:
     """Go on from the newest checkpoint in output_dir."""
     workers: int = 0
     """Processes that read the cache."""
+    precision: Literal["no", "bf16"] = "no"
+    """Autocast type of the transformer; weights and optimizer stay float32."""
+
+
+FREE = ("latents", "output_dir", "first_stage", "checkpoint_every", "resume", "workers")
+"""Options that may change when a run goes on: they change no result."""
 
 
 def main() -> None:
     """Train, save the pipeline, say what comes next."""
     options = parse_options()
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = Accelerator(mixed_precision=options.precision)
     accelerator.print(f"{accelerator.num_processes} process(es) on {accelerator.device.type}")
     dataset = LatentDataset(options.latents, normalize="channel", seed=options.seed)
     stage = dataset.manifest.first_stage
@@ -126,7 +133,8 @@ def main() -> None:
     )
     ema = EMAModel(transformer.parameters(), decay=options.ema_decay, foreach=True)
     ema.to(accelerator.device)
-    start = restore(checkpoint, transformer, optimizer, ema) if checkpoint else 0
+    about = identity(options, dataset)
+    start = restore(checkpoint, about, transformer, optimizer, ema) if checkpoint else 0
     accelerator.print(f"{len(dataset)} latents in {len(names)} classes, from step {start}")
     if accelerator.is_main_process:
         set_aside(output, start)  # damaged checkpoints that were passed over
@@ -158,7 +166,7 @@ def main() -> None:
         if accelerator.is_main_process and (
             done % options.checkpoint_every == 0 or done == options.steps
         ):
-            save(output, done, transformer, optimizer, ema)
+            save(output, done, about, transformer, optimizer, ema)
     bar.close()
 
     if accelerator.is_main_process:
@@ -245,17 +253,20 @@ def batches(
 def draws(
     options: Options, step: int, shape: tuple[int, ...], accelerator: Accelerator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise, time and whether the label is hidden: functions of seed and step alone."""
-    draw = generator(options.seed, Purpose.NOISE, step)
-    noise = draw.standard_normal((options.batch_size, *shape), dtype=np.float32)
-    times = draw.integers(0, 1000, options.batch_size)
-    hidden = draw.random(options.batch_size) < options.label_dropout
-    world, rank = accelerator.num_processes, accelerator.process_index
-    noise, times, hidden = (
-        torch.from_numpy(np.array_split(drawn, world)[rank]).to(accelerator.device)
-        for drawn in (noise, times, hidden)
-    )
-    return noise, times, hidden
+    """Noise, time and whether the label is hidden, of this process's part of the batch.
+
+    Each is a function of seed, step and the sample's place in the global batch: a process draws its
+    own part alone, and several draw what one would.
+    """
+    share = options.batch_size // accelerator.num_processes
+    places = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+    bits = hashed_bits(options.seed, Purpose.NOISE, step, map(str, places))
+    noise = standard_normals(bits[:, 0], shape)
+    low, high = (bits[:, 1] >> np.uint64(shift) & np.uint64(0xFFFFFFFF) for shift in (0, 32))
+    times = torch.from_numpy((low % np.uint64(1000)).astype(np.int64))
+    hidden = torch.from_numpy(high * 2.0**-32 < options.label_dropout)
+    device = accelerator.device
+    return noise.to(device), times.to(device), hidden.to(device)
 
 
 def rate_share(step: int, options: Options) -> float:
@@ -271,9 +282,8 @@ def class_names(dataset: LatentDataset, column: str) -> dict[int, str]:
             f"label is {column!r}, but the cache has the columns: "
             f"{', '.join(dataset.column_names) or 'none'}"
         )
-    index = pq.read_table(dataset.path / "index.parquet")
-    labels = index[column].to_pylist()
-    names = index["class"].to_pylist() if "class" in dataset.column_names else labels
+    labels = dataset.column(column).to_pylist()
+    names = dataset.column("class").to_pylist() if "class" in dataset.column_names else labels
     found = dict(zip(labels, map(str, names), strict=True))
     for label in found:
         if not isinstance(label, int) or not 0 <= label < NULL_CLASS:
@@ -283,9 +293,38 @@ def class_names(dataset: LatentDataset, column: str) -> dict[int, str]:
     return dict(sorted(found.items()))
 
 
+def identity(options: Options, dataset: LatentDataset) -> dict[str, Any]:
+    """What a run depends on: if any of it changed, the resumed run would be neither."""
+    chosen = {k: v for k, v in dataclasses.asdict(options).items() if k not in FREE}
+    return chosen | {
+        "samples": len(dataset),
+        "mean": dataset.stats["mean"],
+        "std": dataset.stats["std"],
+        "encoder": dataset.manifest.first_stage["encoder_sha256"],
+    }
+
+
+def check_identity(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse to go on with other options, or with a cache that has grown or changed."""
+    for name, value in now.items():
+        if then.get(name) == value:
+            continue
+        if name in {field.name for field in dataclasses.fields(Options)}:
+            raise ConfigError(
+                f"{name} is {value}, but the run in {str(folder)!r} was started with "
+                f"{then.get(name)}: resume with that, or choose another output_dir"
+            )
+        raise ConfigError(
+            f"latents has another {name} ({value}) than when the run in {str(folder)!r} was "
+            f"started ({then.get(name)}): a cache that has grown normalizes and orders its samples "
+            "anew; use the one it was started with, or choose another output_dir"
+        )
+
+
 def save(
     output: Path,
     step: int,
+    about: dict[str, Any],
     transformer: DiTTransformer2DModel,
     optimizer: torch.optim.Optimizer,
     ema: EMAModel,
@@ -295,7 +334,7 @@ def save(
         "transformer": dict(transformer.state_dict()),
         "optimizer": flatten_optimizer(optimizer, "transformer"),
     }
-    snapshot = Snapshot(step, tensors, {"ema_steps": ema.optimization_step})
+    snapshot = Snapshot(step, tensors, {"ema_steps": ema.optimization_step, "about": about})
     save_checkpoint(output, snapshot, lambda: averaged(transformer, ema), keep=2)
 
 
@@ -312,12 +351,14 @@ def averaged(transformer: DiTTransformer2DModel, ema: EMAModel) -> Iterator[DiTT
 
 def restore(
     folder: Path,
+    about: dict[str, Any],
     transformer: DiTTransformer2DModel,
     optimizer: torch.optim.Optimizer,
     ema: EMAModel,
 ) -> int:
     """Take back what `save` wrote; the steps done."""
     snapshot = load_checkpoint(folder)
+    check_identity(folder, snapshot.state["about"], about)
     transformer.load_state_dict(snapshot.tensors["transformer"])
     restore_optimizer(optimizer, snapshot.tensors["optimizer"], "transformer")
     averaged = DiTTransformer2DModel.from_pretrained(folder / "ema", use_safetensors=True)

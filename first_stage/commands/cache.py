@@ -48,7 +48,8 @@ class CacheData(ImagesConfig):
     """Read parquet files where they are, a row group at a time, instead of copying them: for data
     larger than the disk. path may then be any address that fsspec knows (hf://, s3://)."""
     workers: NonNegativeInt | None = None
-    """Decoding processes per encoding process; null: one per core left over, at most 8; 0: none."""
+    """Decoding processes per encoding process; null: on GPUs all of the machine's cores, divided
+    over its processes; on CPUs one per core left over, at most 8; 0: none."""
     max_broken: Share = 0.05
     """Share of samples that may be unreadable before the launch stops; they are listed in
     failures.parquet."""
@@ -180,6 +181,7 @@ def _this_process() -> Process:
         accelerator.num_processes,
         accelerator.device,
         accelerator.wait_for_everyone,
+        Processes().broadcast,
     )
 
 
@@ -217,8 +219,12 @@ def _cache_options(
 def _workers(wanted: int | None, process: Process) -> int:
     if wanted is not None:
         return wanted
-    # On a CPU the encoder's threads are busy all the time: a worker beside them slows both.
-    return spare_workers(torch.get_num_threads() if process.device.type == "cpu" else 1)
+    if process.device.type == "cpu":
+        # The encoder's threads are busy all the time: a worker beside them slows both.
+        return spare_workers(torch.get_num_threads())
+    # A GPU's process waits for its device: all of its cores decode.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _report(options: Options, outcome: Outcome, process: Process) -> None:

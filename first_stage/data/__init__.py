@@ -4,7 +4,7 @@
 batches.
 """
 
-from first_stage.data.broken import BrokenFiles, BrokenImage, too_many
+from first_stage.data.broken import BrokenFiles, BrokenImage, MachineFault, too_many
 from first_stage.data.decode import Encoded, Picture, Reading, open_image, picture_size, read_bytes
 from first_stage.data.faults import loader_fault
 from first_stage.data.fixed import FixedImages, fixed_images
@@ -36,6 +36,7 @@ __all__ = [
     "Encoded",
     "FixedImages",
     "Inventory",
+    "MachineFault",
     "Mirror",
     "Picture",
     "Reading",

@@ -16,6 +16,13 @@ class BrokenImage(Exception):
     """A file that cannot be decoded; the message is the reason."""
 
 
+class MachineFault(BrokenImage):
+    """A file that the machine, its disk or its network failed to read, several times over.
+
+    Training goes on without it; what wants each sample just once, as a latent cache does, ends.
+    """
+
+
 def too_many(broken: int, drawn: int, max_share: float) -> bool:
     """Whether more than a share of all samples is broken, seen from those drawn so far.
 

@@ -32,9 +32,10 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from first_stage.data import arrays
-from first_stage.data.broken import BrokenImage
+from first_stage.data.broken import BrokenImage, MachineFault
 from first_stage.data.color import to_srgb
 from first_stage.errors import first_line
+from first_stage.files import MachineError, patiently
 
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG"),
@@ -138,19 +139,26 @@ def read_bytes(path: str | Path) -> bytes:
 
     Raises:
         BrokenImage: When it is something else, or cannot be read.
+        MachineFault: When the machine fails to read it, several times over.
     """
     try:
-        # A pipe must not make us wait for its other end.
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-        with open(handle, "rb") as stream:
-            facts = os.fstat(handle)
-            if not stat.S_ISREG(facts.st_mode):
-                raise BrokenImage("no regular file")
-            if facts.st_size > MAX_FILE_BYTES:
-                raise BrokenImage(f"a file of {facts.st_size:,} bytes is no image")
-            return stream.read()
+        return patiently(lambda: _content(path), repr(str(path)))
+    except MachineError as error:
+        raise MachineFault(str(error)) from None
     except OSError as error:
         raise BrokenImage(f"cannot be read: {error.strerror or error}") from None
+
+
+def _content(path: str | Path) -> bytes:
+    # A pipe must not make us wait for its other end.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(handle, "rb") as stream:
+        facts = os.fstat(handle)
+        if not stat.S_ISREG(facts.st_mode):
+            raise BrokenImage("no regular file")
+        if facts.st_size > MAX_FILE_BYTES:
+            raise BrokenImage(f"a file of {facts.st_size:,} bytes is no image")
+        return stream.read()
 
 
 def _decode(file: Encoded | str, reading: Reading) -> Picture:

@@ -1,7 +1,8 @@
-"""From decoded portions to complete units: the passes through the encoder and what they give.
+"""From decoded portions to encoded ones: the passes through the encoder and what they give.
 
 A portion's pass is started before the one before it is read back, so that the device has work while
-results are copied and checked.
+results are checked. Each pass sends its results to page-locked memory itself: reading one back then
+waits for its own copy, not for the pass that was started behind it.
 """
 
 import hashlib
@@ -14,8 +15,12 @@ from first_stage.data import images_from_pixels
 from first_stage.seeding import Purpose, generator
 from latent_tools.build.encoder import BatchSplitter
 from latent_tools.build.images import DecodedPortion
+from latent_tools.build.unit import EncodedPortion
 from latent_tools.format.manifest import Representation, tensor_name
-from latent_tools.format.shards import DTYPES, Dtype, EncodedUnit, TokenDtype
+from latent_tools.format.shards import DTYPES, Dtype, TokenDtype
+
+_CHECKED = 2
+"""Samples per unit that are encoded in float32 too, where the precision is less."""
 
 
 def sample_key(name: str) -> int:
@@ -33,17 +38,39 @@ class Pass:
     Attributes:
         portion: The decoded portion.
         images: `(B, C_in, H, W)` in [-1, 1] on the device; `None` when nothing could be decoded.
-        outputs: `(B, K, h, w)` on the device, of the images and, when asked for, of the flipped
-            ones.
+        outputs: Of the images and, when asked for, of the flipped ones: `(B, K, h, w)` each.
     """
 
     portion: DecodedPortion
     images: Tensor | None
-    outputs: list[Tensor]
+    outputs: list["Readback"]
 
 
-class UnitEncoder:
-    """Encodes portions, in order, into units.
+class Readback:
+    """A result on its way from the device.
+
+    Args:
+        output: On any device.
+    """
+
+    def __init__(self, output: Tensor):
+        self._event: torch.cuda.Event | None = None
+        self._value = output
+        if output.device.type == "cuda":
+            self._value = torch.empty(output.shape, dtype=output.dtype, pin_memory=True)
+            self._value.copy_(output, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(output.device))
+
+    def get(self) -> Tensor:
+        """The result on the CPU, once its copy has arrived."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._value.cpu()
+
+
+class PortionEncoder:
+    """Encodes portions, in order.
 
     Args:
         splitter: The encoder, in batches that fit.
@@ -64,7 +91,7 @@ class UnitEncoder:
     ):
         self.splitter, self.encoder = splitter, splitter.encoder
         self.representation, self.dtype, self.flip, self.seed = representation, dtype, flip, seed
-        self._open: dict[int, tuple[EncodedUnit, list[list[Tensor]]]] = {}
+        self._checked: set[int] = set()
 
     def start(self, portion: DecodedPortion) -> Pass:
         """Send a portion through the encoder, without waiting for the device."""
@@ -72,56 +99,48 @@ class UnitEncoder:
             return Pass(portion, None, [])
         pixels = portion.pixels.to(self.encoder.device, non_blocking=True)
         images = images_from_pixels(pixels)
-        outputs = [self.splitter(images)]
+        outputs = [Readback(self.splitter(images))]
         if self.flip:
-            outputs.append(self.splitter(images.flip(3)))
+            outputs.append(Readback(self.splitter(images.flip(3))))
         return Pass(portion, images, outputs)
 
-    def finish(self, started: Pass) -> tuple[int, EncodedUnit | None]:
-        """Read a portion's latents back and add them to its unit.
-
-        Returns:
-            How many of the portion's samples failed, and the unit when this was its last portion.
-        """
+    def finish(self, started: Pass) -> EncodedPortion:
+        """Read a portion's latents back."""
         portion = started.portion
-        unit, parts = self._current(portion)
-        failures = list(portion.failures)
+        encoded = EncodedPortion(
+            portion.unit, portion.shape, tensor_name(self.representation), [], [],
+            list(portion.failures), is_last=portion.is_last,
+            batch_size=self.splitter.batch_size,
+        )  # fmt: skip
         if started.images is not None:
-            latents = [self._stored(output, portion, n) for n, output in enumerate(started.outputs)]
-            fine = self._can_be_stored(latents).tolist()
-            keep: list[int] = []
-            for row, record in enumerate(portion.records):
-                reason = None
-                if not fine[row]:
-                    reason = self._mend(unit, started.images, latents, row, record.id)
-                if reason is None:
-                    keep.append(row)
-                    unit.records.append(record)
-                else:
-                    failures.append((record.id, reason))
-            parts.append([part[keep] for part in latents])
-        unit.failures += failures
-        return len(failures), self._complete(unit, parts) if portion.is_last else None
+            self._read_back(started.images, started, encoded)
+        return encoded
 
-    def _current(self, portion: DecodedPortion) -> tuple[EncodedUnit, list[list[Tensor]]]:
-        if portion.unit not in self._open:
-            name = tensor_name(self.representation)
-            unit = EncodedUnit(portion.unit, portion.shape, name, None, None, [], [])
-            self._open[portion.unit] = (unit, [])
-        return self._open[portion.unit]
-
-    def _complete(self, unit: EncodedUnit, parts: list[list[Tensor]]) -> EncodedUnit:
-        if unit.records:
-            unit.latents = torch.cat([part[0] for part in parts])
-            if self.flip:
-                unit.flipped = torch.cat([part[1] for part in parts])
-        unit.batch_size = self.splitter.batch_size
-        del self._open[unit.unit]
-        return unit
-
-    def _stored(self, output: Tensor, portion: DecodedPortion, flipped: int) -> Tensor:
-        """The encoder's output on the CPU, as the representation has it."""
-        return self._represent(output.cpu(), [r.id for r in portion.records], flipped)
+    def _read_back(self, images: Tensor, started: Pass, encoded: EncodedPortion) -> None:
+        records = started.portion.records
+        ids = [record.id for record in records]
+        latents = [
+            self._represent(output.get(), ids, flipped)
+            for flipped, output in enumerate(started.outputs)
+        ]
+        fine = self._can_be_stored(latents).tolist()
+        keep: list[int] = []
+        for row, record in enumerate(records):
+            reason = None
+            if not fine[row]:
+                reason = self._mend(encoded, images, latents, row, record.id)
+            if reason is None:
+                keep.append(row)
+                encoded.records.append(record)
+            else:
+                encoded.failures.append((record.id, reason))
+        encoded.latents = [part if len(keep) == len(part) else part[keep] for part in latents]
+        is_exact = self.encoder.precision == "no" or self.representation == "tokens"
+        if keep and not is_exact and encoded.unit not in self._checked:
+            self._checked.add(encoded.unit)
+            chosen = keep[:_CHECKED]
+            exact = self.encoder.in_float32(images[chosen]).cpu()
+            encoded.exact = self._represent(exact, [ids[row] for row in chosen], 0)
 
     def _represent(self, output: Tensor, ids: list[str], flipped: int) -> Tensor:
         if self.representation == "moments" or not self.encoder.has_posterior:
@@ -142,12 +161,12 @@ class UnitEncoder:
         return torch.stack(finite).all(0)
 
     def _mend(
-        self, unit: EncodedUnit, images: Tensor, latents: list[Tensor], row: int, name: str
+        self, encoded: EncodedPortion, images: Tensor, latents: list[Tensor], row: int, name: str
     ) -> str | None:
         """Encode a sample that is not finite again in float32; why it cannot be stored, if so."""
         is_finite = all(part[row].isfinite().all() for part in latents)
         if not is_finite and self.encoder.precision != "no":
-            unit.retried.append(name)
+            encoded.retried.append(name)
             for flipped, part in enumerate(latents):
                 image = images[row : row + 1]
                 output = self.encoder.in_float32(image.flip(3) if flipped else image).cpu()

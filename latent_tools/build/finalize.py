@@ -1,31 +1,60 @@
 """When every unit is committed: the index, the list of failures and the statistics.
 
-Everything is derived from the commits in the order of their units, so finishing twice, or by two
-processes at once, writes the same.
+Everything is derived from the commits in the order of their units, one at a time, so finishing
+twice writes the same, and takes the same memory for any number of samples.
 """
 
-import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from first_stage.metrics.moments import ChannelMoments, merged
-from latent_tools.format.files import CacheError, write_bytes
+from first_stage.metrics.moments import ChannelMoments
+from latent_tools.build.index import is_written, write_index
+from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
-from latent_tools.format.plan import Plan
-from latent_tools.format.shards import read_commit
+from latent_tools.format.plan import Plan, Unit
+from latent_tools.format.shards import ERRORS, commit_path, read_commit
 from latent_tools.format.statistics import summary
 
-INDEX, FAILURES = "index.parquet", "failures.parquet"
+_READ_AHEAD = 16
+_LOOK_AGAIN = 0.5  # seconds
 
 
-def finalize(folder: Path) -> Manifest:
+def missing_units(folder: Path, units: list[Unit], patience: float = 0.0) -> list[Unit]:
+    """Units without a commit, each asked for by name: a directory's listing may lag behind.
+
+    Args:
+        folder: The cache.
+        units: The planned units.
+        patience: Seconds to wait for commits of other machines to show.
+    """
+    end = time.monotonic() + patience
+    while True:
+        units = [unit for unit in units if not commit_path(folder, unit.number).exists()]
+        if not units or time.monotonic() > end:
+            return units
+        time.sleep(_LOOK_AGAIN)
+
+
+def is_finished(folder: Path, plan: Plan) -> bool:
+    """Whether a cache whose units are all committed was finished since."""
+    counts = Manifest.load(folder).counts
+    planned = {"units": len(plan.units), "failures": counts.get("failures", 0)}
+    planned["samples"] = len(plan) - planned["failures"]
+    if any(counts.get(name) != number for name, number in planned.items()):
+        return False
+    return is_written(folder, planned["samples"])
+
+
+def finalize(folder: Path, plan: Plan | None = None) -> Manifest:
     """Write `index.parquet`, `failures.parquet`, and counts and statistics into the manifest.
 
     Args:
         folder: The cache, with every planned unit committed.
+        plan: The plan, where it is loaded already.
 
     Returns:
         The manifest.
@@ -33,105 +62,74 @@ def finalize(folder: Path) -> Manifest:
     Raises:
         CacheError: When a commit is missing, or does not hold exactly its unit's planned samples.
     """
-    manifest, plan = Manifest.load(folder), Plan.load(folder)
-    tables: list[pa.Table] = []
-    failures: list[dict[str, Any]] = []
-    sums: list[ChannelMoments] = []
-    size = 0
-    errors: list[tuple[int, dict[str, float]]] = []
-    for unit in plan.units:
-        commit = read_commit(folder, unit.number)
-        failed = [failure["id"] for failure in commit["failures"]]
-        if sorted([*commit["ids"], *failed]) != sorted(plan.ids(unit)):
-            raise CacheError(
-                f"the commit of unit {unit.number} in {str(folder)!r} does not hold exactly the "
-                "planned samples: it was damaged or belongs to another cache"
-            )
-        failures += [{"unit": unit.number, **failure} for failure in commit["failures"]]
-        sums.append(ChannelMoments.from_json(commit["sums"]))
-        if commit["count"]:
-            tables.append(_index_table(commit))
-            if "storage_error" in commit:  # tokens are stored as they are
-                errors.append((commit["count"], commit["storage_error"]))
-            size += commit["bytes"]
-    _write_table(folder / INDEX, _concat(tables))
-    schema = pa.schema({"id": pa.string(), "reason": pa.string(), "unit": pa.int32()})
-    _write_table(folder / FAILURES, pa.Table.from_pylist(failures, schema))
-    total = merged(sums, manifest.tensor_channels)
-    manifest.statistics = summary(total, manifest.representation == "moments")
-    if errors:
-        manifest.statistics["storage_error"] = _pooled(errors)
+    manifest, plan = Manifest.load(folder), plan if plan is not None else Plan.load(folder)
+    totals = _Totals(manifest.tensor_channels)
+
+    def add_all(add: Callable[[dict[str, Any]], None]) -> None:
+        nonlocal totals
+        totals = _Totals(manifest.tensor_channels)
+        for commit in _commits(folder, plan):
+            add(commit)
+            totals.add(commit)
+
+    write_index(folder, add_all)
+    manifest.statistics = totals.statistics(manifest.representation == "moments")
     manifest.counts = {
-        "samples": len(plan) - len(failures),
-        "failures": len(failures),
+        "samples": len(plan) - totals.failures,
+        "failures": totals.failures,
         "units": len(plan.units),
-        "bytes": size,
+        "bytes": totals.bytes,
     }
     manifest.save(folder)
     return manifest
 
 
-def _pooled(errors: list[tuple[int, dict[str, float]]]) -> dict[str, float]:
-    """Largest and root-mean-square rounding error of stored latents, over all units."""
-    samples = sum(count for count, _ in errors)
-    mean_square = sum(count * e["rms"] ** 2 for count, e in errors) / samples
-    return {"max": max(e["max"] for _, e in errors), "rms": mean_square**0.5}
+def _commits(folder: Path, plan: Plan) -> Iterator[dict[str, Any]]:
+    """The commits in order, read a few ahead, each checked against the plan."""
+    with ThreadPoolExecutor(_READ_AHEAD) as pool:
+        ahead: deque[tuple[Unit, Future[dict[str, Any]]]] = deque()
+        units = iter(plan.units)
+        while True:
+            while len(ahead) < _READ_AHEAD and (unit := next(units, None)) is not None:
+                ahead.append((unit, pool.submit(read_commit, folder, unit.number)))
+            if not ahead:
+                return
+            unit, future = ahead.popleft()
+            commit = future.result()
+            failed = [failure["id"] for failure in commit["failures"]]
+            if sorted([*commit["ids"], *failed]) != sorted(plan.ids(unit)):
+                raise CacheError(
+                    f"the commit of unit {unit.number} in {str(folder)!r} does not hold exactly "
+                    "the planned samples: it was damaged or belongs to another cache"
+                )
+            yield commit
 
 
-def _index_table(commit: dict[str, Any]) -> pa.Table:
-    count = commit["count"]
-    columns: dict[str, Any] = {
-        "id": pa.array(commit["ids"], pa.string()),
-        "unit": pa.array([commit["unit"]] * count, pa.int32()),
-        "row": pa.array(range(count), pa.int32()),
-        "shard": pa.array([commit["shard"]] * count, pa.string()),
-        "height": pa.array([commit["height"]] * count, pa.int32()),
-        "width": pa.array([commit["width"]] * count, pa.int32()),
-        "original_height": pa.array([h for h, _ in commit["original_size"]], pa.int32()),
-        "original_width": pa.array([w for _, w in commit["original_size"]], pa.int32()),
-        "crop_top": pa.array([top for top, _ in commit["crop"]], pa.int32()),
-        "crop_left": pa.array([left for _, left in commit["crop"]], pa.int32()),
-        "content": pa.array(commit["content"], pa.string()),
-    }
-    for name, values in commit["columns"].items():
-        # A column named like one of the index's own must not hide it.
-        columns[name if name not in columns else f"data_{name}"] = _column(values)
-    return pa.table(columns)
+class _Totals:
+    """What is summed over all units."""
 
+    def __init__(self, channels: int):
+        self._sums = ChannelMoments(channels)
+        self._errors: dict[str, tuple[int, float, float]] = {}
+        self.failures = self.bytes = 0
 
-def _column(values: list[Any]) -> pa.Array:
-    try:
-        return pa.array(values)
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        # Values of mixed types have no Arrow column: keep them as JSON text.
-        return pa.array([json.dumps(value, ensure_ascii=False) for value in values])
+    def add(self, commit: dict[str, Any]) -> None:
+        """Add a unit."""
+        self.failures += len(commit["failures"])
+        self._sums.merge(ChannelMoments.from_json(commit["sums"]))
+        if not commit["count"]:
+            return
+        self.bytes += commit["bytes"]
+        for name in ERRORS:
+            if (error := commit.get(name)) is not None:
+                count, largest, squares = self._errors.get(name, (0, 0.0, 0.0))
+                samples = error.get("samples", commit["count"])
+                squares += samples * error["rms"] ** 2
+                self._errors[name] = (count + samples, max(largest, error["max"]), squares)
 
-
-def _concat(tables: list[pa.Table]) -> pa.Table:
-    if not tables:
-        return _index_table(_EMPTY)
-    try:
-        return pa.concat_tables(tables, promote_options="permissive")
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.concat_tables([_as_text(t) for t in tables], promote_options="permissive")
-
-
-def _as_text(table: pa.Table) -> pa.Table:
-    """With the carried columns as JSON text, where units disagree about a column's type."""
-    fixed = len(_index_table(_EMPTY).column_names)
-    for position in range(fixed, table.num_columns):
-        values = [json.dumps(v, ensure_ascii=False) for v in table.column(position).to_pylist()]
-        table = table.set_column(position, table.column_names[position], pa.array(values))
-    return table
-
-
-_EMPTY: dict[str, Any] = {
-    "count": 0, "ids": [], "unit": 0, "shard": "", "height": 0, "width": 0,
-    "original_size": [], "crop": [], "content": [], "columns": {},
-}  # fmt: skip
-
-
-def _write_table(path: Path, table: pa.Table) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_bytes(path, sink.getvalue().to_pybytes())
+    def statistics(self, has_posterior: bool) -> dict[str, Any]:
+        """As the manifest has them: errors pooled over all units."""
+        found = summary(self._sums, has_posterior)
+        for name, (count, largest, squares) in self._errors.items():
+            found[name] = {"max": largest, "rms": (squares / count) ** 0.5}
+        return found

@@ -21,11 +21,12 @@ import pyarrow.compute as pc
 
 from first_stage.data import BrokenImage, Source
 from first_stage.files import write_json
-from latent_tools.build.finalize import INDEX
 from latent_tools.build.images import content_hash, file_of, plain_value
+from latent_tools.build.unit import trimmed
 from latent_tools.format.files import CacheError, read_json
+from latent_tools.format.index import INDEX
 from latent_tools.format.plan import Plan, committed_units
-from latent_tools.format.shards import SHARDS, commit_path, read_commit, trimmed
+from latent_tools.format.shards import SHARDS, commit_path, read_commit
 
 CHECKED = "checked.json"
 """When the data was last found to be what was encoded."""

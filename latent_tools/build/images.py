@@ -5,6 +5,7 @@ encoder sees the same batches for any number of processes and workers.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from first_stage.data import (
     BrokenImage,
     Encoded,
+    MachineFault,
     Reading,
     Source,
     View,
@@ -27,9 +29,11 @@ from first_stage.data import (
     read_bytes,
     size_of,
 )
+from first_stage.errors import UserError
+from first_stage.files import patiently
+from latent_tools.build.unit import SampleRecord
 from latent_tools.format.files import CacheError
 from latent_tools.format.plan import Plan, Shape, Unit
-from latent_tools.format.shards import SampleRecord
 
 _NOT_THERE = "no longer in the data"
 
@@ -65,6 +69,8 @@ class DecodedPortion:
         records: Those samples.
         failures: Id and reason of the others.
         is_last: Whether it is the unit's last portion.
+        fault: Why the launch cannot go on, if so: what a worker raises would arrive with a whole
+            traceback for its message.
     """
 
     unit: int
@@ -73,6 +79,7 @@ class DecodedPortion:
     records: list[SampleRecord]
     failures: list[tuple[str, str]] = field(default_factory=list)
     is_last: bool = False
+    fault: str | None = None
 
     def pin_memory(self) -> "DecodedPortion":
         """Called by the `DataLoader`'s pinning thread."""
@@ -122,6 +129,9 @@ class PortionReader(Dataset[DecodedPortion]):
         for name, place in zip(portion.ids, portion.places, strict=True):
             try:
                 record, pixels = self.read(name, place, portion.shape)
+            except (MachineFault, UserError) as error:
+                result.fault = str(error)
+                return result
             except BrokenImage as error:
                 result.failures.append((name, str(error)))
                 continue
@@ -146,10 +156,11 @@ class PortionReader(Dataset[DecodedPortion]):
 
         Raises:
             BrokenImage: When it cannot be decoded, or is not there.
+            MachineFault: When the machine fails to read it, several times over.
         """
         if place < 0:
             raise BrokenImage(_NOT_THERE)
-        sample = self.source.read(place)
+        sample = patiently(lambda: self.source.read(place), f"the sample {name!r}")
         file = file_of(sample.image)
         image = open_image(file, self.preprocessing.reading)
         size = size_of(image)
@@ -167,6 +178,7 @@ def file_of(image: Encoded) -> Encoded:
 
     Raises:
         BrokenImage: When the file cannot be read.
+        MachineFault: When the machine fails to read it, several times over.
     """
     if isinstance(image, BrokenImage):
         raise image
@@ -225,9 +237,11 @@ def portions(
         places: Where each planned sample stands in the source, -1 where it does not.
         batch_size: Samples per portion.
         lanes: How many units are open at a time, taking turns. A `DataLoader` deals its workers
-            portions in turn, so with as many lanes as workers each worker reads whole units.
+            portions in turn, so with as many lanes as workers each worker reads whole units, and
+            those that lie side by side.
     """
-    each = [_lane(plan, units[lane::lanes], places, batch_size) for lane in range(lanes)]
+    cuts = [len(units) * lane // lanes for lane in range(lanes + 1)]
+    each = [_lane(plan, units[a:b], places, batch_size) for a, b in itertools.pairwise(cuts)]
     while each:
         for lane in list(each):
             portion = next(lane, None)

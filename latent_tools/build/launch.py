@@ -1,10 +1,13 @@
 """A launch: plan what is new, encode what is not committed, finish when everything is.
 
-Every process does the same: it takes its share of the units that have no commit and encodes them
-one after the other. There is no barrier at the end: a unit is done when its commit is there, and
-whichever process commits the last one writes the index and the statistics.
+The first process lists the units that have no commit and hands the list to the others: a directory
+that lags behind on one machine cannot make processes divide different lists. A unit is done when
+its commit is there. At the end the first process asks for every commit by its name, and writes the
+index and the statistics.
 """
 
+import itertools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,17 +19,23 @@ from torch import nn
 
 from first_stage.data import Reading, Source
 from first_stage.models.first_stage import FirstStage, as_first_stage
-from latent_tools.build.encode import Pass, UnitEncoder
+from latent_tools.build.encode import Pass, PortionEncoder
 from latent_tools.build.encoder import BatchSplitter, LatentEncoder
-from latent_tools.build.finalize import finalize
+from latent_tools.build.finalize import finalize, is_finished, missing_units
 from latent_tools.build.images import DecodedPortion, PortionReader, Preprocessing, portion_loader
 from latent_tools.build.options import CacheOptions
+from latent_tools.build.parquet import ParquetStream
 from latent_tools.build.prepare import describe_launch, prepare, source_ids
-from latent_tools.build.progress import Progress, Watch, timed
+from latent_tools.build.progress import Progress, Watch, example_failure, timed
+from latent_tools.build.unit import EncodedPortion
 from latent_tools.build.writer import UnitWriter
 from latent_tools.format.files import CacheError, LaunchLock
 from latent_tools.format.manifest import Manifest
 from latent_tools.format.plan import Plan, Unit, committed_units
+
+_LAG = 60.0
+"""Seconds after which a network's file system shows what another machine wrote."""
+_LOOK_AGAIN = 0.2  # seconds
 
 
 @dataclass(frozen=True)
@@ -38,12 +47,14 @@ class Process:
         world: Of how many.
         device: Where it encodes.
         barrier: Returns when all processes have called it.
+        hand_over: Gives every process the numbers that the first one calls it with.
     """
 
     rank: int = 0
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     barrier: Callable[[], None] = lambda: None
+    hand_over: Callable[[list[int]], list[int]] = lambda numbers: numbers
 
 
 @dataclass
@@ -55,11 +66,13 @@ class Outcome:
         units: Units it committed.
         planned: Units of the plan.
         already: Units that were committed before the launch.
-        failures: Failed samples in the whole cache, as far as this process knows.
+        failures: Failed samples: in the whole cache once it is complete, else those of this process
+            and of what it saw of others.
         retried: Samples encoded again in float32.
         batch_size: Samples per forward pass at the end; smaller than asked for when memory ran out.
         waits: Seconds spent waiting for data, encoder and disk.
-        is_complete: Whether this process saw every unit committed, and finished the cache.
+        is_complete: Whether this process saw every unit committed, and finished the cache; the
+            first process of a launch does.
     """
 
     images: int = 0
@@ -120,15 +133,39 @@ def precompute(
         keep(Manifest.load(folder).source.get("classes") or [])
     with lock or LaunchLock(folder) as held:
         held.share()
-        plan = Plan.load(folder)
-        done = set(committed_units(folder))
-        # Nobody commits before everybody has listed, so all processes divide the same units.
-        process.barrier()
-        work = _Work(folder, plan, done, launch, options, process)
-        if work.left:
+        numbers = _to_do(folder) if process.rank == 0 else []
+        planned, *left = process.hand_over(numbers)
+        plan = _load_plan(folder, planned)
+        work = _Work(folder, plan, left, launch, options, process)
+        if left:
             samples = sum(len(unit) for unit in work.left)
-            say(f"{samples} samples in {len(work.left)} of {len(plan.units)} units to encode")
-        return work.run(source, ids, encoder)
+            say(f"{samples} samples in {len(left)} of {len(plan.units)} units to encode")
+        outcome = work.run(source, ids, encoder)
+        process.barrier()
+        if process.rank == 0:
+            work.finish()
+        return outcome
+
+
+def _to_do(folder: Path) -> list[int]:
+    """The number of planned samples, then those of the units that have no commit."""
+    plan, listed = Plan.load(folder), set(committed_units(folder))
+    # What is not listed is asked for by name: a listing may lag behind.
+    left = missing_units(folder, [unit for unit in plan.units if unit.number not in listed])
+    return [len(plan), *(unit.number for unit in left)]
+
+
+def _load_plan(folder: Path, planned: int) -> Plan:
+    """The plan that the first process wrote, as soon as this machine sees it."""
+    end = time.monotonic() + _LAG
+    while len(plan := Plan.load(folder)) != planned:
+        if time.monotonic() > end:
+            raise CacheError(
+                f"the plan in {str(folder)!r} has {len(plan)} samples here and {planned} on the "
+                f"first process, for {_LAG:.0f} s: output must be one folder for all machines"
+            )
+        time.sleep(_LOOK_AGAIN)
+    return plan
 
 
 def _silent(_: str) -> None:
@@ -142,7 +179,7 @@ class _Work:
         self,
         folder: Path,
         plan: Plan,
-        done: set[int],
+        left: list[int],
         launch: Manifest,
         options: CacheOptions,
         process: Process,
@@ -150,9 +187,9 @@ class _Work:
         self.folder, self.plan, self.launch = folder, plan, launch
         self.options, self.process = options, process
         self.units = plan.units
-        self.left = [unit for unit in self.units if unit.number not in done]
-        self.own: list[Unit] = self.left[process.rank :: process.world]
-        self.watch = Watch(folder, done)
+        wanted = set(left)
+        self.left = [unit for unit in self.units if unit.number in wanted]
+        self.own: list[Unit] = []
         self.outcome = Outcome(
             planned=len(self.units),
             already=len(self.units) - len(self.left),
@@ -160,15 +197,34 @@ class _Work:
         )
 
     def run(self, source: Source, ids: pa.Array, encoder: LatentEncoder) -> Outcome:
-        """Encode this process's units; finish the cache when they were the last ones."""
+        """Encode this process's units."""
+        self.own = _share(self.left, self.process, _reads_in_order(source))
+        own = {unit.number for unit in self.own}
+        known = {unit.number for unit in self.units} - {unit.number for unit in self.left}
+        self.watch = Watch(self.folder, known, own, is_looking=self.process.rank == 0)
         if self.own:
             self._encode(source, ids, encoder)
-        self.outcome.failures = self._check_failures([])
-        there = set(committed_units(self.folder))
-        if all(unit.number in there for unit in self.units):
-            finalize(self.folder)
-            self.outcome.is_complete = True
+        self.outcome.failures = self.watch.failures
         return self.outcome
+
+    def finish(self) -> None:
+        """Make sure that every unit is committed, and finish the cache.
+
+        Raises:
+            CacheError: Naming a unit whose commit is not there.
+        """
+        patience = _LAG if self.process.world > 1 else 0.0
+        if missing := missing_units(self.folder, self.units, patience):
+            raise CacheError(
+                f"{len(missing)} of {len(self.units)} units of {str(self.folder)!r} have no commit "
+                f"(the first is unit {missing[0].number}): the cache is not finished. Start the "
+                "same command again; it encodes these and no others"
+            )
+        if self.left or not is_finished(self.folder, self.plan):
+            finalize(self.folder, self.plan)
+        self.outcome.failures = Manifest.load(self.folder).counts["failures"]
+        self._check_failures(self.outcome.failures, [])
+        self.outcome.is_complete = True
 
     def _encode(self, source: Source, ids: pa.Array, encoder: LatentEncoder) -> None:
         options, device = self.options, self.process.device
@@ -179,6 +235,8 @@ class _Work:
             has_buckets=self.launch.preprocessing["buckets"] is not None,
             columns=tuple(self.launch.store["columns"]),
         )
+        if isinstance(source, ParquetStream):
+            source = source.with_columns(preprocessing.columns)
         loader = portion_loader(
             PortionReader(source, preprocessing),
             self.plan,
@@ -188,64 +246,97 @@ class _Work:
             workers=options.workers,
             pin_memory=device.type == "cuda",
         )
+        if options.compile:
+            # Dynamo compiles 8 shapes and runs the rest uncompiled; here each may be met in two
+            # precisions and once more at its own batch size.
+            shapes = {unit.shape for unit in self.units}
+            torch._dynamo.config.recompile_limit = 8 + 4 * len(shapes)
         splitter = BatchSplitter(encoder, options.batch_size, is_padded=options.compile)
-        units = UnitEncoder(
+        portions_of = PortionEncoder(
             splitter,
             representation=self.launch.representation,
             dtype=self.launch.store["dtype"],
             flip=options.flip,
             seed=options.seed,
         )
-        own = {unit.number for unit in self.own}
-        progress = Progress(self.folder, self.left, own, is_shown=self.process.rank == 0)
+        progress = Progress(self.watch, self.left, is_shown=self.process.rank == 0)
         try:
-            # The workers are forked by the first look into the loader, before the writer's thread
-            # starts: a fork beside a running thread could inherit a lock that it holds.
-            portions = timed(loader, progress)
-            self._encode_portions(portions, units, progress)
+            self._encode_portions(timed(loader, progress), portions_of, progress)
         finally:
             progress.close()
             self.outcome.waits = progress.waits
             self.outcome.batch_size = splitter.batch_size
 
     def _encode_portions(
-        self, portions: Iterator[DecodedPortion], units: UnitEncoder, progress: Progress
+        self, portions: Iterator[DecodedPortion], encoder: PortionEncoder, progress: Progress
     ) -> None:
-        started: Pass | None = units.start(next(portions))
+        # The workers are forked by the first look into the loader, before the writer's thread
+        # starts: a fork beside a running thread could inherit a lock that it holds.
+        portions = itertools.chain([next(portions)], portions)
         with UnitWriter(
             self.folder, self.launch.store["dtype"], self.launch.tensor_channels,
             self._written,
         ) as writer:  # fmt: skip
-            while started is not None:
-                portion = next(portions, None)
-                with progress.waiting("encoder"):
-                    ahead = units.start(portion) if portion is not None else None
-                    failed, unit = units.finish(started)
-                self._count(started.portion, failed, progress)
-                if unit is not None:
-                    with progress.waiting("disk"):
-                        writer.put(unit)
-                started = ahead
+            for encoded in _encoded(portions, encoder, progress):
+                self._count(encoded, progress)
+                with progress.waiting("disk"):
+                    writer.put(encoded)
 
-    def _count(self, portion: DecodedPortion, failed: int, progress: Progress) -> None:
-        samples = len(portion.records) + len(portion.failures)
+    def _count(self, encoded: EncodedPortion, progress: Progress) -> None:
+        samples = len(encoded.records) + len(encoded.failures)
         self.outcome.images += samples
+        self.watch.count(len(encoded.failures))
         progress.advance(samples)
-        self.watch.add_own(portion.unit, failed)
-        if failed:
-            self._check_failures(portion.failures)
+        self._check_failures(self.watch.failures, encoded.failures)
 
     def _written(self, commit: dict[str, Any]) -> None:
         self.outcome.units += 1
         self.outcome.retried += len(commit["retried_in_float32"])
 
-    def _check_failures(self, latest: list[tuple[str, str]]) -> int:
-        failed, limit = self.watch.failures(), self.options.max_broken * len(self.plan)
-        if failed > limit:
-            name, reason = latest[0] if latest else self.watch.example()
+    def _check_failures(self, failed: int, latest: list[tuple[str, str]]) -> None:
+        if failed > self.options.max_broken * len(self.plan):
+            name, reason = latest[0] if latest else example_failure(self.folder)
             raise CacheError(
                 f"{failed} of {len(self.plan)} samples cannot be encoded, more than the share "
                 f"data.max_broken {self.options.max_broken} (such as {name}: {reason}): mend them, "
                 "or raise data.max_broken; what is encoded stays"
             )
-        return failed
+
+
+def _reads_in_order(source: Source) -> bool:
+    return bool(getattr(source, "reads_in_order", False))
+
+
+def _share(left: list[Unit], process: Process, in_order: bool) -> list[Unit]:
+    """This process's units: every so many-th, or a run where neighbours are cheap to read."""
+    if not in_order:
+        return left[process.rank :: process.world]
+    start, stop = (len(left) * (process.rank + n) // process.world for n in (0, 1))
+    return left[start:stop]
+
+
+def _encoded(
+    portions: Iterator[DecodedPortion], encoder: PortionEncoder, progress: Progress
+) -> Iterator[EncodedPortion]:
+    """Portions through the encoder, each started before the one before it is read back.
+
+    Raises:
+        CacheError: What a worker said that could not go on, after what was decoded before.
+    """
+    started: Pass | None = None
+    fault: str | None = None
+    for portion in portions:
+        if (fault := portion.fault) is not None:
+            break
+        with progress.waiting("encoder"):
+            ahead = encoder.start(portion)
+            encoded = encoder.finish(started) if started is not None else None
+        started = ahead
+        if encoded is not None:
+            yield encoded
+    if started is not None:
+        with progress.waiting("encoder"):
+            encoded = encoder.finish(started)
+        yield encoded
+    if fault is not None:
+        raise CacheError(fault)

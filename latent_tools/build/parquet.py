@@ -4,9 +4,10 @@ Nothing is downloaded as a whole. The footers of the files say how many rows the
 is fixed before the first image is read, and a launch resumes like any other: by what is committed.
 """
 
+import copy
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from first_stage.data import Sample
+from first_stage.data import Encoded, Sample
 from first_stage.data.columns import encoded_image, find_image_column
+from first_stage.files import patiently
 from latent_tools.format.files import CacheError
+
+_HELD_BYTES = 1 << 29
+"""Row groups that are planned together, and held by whoever reads them, have so many bytes."""
 
 
 class ParquetStream:
@@ -51,17 +56,26 @@ class ParquetStream:
         self.image_column = find_image_column(features, path, image_column)
         self.columns: tuple[str, ...] = tuple(c for c in schema.names if c != self.image_column)
         groups = [
-            (file, group, footer.row_group(group).num_rows)
+            (file, group, footer.row_group(group))
             for file, footer in enumerate(footers)
             for group in range(footer.num_row_groups)
         ]
         self._groups = np.array([(file, group) for file, group, _ in groups]).reshape(-1, 2)
-        self._starts = np.cumsum([0, *(rows for *_, rows in groups)])
+        self._bytes = np.array([group.total_byte_size for *_, group in groups], np.int64)
+        self._starts = np.cumsum([0, *(group.num_rows for *_, group in groups)])
         self._file_starts = np.cumsum([0, *(footer.num_rows for footer in footers)])
-        self._kept: tuple[int, int, pa.Table] | None = None
+        self._wanted: list[str] | None = None
+        self._kept: dict[int, pa.Table] = {}
+        self._owner = os.getpid()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": {}}
+
+    def with_columns(self, columns: Sequence[str]) -> "ParquetStream":
+        """The same source, of which only the images and these columns are read."""
+        other = copy.copy(self)
+        other._wanted, other._kept = [self.image_column, *columns], {}
+        return other
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -73,27 +87,75 @@ class ParquetStream:
 
     def read(self, index: int) -> Sample:
         """A row's encoded image and its other columns; fetches its row group when it is another."""
-        place = int(np.searchsorted(self._starts, index, side="right")) - 1
-        table = self._group(place)
-        table = table.slice(index - int(self._starts[place]), 1)
-        image = encoded_image(table[self.image_column].combine_chunks()[0], (self._root,))
+        place = self._place(index)
+        table = self._group(place).slice(index - int(self._starts[place]), 1)
+        image = self._image(table[self.image_column])
         row = table.drop_columns([self.image_column]).to_pylist()[0]
         return Sample(self.id(index), image, row)
 
+    def runs(self, positions: np.ndarray) -> list[np.ndarray]:
+        """Positions, in order, cut where the row group changes."""
+        places = np.searchsorted(self._starts, positions, side="right")
+        return np.split(positions, np.flatnonzero(np.diff(places)) + 1)
+
+    def images(self, run: np.ndarray) -> Iterator[Encoded]:
+        """The encoded images of one of the `runs`; any number of threads may read."""
+        place = self._place(int(run[0]))
+        images = self._load(place, [self.image_column])[self.image_column]
+        for index in run.tolist():
+            yield self._image(images.slice(index - int(self._starts[place]), 1))
+
+    def stretches(self, positions: np.ndarray, samples: int) -> list[int]:
+        """How many positions, in order, to plan together: of row groups that one process can hold.
+
+        Args:
+            positions: The positions.
+            samples: About how many; a stretch ends with a row group.
+        """
+        counts: list[int] = []
+        rows = size = 0
+        for run in self.runs(positions):
+            size_of_run = int(self._bytes[self._place(int(run[0]))])
+            if rows and (rows >= samples or size + size_of_run > _HELD_BYTES):
+                counts.append(rows)
+                rows = size = 0
+            rows, size = rows + len(run), size + size_of_run
+        return [*counts, rows] if rows else counts
+
+    def _place(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+    def _image(self, value: pa.ChunkedArray) -> Encoded:
+        return encoded_image(value.combine_chunks()[0], (self._root,))
+
     def _group(self, place: int) -> pa.Table:
-        # Kept per process: a forked worker must not use its parent's connections.
-        if self._kept is None or self._kept[:2] != (os.getpid(), place):
-            file, group = self._groups[place].tolist()
-            try:
-                with self._open(file) as stream:
-                    table = pq.ParquetFile(stream).read_row_group(group)
-            except (OSError, pa.ArrowException) as error:
-                raise CacheError(
-                    f"{self._files[file]!r} of {self.name!r} cannot be read: {error}; start the "
-                    "same command again to go on"
-                ) from error
-            self._kept = (os.getpid(), place, table)
-        return self._kept[2]
+        # Kept per process: a forked worker must not use its parent's memory as its own.
+        if self._owner != os.getpid():
+            self._kept, self._owner = {}, os.getpid()
+        table = self._kept.pop(place, None)
+        if table is None:
+            table = self._load(place, self._wanted)
+            held = sum(kept.nbytes for kept in self._kept.values()) + table.nbytes
+            for other in list(self._kept):  # the one that was used longest ago goes first
+                if held <= _HELD_BYTES:
+                    break
+                held -= self._kept.pop(other).nbytes
+        self._kept[place] = table
+        return table
+
+    def _load(self, place: int, columns: list[str] | None) -> pa.Table:
+        file, group = self._groups[place].tolist()
+        try:
+            return patiently(lambda: self._fetch(file, group, columns), repr(self._files[file]))
+        except (OSError, pa.ArrowException) as error:
+            raise CacheError(
+                f"{self._files[file]!r} of {self.name!r} cannot be read: {error}; start the "
+                "same command again to go on"
+            ) from error
+
+    def _fetch(self, file: int, group: int, columns: list[str] | None) -> pa.Table:
+        with self._open(file) as stream:
+            return pq.ParquetFile(stream).read_row_group(group, columns=columns)
 
     def _open(self, file: int) -> Any:
         import fsspec
@@ -101,11 +163,14 @@ class ParquetStream:
         system, root = fsspec.core.url_to_fs(self._root)
         return system.open(f"{root.rstrip('/')}/{self._files[file]}", "rb")
 
+    def _footer(self, file: int) -> Any:
+        with self._open(file) as stream:
+            return pq.ParquetFile(stream).metadata
+
     def _footers(self) -> Sequence[Any]:
         def footer(file: int) -> Any:
             try:
-                with self._open(file) as stream:
-                    return pq.ParquetFile(stream).metadata
+                return patiently(lambda: self._footer(file), repr(self._files[file]))
             except (OSError, pa.ArrowException) as error:
                 raise CacheError(
                     f"{self._files[file]!r} of {self.name!r} is no parquet file: {error}"

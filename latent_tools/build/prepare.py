@@ -2,24 +2,24 @@
 
 import platform
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import PIL
 import pyarrow as pa
 import torch
-from tqdm import tqdm
 
 from first_stage.config.types import misfits
-from first_stage.data import Reading, Source, picture_size
+from first_stage.data import Reading, Source
 from first_stage.files import TEMPORARY
 from first_stage.models.codebooks import Discrete
 from latent_tools.build.encoder import LatentEncoder
 from latent_tools.build.follow import first_free_unit, follow, trim
 from latent_tools.build.options import CacheOptions
+from latent_tools.build.parquet import ParquetStream
+from latent_tools.build.sizes import FOLDER as PLANNING
+from latent_tools.build.sizes import forget_sizes, image_sizes
 from latent_tools.format.files import CacheError, LaunchLock
 from latent_tools.format.manifest import (
     FILE,
@@ -42,6 +42,7 @@ from latent_tools.format.shards import (
     SHARDS,
     Dtype,
     TokenDtype,
+    commit_path,
     read_commit,
     token_dtype,
 )
@@ -172,8 +173,8 @@ def prepare(
         (folder / name).mkdir(parents=True, exist_ok=True)
     lock = LaunchLock(folder)
     lock.take()
-    plan = Plan.load(folder)
-    if (folder / FILE).exists():
+    plan = _plan(folder, say)
+    if (folder / FILE).exists() and (_is_begun(folder, plan) or not lock.is_held):
         cache = Manifest.load(folder)
         _check_same(folder, cache, launch, say)
         _keep_classes(folder, cache, source)
@@ -182,20 +183,73 @@ def prepare(
             say(f"{new} samples are new since the last launch")
         followed = follow(folder, plan, source, ids, options.update, say)
     else:
+        # What an earlier launch wanted binds nobody as long as nothing is encoded so.
+        plan = Plan.empty()
         launch.save(folder)
         _keep_classes(folder, launch, source)
         followed = plan
     positions = followed.new_ids(ids)
     if len(positions):
-        shapes = _shapes(source, positions, options, launch.preprocessing)
-        unit_size = options.unit_size or _unit_size(launch, shapes)
-        names = ids.take(pa.array(positions)).to_pylist()
+        names = ids.take(pa.array(positions))
         first = first_free_unit(folder, plan)
-        followed.extend(names, shapes, unit_size, first).save(folder)
+        _extended(followed, first, folder, launch, source, positions, names, options).save(folder)
+        forget_sizes(folder)
     elif len(followed) < len(plan):
         followed.save(folder)
     trim(folder, Plan.load(folder))
     return lock
+
+
+def _extended(
+    plan: Plan, first: int, folder: Path, launch: Manifest, source: Source,
+    positions: np.ndarray, names: pa.Array, options: CacheOptions,
+) -> Plan:  # fmt: skip
+    """The plan with the samples at these positions of the source, in units from `first` on."""
+    buckets = launch.preprocessing["buckets"]
+    if buckets is None:
+        shapes = np.full((len(positions), 2), options.resolution)
+        return plan.extend(names, shapes, options.unit_size or _unit_size(launch, shapes), first)
+    reading = options.reading or Reading(launch.preprocessing["channels"])
+    sizes = image_sizes(folder, source, positions, names, options.workers, reading)
+    choose = kohya_bucket if options.buckets == "kohya" else nearest_bucket
+    shapes = choose(sizes, [(h, w) for h, w in buckets])
+    unit_size = options.unit_size or _unit_size(launch, shapes)
+    if not isinstance(source, ParquetStream):
+        return plan.extend(names, shapes, unit_size, first)
+    # Units of all shapes for a stretch of row groups: whoever encodes them reads each group once.
+    start = 0
+    for count in source.stretches(positions, unit_size * len(buckets)):
+        part = slice(start, start + count)
+        plan = plan.extend(names[part], shapes[part], unit_size, first if start == 0 else None)
+        start += count
+    return plan
+
+
+def _plan(folder: Path, say: Callable[[str], None]) -> Plan:
+    """The plan that is there; made anew from the commits when its file was lost."""
+    plan = Plan.load(folder)
+    if len(plan) or not (folder / FILE).exists():
+        return plan
+    there = sorted(committed_units(folder))
+    if not there:
+        return plan
+    say(f"the plan is not there: making it anew from {len(there)} commits")
+    plan = Plan.of_units(_planned(folder, unit) for unit in there)
+    plan.save(folder)
+    return plan
+
+
+def _planned(folder: Path, unit: int) -> tuple[int, Shape, list[str]]:
+    commit = read_commit(folder, unit)
+    ids = [*commit["ids"], *(failure["id"] for failure in commit["failures"])]
+    return unit, (commit["height"], commit["width"]), ids
+
+
+def _is_begun(folder: Path, plan: Plan) -> bool:
+    """Whether any unit is committed; a directory that lags behind is asked by name too."""
+    return any(True for _ in committed_units(folder)) or any(
+        commit_path(folder, unit.number).exists() for unit in plan.units
+    )
 
 
 def _keep_classes(folder: Path, cache: Manifest, source: Source) -> None:
@@ -214,13 +268,13 @@ def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"output {str(folder)!r} is a file: give a folder")
     if folder.is_dir() and not (folder / FILE).exists():
-        ours = {SHARDS, COMMITS, ".lock"}
+        ours = {SHARDS, COMMITS, PLANNING, ".lock"}
         others = [
             path.name
             for path in folder.iterdir()
             if path.name not in ours and not path.name.startswith(TEMPORARY)
         ]
-        committed = any(committed_units(folder))
+        committed = any(True for _ in committed_units(folder))
         if others or committed:
             found = sorted(others)[0] if others else COMMITS
             raise CacheError(
@@ -239,12 +293,10 @@ def _check_same(
         )
     if cache.first_stage["decoder_sha256"] != launch.first_stage["decoder_sha256"]:
         say("the decoder differs from the cache's; the latents do not depend on it")
-    for field in ("scaling_factor", "shift_factor"):
-        if cache.first_stage[field] != launch.first_stage[field]:
-            say(
-                f"the first stage's {field} is now {launch.first_stage[field]}; the cache keeps "
-                f"{cache.first_stage[field]}"
-            )
+    for field in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        kept, now = cache.first_stage.get(field), launch.first_stage[field]
+        if kept != now:
+            say(f"the first stage's {field} is now {now}; the cache keeps {kept}")
 
 
 def _committed_classes(folder: Path) -> list[str]:
@@ -255,24 +307,6 @@ def _committed_classes(folder: Path) -> list[str]:
         labels |= dict(zip(columns.get("class", []), columns.get("label", []), strict=False))
     names = [name for name in labels if name is not None]
     return sorted(names, key=lambda name: labels[name])
-
-
-def _shapes(
-    source: Source, positions: np.ndarray, options: CacheOptions, preprocessing: dict[str, Any]
-) -> np.ndarray:
-    buckets = preprocessing["buckets"]
-    if buckets is None:
-        return np.full((len(positions), 2), options.resolution)
-    reading = options.reading or Reading(preprocessing["channels"])
-
-    def size(position: int) -> tuple[int, int]:
-        return picture_size(source.read(position).image, reading)
-
-    with ThreadPoolExecutor(max(1, options.workers)) as pool:
-        found = pool.map(size, positions.tolist())
-        sizes = list(tqdm(found, total=len(positions), desc="reading sizes", unit=" images"))
-    choose = kohya_bucket if options.buckets == "kohya" else nearest_bucket
-    return choose(np.array(sizes), [(h, w) for h, w in buckets])
 
 
 def _unit_size(launch: Manifest, shapes: np.ndarray) -> int:

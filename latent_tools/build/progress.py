@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,59 +13,75 @@ from tqdm import tqdm
 from latent_tools.format.plan import Unit, committed_units
 from latent_tools.format.shards import read_commit
 
-_LOOK_EVERY = 2.0  # seconds between two looks at the other processes' commits
+_LOOK_EVERY = 2.0  # seconds between two looks at the other processes' commits, at least
+_LOOK_SHARE = 0.02  # of the time that goes into looks, at most
+_READ_AT_ONCE = 64
 
 
 class Watch:
-    """Counts over all processes, read off the commits.
+    """What the other processes have committed, seen by one process for all.
+
+    A look lists the commits, which takes longer the more there are; it is rarer then, so that a
+    launch's speed does not depend on the number of units.
 
     Args:
         folder: The cache.
         known: Units that were committed before this launch.
+        own: Units of this process.
+        is_looking: Whether this process looks at all; the others count their own failures alone.
     """
 
-    def __init__(self, folder: Path, known: set[int]):
-        self.folder = folder
-        self._failures = dict.fromkeys(known, -1)  # -1: not read yet
-        self.own: dict[int, int] = {}
+    def __init__(self, folder: Path, known: set[int], own: set[int], is_looking: bool):
+        self.folder, self.own, self.is_looking = folder, own, is_looking
+        self.done: set[int] = set()
+        self.failures = 0
+        self._unread = deque(sorted(known - own))
+        self._next = time.monotonic() + _LOOK_EVERY
 
-    def add_own(self, unit: int, failures: int) -> None:
-        """Count failures of a unit that this process works on."""
-        self.own[unit] = self.own.get(unit, 0) + failures
+    def count(self, failures: int) -> None:
+        """Add failures of units that this process works on."""
+        self.failures += failures
 
-    def failures(self) -> int:
-        """Samples that failed so far, in all processes and earlier launches."""
+    def look(self) -> None:
+        """Look at the other processes' commits, when it is time to.
+
+        Their failures, and those of earlier launches, are read a few commits at a time; what is not
+        read by the end is counted when the cache is finished.
+        """
+        if not self.is_looking or time.monotonic() < self._next:
+            return
+        began = time.monotonic()
         for unit in committed_units(self.folder):
-            self._failures.setdefault(unit, -1)
-        for unit, count in self._failures.items():
-            if count < 0 and unit not in self.own:
-                self._failures[unit] = len(read_commit(self.folder, unit)["failures"])
-        others = (n for unit, n in self._failures.items() if unit not in self.own)
-        return sum(others) + sum(self.own.values())
+            if unit not in self.done and unit not in self.own:
+                self.done.add(unit)
+                self._unread.appendleft(unit)
+        for _ in range(min(_READ_AT_ONCE, len(self._unread))):
+            self.failures += len(read_commit(self.folder, self._unread.popleft())["failures"])
+        ended = time.monotonic()
+        self._next = ended + max(_LOOK_EVERY, (ended - began) / _LOOK_SHARE)
 
-    def example(self) -> tuple[str, str]:
-        """Id and reason of one committed failure."""
-        for unit in sorted(committed_units(self.folder)):
-            for failure in read_commit(self.folder, unit)["failures"]:
-                return failure["id"], failure["reason"]
-        return "", ""
+
+def example_failure(folder: Path) -> tuple[str, str]:
+    """Id and reason of one committed failure."""
+    for unit in committed_units(folder):
+        for failure in read_commit(folder, unit)["failures"]:
+            return failure["id"], failure["reason"]
+    return "", ""
 
 
 class Progress:
     """The progress bar of a launch; silent on processes other than the first.
 
     Args:
-        folder: The cache.
+        watch: What the others have done.
         left: The units that all processes together have to do.
-        own: Numbers of the units of this process.
         is_shown: Whether this process shows the bar.
     """
 
-    def __init__(self, folder: Path, left: list[Unit], own: set[int], is_shown: bool):
-        self.folder, self.own = folder, own
+    def __init__(self, watch: Watch, left: list[Unit], is_shown: bool):
+        self._watch = watch
         self._sizes = {unit.number: len(unit) for unit in left}
-        self._own_done = self._others = 0
-        self._looked = time.monotonic()
+        self._own_done = 0
         self._waits = {"data": 0.0, "encoder": 0.0, "disk": 0.0}
         self._bar = tqdm(
             total=sum(self._sizes.values()),
@@ -88,17 +105,15 @@ class Progress:
     def advance(self, images: int) -> None:
         """Images of this process that are encoded."""
         self._own_done += images
+        self._watch.look()
         if self._bar.disable:
             return
-        if time.monotonic() - self._looked > _LOOK_EVERY:
-            self._looked = time.monotonic()
-            self._others = self._others_done()
         self._bar.set_postfix_str(self._busiest(), refresh=False)
-        self._bar.update(max(0, self._own_done + self._others - self._bar.n))
+        self._update()
 
-    def _others_done(self) -> int:
-        there = committed_units(self.folder)
-        return sum(self._sizes.get(u, 0) for u in there if u not in self.own)
+    def _update(self) -> None:
+        others = sum(self._sizes.get(unit, 0) for unit in self._watch.done)
+        self._bar.update(max(0, self._own_done + others - self._bar.n))
 
     def _busiest(self) -> str:
         total = sum(self._waits.values()) or 1.0
@@ -108,7 +123,7 @@ class Progress:
     def close(self) -> None:
         """End the bar where the launch has come to."""
         if not self._bar.disable:
-            self._bar.update(max(0, self._own_done + self._others_done() - self._bar.n))
+            self._update()
         self._bar.close()
 
     @property

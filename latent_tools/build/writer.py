@@ -1,4 +1,8 @@
-"""Units written by a thread behind a bounded queue: the encoder does not wait for the disk."""
+"""Units put together and written by a thread behind a bounded queue.
+
+Packing, summing and writing happen beside the encoder, which waits for the disk only when the queue
+is full.
+"""
 
 import queue
 import threading
@@ -7,11 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from latent_tools.format.shards import Dtype, EncodedUnit, TokenDtype, write_unit
+from latent_tools.build.unit import EncodedPortion, OpenUnit
+from latent_tools.format.shards import Dtype, TokenDtype
 
 
 class UnitWriter:
-    """Writes units in the order in which they come.
+    """Puts units together from their portions and writes each when its last one is there.
 
     Used as a context: leaving it, with or without an error, first writes the complete units that
     still wait, so that no finished work is lost.
@@ -21,7 +26,7 @@ class UnitWriter:
         dtype: What latents are stored as.
         channels: Latent channels C; 1 for tokens.
         written: Called with each commit, in the thread.
-        waiting: How many units may wait; more make `put` block, which bounds the memory.
+        waiting: How many portions may wait; more make `put` block, which bounds the memory.
     """
 
     def __init__(
@@ -30,32 +35,39 @@ class UnitWriter:
         dtype: Dtype | TokenDtype,
         channels: int,
         written: Callable[[dict[str, Any]], None],
-        waiting: int = 2,
+        waiting: int = 8,
     ):
-        self._arguments = (folder, dtype, channels)
+        self._folder, self._dtype, self._channels = folder, dtype, channels
         self._written = written
-        self._queue: queue.Queue[EncodedUnit | None] = queue.Queue(waiting)
+        self._open: dict[int, OpenUnit] = {}
+        self._queue: queue.Queue[EncodedPortion | None] = queue.Queue(waiting)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="unit-writer", daemon=True)
 
-    def put(self, unit: EncodedUnit) -> None:
-        """Hand a unit over.
+    def put(self, portion: EncodedPortion) -> None:
+        """Hand a portion over; those of a unit in their order.
 
         Raises:
             OSError: What went wrong with an earlier one, such as a full disk.
         """
         self._raise()
-        self._queue.put(unit)
+        self._queue.put(portion)
 
     def _run(self) -> None:
-        folder, dtype, channels = self._arguments
-        while (unit := self._queue.get()) is not None:
+        while (portion := self._queue.get()) is not None:
             # After an error the queue is still emptied, so that `put` cannot block for ever.
             if self._error is None:
                 try:
-                    self._written(write_unit(folder, unit, dtype, channels))
+                    self._take(portion)
                 except BaseException as error:
                     self._error = error
+
+    def _take(self, portion: EncodedPortion) -> None:
+        number = portion.unit
+        unit = self._open.setdefault(number, OpenUnit(number, self._dtype, self._channels))
+        unit.add(portion)
+        if portion.is_last:
+            self._written(self._open.pop(number).write(self._folder))
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -17,7 +17,7 @@ from first_stage.files import write_atomic, write_text
 from latent_tools.export.cache import ExportCache
 from latent_tools.export.writer import npy
 from latent_tools.format.files import CacheError, write_bytes
-from latent_tools.read.dataset import array_feature
+from latent_tools.read.as_datasets import array_feature
 
 
 class LightningDitWriter:

@@ -11,8 +11,8 @@ import torch
 
 from first_stage.seeding import Purpose, generator
 from latent_tools.build.encode import sample_key
-from latent_tools.build.finalize import INDEX
 from latent_tools.format.files import CacheError
+from latent_tools.format.index import INDEX
 from latent_tools.format.shards import LABEL_COLUMNS, read_commit
 from latent_tools.read.dataset import LatentDataset
 

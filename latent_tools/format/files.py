@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from first_stage.errors import UserError
-from first_stage.files import write_atomic
+from first_stage.files import patiently, write_atomic
 from first_stage.locks import RecordLock
 
 
@@ -29,7 +29,7 @@ def read_json(path: Path) -> Any:
         CacheError: When it is missing or damaged, naming it.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(patiently(path.read_text, repr(str(path))))
     except (OSError, ValueError) as error:
         raise CacheError(f"{str(path)!r} cannot be read: {error}") from error
 
@@ -49,12 +49,31 @@ class LaunchLock(RecordLock):
     def take(self) -> None:
         """Take the lock alone; then share it with the other processes of this launch.
 
+        Where the file system has no locks, `is_held` stays false: commits are atomic, so the worst
+        that two launches with the same options can do there is work twice.
+
         Raises:
             CacheError: Naming the launch that holds it.
         """
+        self._take_alone()
+        self.share()
+
+    def take_alone(self) -> None:
+        """Take the lock and share it with nobody, for what must not run beside a launch.
+
+        Raises:
+            CacheError: Naming the launch that holds it, or when the file system has no locks.
+        """
+        self._take_alone()
+        if not self.is_held:
+            raise CacheError(
+                f"the file system of {str(self.path.parent)!r} gives no locks, so whether a launch "
+                "is still filling it cannot be known: when none is, delete the files by hand"
+            )
+
+    def _take_alone(self) -> None:
         if holder := super().take():
             raise CacheError(
-                f"another launch ({holder}) is still filling {str(self.path.parent)!r}: wait for "
-                "it or end it, then start this command again"
+                f"another launch ({holder}), or gc, is still at {str(self.path.parent)!r}: wait "
+                "for it or end it, then start this command again"
             )
-        self.share()

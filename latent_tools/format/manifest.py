@@ -181,7 +181,6 @@ def describe_first_stage(first_stage: "FirstStage", revision: str | None) -> dic
     autoencoder = first_stage.model
     config: Mapping[str, Any] = getattr(autoencoder, "config", {})
     weights = fingerprint_weights(autoencoder)
-    scaling, shift = first_stage.scaling_and_shift
     return {
         "name": first_stage.name,
         "revision": revision,
@@ -191,11 +190,28 @@ def describe_first_stage(first_stage: "FirstStage", revision: str | None) -> dic
         "config": latent_config(config),
         "latent_channels": first_stage.latent_channels,
         "downsample_factor": first_stage.downsample_factor,
-        # Pipelines see (z - shift_factor) * scaling_factor.
-        "scaling_factor": scaling,
-        "shift_factor": shift,
+        **pipeline_statistics(first_stage),
         "encoder_tensors": weights.tensors,
         **describe_codebook(autoencoder),
+    }
+
+
+def pipeline_statistics(first_stage: "FirstStage") -> dict[str, Any]:
+    """What pipelines normalize a first stage's latents by.
+
+    Returns:
+        `scaling_factor` and `shift_factor`, `latents_mean` and `latents_std` (a list each, or
+        `None`), and whether there is a `batch_norm` over patches of latents, as in Flux 2.
+    """
+    model = first_stage.model
+    config: Mapping[str, Any] = getattr(model, "config", {})
+    lists = {name: config.get(name) for name in ("latents_mean", "latents_std")}
+    scaling, shift = first_stage.scaling_and_shift
+    return {
+        "scaling_factor": scaling,
+        "shift_factor": shift,
+        **{name: None if v is None else [float(x) for x in v] for name, v in lists.items()},
+        "batch_norm": getattr(getattr(model, "bn", None), "running_mean", None) is not None,
     }
 
 

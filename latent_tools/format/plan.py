@@ -6,7 +6,7 @@ processes. When the data set grows, units are added behind the planned ones, whi
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from first_stage.files import patiently
 from latent_tools.format.files import CacheError, write_bytes
 
 Shape = tuple[int, int]
 """(height, width) of the encoded pixels."""
 
 FILE = "plan.parquet"
+_BLOCK = 1 << 16
 _KOHYA_STEP, _KOHYA_SMALLEST, _KOHYA_LARGEST = 64, 256, 1024
 
 
@@ -100,7 +102,11 @@ class Plan:
         return Plan(table.set_column(place, "row", pa.array(rows, pa.int32())))
 
     def extend(
-        self, ids: Sequence[str], shapes: np.ndarray, unit_size: int, first: int | None = None
+        self,
+        ids: Sequence[str] | pa.Array,
+        shapes: np.ndarray,
+        unit_size: int,
+        first: int | None = None,
     ) -> "Plan":
         """The plan with more samples in new units; the units that are there stay as they are.
 
@@ -117,13 +123,13 @@ class Plan:
         if number is None:
             number = int(self.table["unit"][-1].as_py()) + 1 if len(self) else 0
         parts: list[tuple[np.ndarray, Shape, np.ndarray]] = []
-        for shape in sorted({(int(h), int(w)) for h, w in shapes}):
+        for shape in map(tuple, np.unique(shapes, axis=0).tolist() if len(shapes) else []):
             rows = np.flatnonzero((shapes == shape).all(1))
             parts.append((rows, shape, number + np.arange(len(rows)) // unit_size))
             number += math.ceil(len(rows) / unit_size)
         if not parts:
             return self
-        names = pa.array(ids, pa.string())
+        names = ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string())
         added = [
             pa.table(
                 {
@@ -137,6 +143,32 @@ class Plan:
             for rows, shape, units in parts
         ]
         return Plan(pa.concat_tables([self.table, *added]))
+
+    @staticmethod
+    def empty() -> "Plan":
+        """No samples."""
+        return Plan(_SCHEMA.empty_table())
+
+    @staticmethod
+    def of_units(units: Iterable[tuple[int, Shape, Sequence[str]]]) -> "Plan":
+        """A plan made anew from what its units hold.
+
+        Args:
+            units: Number, shape and ids of each, in the order of their numbers.
+        """
+        parts = [
+            pa.table(
+                {
+                    "id": pa.array(ids, pa.string()),
+                    "height": pa.array([height] * len(ids), pa.int32()),
+                    "width": pa.array([width] * len(ids), pa.int32()),
+                    "unit": pa.array([number] * len(ids), pa.int32()),
+                    "row": pa.array(range(len(ids)), pa.int32()),
+                }
+            )
+            for number, (height, width), ids in units
+        ]
+        return Plan(pa.concat_tables([_SCHEMA.empty_table(), *parts]))
 
     def save(self, folder: Path) -> None:
         """Write `plan.parquet` atomically."""
@@ -153,11 +185,16 @@ class Plan:
         """
         path = folder / FILE
         if not path.exists():
-            return Plan(_SCHEMA.empty_table())
+            return Plan.empty()
         try:
-            return Plan(pq.read_table(path, schema=_SCHEMA))
-        except (OSError, pa.ArrowInvalid) as error:
-            raise CacheError(f"the plan {str(path)!r} cannot be read: {error}") from error
+            return Plan(patiently(lambda: pq.read_table(path, schema=_SCHEMA), repr(str(path))))
+        except (OSError, pa.ArrowException) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CacheError(
+                f"the plan {str(path)!r} cannot be read ({reason}): delete that file and start the "
+                "command that makes the cache again; it plans anew from the commits, and nothing "
+                "is encoded twice"
+            ) from error
 
 
 _SCHEMA = pa.schema(
@@ -178,17 +215,6 @@ def duplicate_id(ids: pa.Array) -> str | None:
     counts = pc.value_counts(ids)
     repeated = counts.filter(pc.greater(counts.field("counts"), 1))
     return str(repeated[0]["values"])
-
-
-def units_of_process(units: Sequence[Unit], rank: int, world: int) -> list[Unit]:
-    """The units that one process encodes.
-
-    Args:
-        units: The units left to do, in order.
-        rank: The process, from 0.
-        world: Number of processes.
-    """
-    return [unit for unit in units if unit.number % world == rank]
 
 
 def bucket_shapes(resolution: int, step: int, max_aspect: float = 2.0) -> list[Shape]:
@@ -316,12 +342,17 @@ def nearest_bucket(sizes: np.ndarray, buckets: Sequence[Shape]) -> np.ndarray:
     Returns:
         `(N, 2)`, heights and widths. Images of unknown size get the squarest bucket.
     """
-    known = (sizes > 0).all(1)
-    aspect = np.log(np.where(known, sizes[:, 0], 1) / np.where(known, sizes[:, 1], 1))
     shapes = np.array(buckets)
     targets = np.log(shapes[:, 0] / shapes[:, 1])
-    order = np.argmin(np.abs(aspect[:, None] - targets[None]), axis=1)
-    return shapes[order]
+    chosen = np.empty((len(sizes), 2), np.int32)
+    # A block at a time: a row of distances for each image would not be small.
+    for start in range(0, len(sizes), _BLOCK):
+        block = sizes[start : start + _BLOCK]
+        known = (block > 0).all(1)
+        aspect = np.log(np.where(known, block[:, 0], 1) / np.where(known, block[:, 1], 1))
+        order = np.argmin(np.abs(aspect[:, None] - targets[None]), axis=1)
+        chosen[start : start + _BLOCK] = shapes[order]
+    return chosen
 
 
 def committed_units(folder: Path) -> Iterator[int]:

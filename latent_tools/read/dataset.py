@@ -6,29 +6,28 @@ processes, order, or on what else is read.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from first_stage.seeding import Purpose, hashed_bits, standard_normals
-from latent_tools.build.finalize import INDEX
 from latent_tools.format.files import CacheError
+from latent_tools.format.index import Index, UnitTable
 from latent_tools.format.manifest import Manifest, check_weights
 from latent_tools.format.plan import Shape
 from latent_tools.format.shards import ShardReader
-
-Sampling = Literal["posterior", "mean", "raw", "tokens"]
-Normalization = Literal["scale_shift", "channel", "none"]
-
-# Of the index, what places a sample in the cache; the rest goes into the items.
-_PLACES = ("unit", "row", "shard", "height", "width", "content")
-_ROWS_AT_ONCE = 512
-_SIZES = ("original_height", "original_width", "crop_top", "crop_left")
+from latent_tools.read.as_datasets import as_datasets
+from latent_tools.read.epoch import Epoch, is_asked_by_accelerate
+from latent_tools.read.normalization import (
+    Normalization,
+    Sampling,
+    check_statistics,
+    normalization,
+)
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
@@ -38,20 +37,23 @@ class LatentDataset(Dataset[dict[str, Any]]):
     `(2C, h, w)` for moments), `id`, `flipped`, `original_size` (height, width) and `crop` (top,
     left) as int64 tensors, and the carried columns.
 
-    Shards are memory-mapped where an item is read; the data set can be pickled into workers.
+    Index and shards are memory-mapped, so that a data set takes the same memory at any number of
+    samples, and workers share it; it can be pickled into workers.
 
     Args:
         path: The cache.
         sample: `posterior` draws mean + std * noise anew in every epoch; `mean` takes the mean;
-            `raw` gives what is stored, not normalised; `tokens` gives the numbers of codes
+            `raw` gives what is stored, not normalized; `tokens` gives the numbers of codes
             `(h, w)` int64, as the item's `tokens`, of a cache that stores them. A cache without
             posteriors gives its latents for `posterior` and `mean` alike.
-        normalize: `scale_shift` gives (z - shift_factor) * scaling_factor with the first stage's
-            factors, as diffusers' pipelines expect; `channel` gives zero mean and unit variance per
-            channel over this cache; `none` leaves latents as the encoder gives them.
+        normalize: `scale_shift` gives what diffusers' pipelines expect by the first stage's config:
+            (z - shift_factor) * scaling_factor, or, where it has the lists,
+            (z - latents_mean) * scaling_factor / latents_std; `channel` gives zero mean and unit
+            variance per channel over this cache; `none` leaves latents as the encoder gives them.
         flip: Probability of reading the latent of the flipped image; `None` is 0.5 where the cache
             has flips, else 0.
-        expect: The first stage (a module, or its folder or hub id) that must have made the cache.
+        expect: The first stage (a module, or its folder or hub id) that must have made the cache
+            and, for `scale_shift`, have the same factors still.
         seed: Seed of the draws.
 
     Raises:
@@ -76,20 +78,12 @@ class LatentDataset(Dataset[dict[str, Any]]):
         if expect is not None:
             autoencoder = self._first_stage(expect)
             check_weights(self.manifest, autoencoder, self.path)
-        index = _read_index(self.path)
-        self._places = {name: index[name].to_numpy() for name in ("unit", "row")}
-        self._shapes = np.stack([index[name].to_numpy() for name in ("height", "width")], axis=1)
-        self._ids = index["id"].combine_chunks()
-        # Shard names repeat for a whole unit: keep each once.
-        shards = index["shard"].combine_chunks().dictionary_encode()
-        self._shards, self._shard_of = shards.dictionary.to_pylist(), shards.indices.to_numpy()
-        self._sizes = np.stack([index[name].to_numpy() for name in _SIZES], axis=1)
-        self._columns = index.drop_columns(["id", *_PLACES, *_SIZES])
-        self._keys: dict[str, int] | None = None
+            if normalize == "scale_shift" and sample != "raw":
+                check_statistics(self.manifest, autoencoder, self.path)
+        self._index = Index(self.path)
         self._reader = ShardReader(self.path)
-        # In shared memory, so that `set_epoch` reaches workers that stay alive between epochs.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._offset, self._scale = self._normalization()
+        self._epoch = Epoch()
+        self._offset, self._scale = normalization(self.manifest, normalize, sample, self.path)
 
     def _flip_probability(self, flip: float | None) -> float:
         has_flips = bool(self.manifest.store["flip"])
@@ -137,25 +131,6 @@ class LatentDataset(Dataset[dict[str, Any]]):
                 "cache with --representation moments, or use sample='posterior'"
             )
 
-    def _normalization(self) -> tuple[Tensor, Tensor]:
-        """Offset and scale, `(C, 1, 1)` each: normalised = (z - offset) * scale."""
-        if self.manifest.holds_tokens:  # numbers of codes, which nothing scales
-            return torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
-        if self.normalize == "channel":
-            if not self.stats:
-                raise CacheError(f"{str(self.path)!r} has no samples to normalise by")
-            mean, std = torch.tensor(self.stats["mean"]), torch.tensor(self.stats["std"])
-            scale = 1.0 / torch.where(std > 0, std, torch.ones_like(std))
-            return mean[:, None, None], scale[:, None, None]
-        shape = (self.manifest.first_stage["latent_channels"], 1, 1)
-        if self.normalize == "none":
-            return torch.zeros(shape), torch.ones(shape)
-        first_stage = self.manifest.first_stage
-        return (
-            torch.full(shape, first_stage["shift_factor"]),
-            torch.full(shape, first_stage["scaling_factor"]),
-        )
-
     @property
     def _draws(self) -> bool:
         """Whether an item's latents are drawn from its posterior."""
@@ -169,49 +144,76 @@ class LatentDataset(Dataset[dict[str, Any]]):
     @property
     def ids(self) -> list[str]:
         """The ids in order."""
-        return self._ids.to_pylist()
+        return self._index.column("id").to_pylist()
+
+    @property
+    def unit_table(self) -> UnitTable:
+        """The units in order; each unit's samples lie side by side."""
+        return self._index.units
 
     @property
     def shapes(self) -> np.ndarray:
         """`(len, 2)`: height and width of each sample's pixels; its bucket."""
-        return self._shapes
+        return np.repeat(self.unit_table.shapes, np.diff(self.unit_table.starts), axis=0)
 
     @property
     def units(self) -> np.ndarray:
         """`(len,)`: each sample's unit; samples are sorted by it."""
-        return self._places["unit"]
+        return np.repeat(self.unit_table.numbers, np.diff(self.unit_table.starts))
 
     @property
     def column_names(self) -> list[str]:
         """The carried columns."""
-        return list(self._columns.column_names)
+        return self._index.column_names
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A carried column, or `id`, of all samples; mapped, not loaded."""
+        return self._index.column(name)
 
     @property
     def epoch(self) -> int:
         """The epoch that draws and flips are of."""
-        return int(self._epoch)
+        return self._epoch.number
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw anew: call it before each epoch. It reaches workers that are running."""
-        self._epoch.fill_(epoch)
+        """Draw anew: call it before each epoch. It reaches workers that are running.
+
+        A loader prepared by `accelerate` calls this too, with a count of its own that begins at 0
+        after each restart: that count goes on from the epoch that the training loop set last.
+        """
+        self.tell_epoch(epoch, is_asked_by_accelerate())
+
+    def tell_epoch(self, epoch: int, is_count: bool) -> None:
+        """Set the epoch, or take a loader's count of its passes; see `Epoch`."""
+        if is_count:
+            self._epoch.count(epoch)
+        else:
+            self._epoch.tell(epoch)
+
+    def restore_epoch(self, epoch: int, reader: int) -> None:
+        """Take the epoch of a reader's saved state, unless the training loop has set one."""
+        self._epoch.restore(epoch, reader)
+
+    @property
+    def is_epoch_told(self) -> bool:
+        """Whether the training loop has set the epoch."""
+        return self._epoch.is_told
 
     def __len__(self) -> int:
-        return len(self._ids)
+        return len(self._index)
 
     def index_of(self, name: str) -> int:
-        """The place of an id.
+        """The place of an id, looked for among all.
 
         Raises:
             CacheError: When the cache does not have it.
         """
-        if self._keys is None:
-            self._keys = {key: place for place, key in enumerate(self.ids)}
-        if name not in self._keys:
+        if (place := self._index.find(name)) < 0:
             raise CacheError(f"{str(self.path)!r} has no sample {name!r}")
-        return self._keys[name]
+        return place
 
     def stored(self, index: int, flipped: bool = False) -> Tensor:
-        """What the cache stores of a sample, in float32 and not normalised.
+        """What the cache stores of a sample, in float32 and not normalized.
 
         Args:
             index: The sample's place.
@@ -228,15 +230,16 @@ class LatentDataset(Dataset[dict[str, Any]]):
         flipped: Sequence[bool],
         channels: int | None = None,
     ) -> Tensor:
-        """The first channels, or all, of what the cache stores of samples of one shape.
+        """The first channels, or all, of what the cache stores: `(N, channels, h, w)` float32.
 
-        Returns:
-            `(N, channels, h, w)` in float32.
+        All samples are of one shape.
         """
-        shards = [self._shards[number] for number in self._shard_of[indices].tolist()]
+        table, wanted = self.unit_table, np.asarray(indices)
+        units = table.of(wanted)
+        rows = (wanted - table.starts[units]).tolist()
+        shards = [table.shards[unit] for unit in units.tolist()]
         name = self.manifest.tensor_name
         names = [f"{name}_flip" if one else name for one in flipped]
-        rows = self._places["row"][indices].tolist()
         places = list(zip(shards, names, rows, strict=True))
         return self._reader.rows(places, channels)
 
@@ -250,37 +253,46 @@ class LatentDataset(Dataset[dict[str, Any]]):
         Args:
             indices: Their places; those of one shape are read together.
         """
-        there = self._shapes[list(indices)]
-        if len(there) == 0:
+        return self.items(indices, self.epoch)
+
+    def items(self, indices: Sequence[int], epoch: int) -> list[dict[str, Any]]:
+        """Items with the draws and flips of an epoch.
+
+        Args:
+            indices: Their places.
+            epoch: The epoch, whatever the data set is at.
+        """
+        if len(indices) == 0:
             return []
+        shapes = self.unit_table.shapes
+        if len(shapes) == 1 or (shapes == shapes[0]).all():
+            return self._items(list(indices), epoch)
+        there = shapes[self.unit_table.of(np.asarray(indices))]
         if (there == there[0]).all():
-            return self._items(list(indices))
+            return self._items(list(indices), epoch)
         items: dict[int, dict[str, Any]] = {}
         for shape in np.unique(there, axis=0):
             chosen = np.flatnonzero((there == shape).all(1)).tolist()
-            items |= zip(chosen, self._items([indices[n] for n in chosen]), strict=True)
+            items |= zip(chosen, self._items([indices[n] for n in chosen], epoch), strict=True)
         return [items[number] for number in range(len(indices))]
 
-    def _items(self, indices: list[int]) -> list[dict[str, Any]]:
+    def _items(self, indices: list[int], epoch: int) -> list[dict[str, Any]]:
         """Items of one shape."""
-        names = self._ids.take(pa.array(indices)).to_pylist()
+        names = self._index.values("id", indices)
         bits = np.zeros((len(names), 2), np.uint64)
         if self.flip > 0 or self._draws:
-            bits = hashed_bits(self.seed, Purpose.LATENT, self.epoch, names)
+            bits = hashed_bits(self.seed, Purpose.LATENT, epoch, names)
         flipped = (bits[:, 0] * 2.0**-64 < self.flip).tolist()
         wanted = self.manifest.first_stage["latent_channels"] if self.sample == "mean" else None
         stored = self._stored(indices, flipped, wanted)
-        sizes = torch.from_numpy(self._sizes[indices])
-        columns: dict[str, list[Any]] = {}
-        if self.column_names:
-            columns = self._columns.take(pa.array(indices)).to_pydict()
+        sizes = torch.from_numpy(self._index.sizes(indices))
         fields = {
             **self._values(stored, bits[:, 1]),
             "id": names,
             "flipped": flipped,
             "original_size": sizes[:, :2],
             "crop": sizes[:, 2:],
-            **columns,
+            **{name: self._index.values(name, indices) for name in self.column_names},
         }
         rows = [x.unbind() if isinstance(x, Tensor) else x for x in fields.values()]
         return [dict(zip(fields, row, strict=True)) for row in zip(*rows, strict=True)]
@@ -306,7 +318,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """Items' latents as the first stage's decoder takes them.
 
         Args:
-            latents: `(..., C, h, w)`, normalised as this data set does.
+            latents: `(..., C, h, w)`, normalized as this data set does.
         """
         offset, scale = self._offset.to(latents), self._scale.to(latents)
         return latents / scale + offset
@@ -351,45 +363,13 @@ class LatentDataset(Dataset[dict[str, Any]]):
             shape: (height, width) of the bucket to take; needed when there are several.
 
         Returns:
-            A data set with the column `moments` or `latents` (`Array3D`, float16 when that is what
-            the cache stores) or `tokens` (`Array2D`, uint16 or uint32), the same with `_flip` when
-            there are flips, `id`, `original_size`, `crop`, and the carried columns.
+            A data set with the column `moments`, `latents` (`Array3D`) or `tokens` (`Array2D`), the
+            same with `_flip` when there are flips, `id`, `original_size`, `crop`, and the columns.
 
         Raises:
             CacheError: When there are several buckets and none was named.
         """
-        import datasets
-
-        chosen = self.of_shape(shape)
-        first = self.stored(int(chosen[0]))
-        array, dtype = array_feature(self.manifest)
-        names = [self.manifest.tensor_name]
-        if self.manifest.store["flip"]:
-            names.append(f"{names[0]}_flip")
-        features = datasets.Features(
-            {name: array(tuple(first.shape), dtype) for name in names}
-            | {"id": datasets.Value("string")}
-            | {
-                name: datasets.Sequence(datasets.Value("int64"), 2)
-                for name in ("original_size", "crop")
-            }
-            | dict(datasets.Features.from_arrow_schema(self._columns.schema))
-        )
-        parts = []
-        for start in range(0, len(chosen), _ROWS_AT_ONCE):
-            rows = chosen[start : start + _ROWS_AT_ONCE]
-            table: dict[str, Any] = {
-                name: self._stored(rows, [name.endswith("_flip")] * len(rows)).numpy()
-                for name in names
-            }
-            table = {name: values.astype(dtype) for name, values in table.items()}
-            table["id"] = self._ids.take(pa.array(rows)).to_pylist()
-            sizes = self._sizes[rows].tolist()
-            table["original_size"] = [size[:2] for size in sizes]
-            table["crop"] = [size[2:] for size in sizes]
-            table |= self._columns.take(pa.array(rows)).to_pydict()
-            parts.append(datasets.Dataset.from_dict(table, features=features))
-        return datasets.concatenate_datasets(parts)
+        return as_datasets(self.manifest, self._index, self.of_shape(shape), self._stored)
 
     def of_shape(self, shape: Shape | None) -> np.ndarray:
         """Places of the samples of one bucket; `None` where there is only one.
@@ -397,36 +377,24 @@ class LatentDataset(Dataset[dict[str, Any]]):
         Raises:
             CacheError: Naming the buckets there are.
         """
-        there = sorted({(int(h), int(w)) for h, w in self.shapes})
+        table = self.unit_table
+        parts = [
+            np.arange(table.starts[unit], table.starts[unit + 1])
+            for unit in self.units_of_shape(shape).tolist()
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def units_of_shape(self, shape: Shape | None) -> np.ndarray:
+        """Places in `unit_table` of the units of one bucket; `None` where there is only one.
+
+        Raises:
+            CacheError: Naming the buckets there are.
+        """
+        table = self.unit_table
+        there = sorted({(int(h), int(w)) for h, w in table.shapes})
         if shape is None and len(there) == 1:
             shape = there[0]
         if shape not in there:
             names = ", ".join(f"({h}, {w})" for h, w in there) or "none"
             raise CacheError(f"shape is {shape}; {str(self.path)!r} has the shapes {names}")
-        return np.flatnonzero((self.shapes == shape).all(1))
-
-
-def array_feature(manifest: Manifest) -> tuple[Any, str]:
-    """The kind of a `datasets` column that holds what a cache stores, and its type."""
-    import datasets
-
-    stored = manifest.store["dtype"]
-    if manifest.holds_tokens:
-        return datasets.Array2D, stored
-    return datasets.Array3D, "float16" if stored == "float16" else "float32"
-
-
-def _read_index(folder: Path) -> pa.Table:
-    path = folder / INDEX
-    if not path.exists():
-        raise CacheError(
-            f"the cache {str(folder)!r} is not finished (it has no {INDEX}): start the command "
-            "that makes it again; it goes on where it stopped"
-        )
-    try:
-        return pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise CacheError(
-            f"{str(path)!r} cannot be read ({error}): start the command that makes the cache "
-            "again; it writes the index anew"
-        ) from error
+        return np.flatnonzero((table.shapes == shape).all(1))

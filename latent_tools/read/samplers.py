@@ -7,15 +7,18 @@ import torch.distributed
 from torch.utils.data import Sampler
 
 from first_stage.seeding import Purpose, generator
+from latent_tools.format.files import CacheError
 from latent_tools.read.dataset import LatentDataset
+from latent_tools.read.epoch import is_asked_by_accelerate, processes
 
 
 class BucketBatchSampler(Sampler[list[int]]):
     """Batches whose samples share a shape, divided over processes.
 
     At every step all processes get a batch of the same bucket, and all have the same number of
-    steps. The order is a function of (seed, epoch). Give it to a `DataLoader` as `batch_sampler`;
-    do not let accelerate's `prepare` divide that loader a second time.
+    steps. The order is a function of (seed, epoch). Give it to a `DataLoader` as `batch_sampler`.
+    Do not let accelerate's `prepare` divide that loader a second time, which is refused; with
+    `rank=0, world=1` it may divide it, and processes then get batches of different buckets.
 
     Args:
         dataset: The cache.
@@ -39,21 +42,18 @@ class BucketBatchSampler(Sampler[list[int]]):
         world: int | None = None,
         drop_last: bool = False,
     ):
-        is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if rank is None:
-            rank = torch.distributed.get_rank() if is_distributed else 0
+            rank = torch.distributed.get_rank() if processes() > 1 else 0
         if world is None:
-            world = torch.distributed.get_world_size() if is_distributed else 1
+            world = processes()
         self.dataset, self.batch_size, self.shuffle, self.seed = dataset, batch_size, shuffle, seed
         self.rank, self.world, self.drop_last = rank, world, drop_last
-        shapes = dataset.shapes
-        self._buckets = [
-            np.flatnonzero((shapes == shape).all(1)) for shape in np.unique(shapes, axis=0)
-        ]
+        shapes = sorted({(int(h), int(w)) for h, w in dataset.unit_table.shapes})
+        self._buckets = [dataset.of_shape(shape) for shape in shapes]
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew, and let the data set draw anew."""
-        self.dataset.set_epoch(epoch)
+        self.dataset.tell_epoch(epoch, is_asked_by_accelerate())
 
     def __len__(self) -> int:
         whole = self.batch_size * self.world
@@ -62,6 +62,31 @@ class BucketBatchSampler(Sampler[list[int]]):
         return sum(-(-len(rows) // whole) for rows in self._buckets)
 
     def __iter__(self) -> Iterator[list[int]]:
+        """This process's batches of the epoch.
+
+        Raises:
+            CacheError: When accelerate's `prepare` would divide them a second time, or would leave
+                out those that are not full.
+        """
+        if is_asked_by_accelerate():
+            self._check_undivided()
+        return self._batches()
+
+    def _check_undivided(self) -> None:
+        advice = "do not prepare this loader (accelerator.device is where batches go)"
+        if self.world > 1:
+            raise CacheError(
+                f"BucketBatchSampler takes the share of process {self.rank} of {self.world}, and "
+                "accelerate's prepare divides the loader once more: a part would never be read. "
+                f"Give rank=0, world=1, or {advice}"
+            )
+        if not self.drop_last:
+            raise CacheError(
+                "BucketBatchSampler with drop_last=False has batches that are not full, which "
+                f"accelerate's prepare leaves out: give drop_last=True, or {advice}"
+            )
+
+    def _batches(self) -> Iterator[list[int]]:
         epoch, whole = self.dataset.epoch, self.batch_size * self.world
         steps: list[np.ndarray] = []
         for number, rows in enumerate(self._buckets):

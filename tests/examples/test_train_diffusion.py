@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from autoencoders import build_autoencoder
 from conftest import ROOT, picture
 from diffusers import DiTPipeline, DiTTransformer2DModel
@@ -64,6 +66,7 @@ def run(script, made, monkeypatch):
 
     def start(output: Path, *more: object) -> None:
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *line(made, output, *more)])
+        AcceleratorState._reset_state(True)  # its precision may be another one
         script.main()
 
     return start
@@ -116,6 +119,56 @@ def test_resumed_steps_draw_what_they_would_have_drawn(script, made):
     assert len(set(map(float, epochs))) == 6  # another draw in every epoch
 
 
+def test_a_process_draws_its_own_part_of_what_one_would_draw(script):
+    options = script.Options(batch_size=12)
+
+    def drawn(rank, world):
+        place = SimpleNamespace(process_index=rank, num_processes=world, device="cpu")
+        return script.draws(options, 5, (2, 3, 3), place)
+
+    whole = drawn(0, 1)
+    for world in (2, 3):
+        parts = [drawn(rank, world) for rank in range(world)]
+        assert all(len(part[0]) == 12 // world for part in parts)
+        for number in range(3):
+            together = torch.cat([part[number] for part in parts])
+            assert torch.equal(together, whole[number])
+    many = script.draws(
+        script.Options(batch_size=4000), 0, (4,),
+        SimpleNamespace(process_index=0, num_processes=1, device="cpu"),
+    )  # fmt: skip
+    assert abs(float(many[0].std()) - 1) < 0.02
+    assert len(set(many[1].tolist())) > 950
+
+
+@pytest.mark.parametrize("change", [("--learning_rate", "0.1"), ("--precision", "bf16")])
+def test_a_run_goes_on_with_its_own_options_alone(run, tmp_path, change):
+    run(tmp_path / "run")
+    with pytest.raises(UserError, match=rf"{change[0][2:]} is .* was started with"):
+        run(tmp_path / "run", "--resume", *change)
+    run(tmp_path / "run", "--resume", "--checkpoint_every", "3")
+
+
+def test_a_cache_that_has_grown_does_not_change_a_run(run, script, made, tmp_path, monkeypatch):
+    run(tmp_path / "run")
+    original = script.LatentDataset
+
+    class Grown(original):
+        def __len__(self):
+            return super().__len__() + 1
+
+    monkeypatch.setattr(script, "LatentDataset", Grown)
+    with pytest.raises(UserError, match=r"latents has another samples .* has grown"):
+        run(tmp_path / "run", "--resume")
+
+
+def test_bf16_trains_float32_weights(run, tmp_path):
+    run(tmp_path / "run", "--precision", "bf16")
+    found = weights(tmp_path / "run")
+    assert all(value.dtype == torch.float32 for value in found.values())
+    assert found["proj_out_2.weight"].abs().max() > 0
+
+
 def test_labels_are_hidden_once_a_sample_and_by_nobody_else(script, made):
     from accelerate import Accelerator
 
@@ -160,9 +213,10 @@ def test_the_pipeline_decodes_what_the_transformer_was_trained_on(run, made, tmp
     pipeline = DiTPipeline.from_pretrained(tmp_path / "out/pipeline")
     assert isinstance(pipeline.transformer, DiTTransformer2DModel)
     assert pipeline.get_label_ids(["b", "a"]) == [1, 0]
-    dataset = LatentDataset(made / "cache", sample="mean", normalize="channel")
+    dataset = LatentDataset(made / "cache", normalize="channel")
     names = dataset.ids[:2]
-    latents = torch.stack([dataset[n]["latents"] for n in range(2)])
+    mean, std = (torch.tensor(dataset.stats[name])[:, None, None] for name in ("mean", "std"))
+    latents = torch.stack([(dataset.stored(n)[:4] - mean) / std for n in range(2)])
     with torch.no_grad():
         images = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
     expected = torch.stack(dataset.decode_preview(names, str(made / "stage")))

@@ -1,9 +1,11 @@
 """Small real autoencoders and images, and launches through the launcher that users use."""
 
 import hashlib
+import multiprocessing
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from first_stage.data import open_source
 from first_stage.models.bottlenecks import Gaussian
 from first_stage.models.families import Family, register_family
-from latent_tools import CacheOptions, Outcome, precompute
+from latent_tools import CacheError, CacheOptions, Outcome, precompute
+from latent_tools.maintenance import leftovers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -154,9 +157,9 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess:
 
 def encode_logged(data: Path, output: Path, log: Path) -> None:
     """Precompute, writing down each unit whose pixels go into the encoder."""
-    from latent_tools.build.encode import UnitEncoder
+    from latent_tools.build.encode import PortionEncoder
 
-    original = UnitEncoder.start
+    original = PortionEncoder.start
 
     def start(self, portion):
         handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -164,6 +167,28 @@ def encode_logged(data: Path, output: Path, log: Path) -> None:
         os.close(handle)
         return original(self, portion)
 
-    UnitEncoder.start = start
+    PortionEncoder.start = start
     torch.set_num_threads(1)
-    cache(data, output, unit_size=8, batch_size=2, flip=True, workers=1)
+    # As in a launch of its own: of a server's child the workers would come from another server,
+    # which imports everything anew and outlives whoever is killed.
+    multiprocessing.set_start_method("fork", force=True)
+    while True:
+        try:
+            cache(data, output, unit_size=8, batch_size=2, flip=True, workers=1)
+            return
+        except CacheError as error:  # while gc has the lock
+            if "another launch" not in str(error):
+                raise
+            time.sleep(0.01)
+
+
+def tidy_all_the_time(output: Path, deleted: Path) -> None:
+    """`gc --delete`, again and again, writing down what was deleted."""
+    while True:
+        try:
+            found = leftovers(output, delete=True)
+        except (CacheError, OSError):  # no cache yet, or a launch that fills it
+            found = []
+        with deleted.open("a") as file:
+            file.writelines(f"{item.path.name}\n" for item in found)
+        time.sleep(0.5)  # a launch must find the lock free between two of them

@@ -116,6 +116,79 @@ class TestScaling:
         assert values.mean((0, 2, 3)).abs().max() < 0.05
         assert (values.std((0, 2, 3)) - 1).abs().max() < 0.05
 
+    def test_channel_normalization_of_means_has_unit_variance_too(self, tmp_path):
+        """Posteriors so wide that the means' spread is a small part of the draws'."""
+        (tmp_path / "data").mkdir()
+        for n in range(12):
+            photo(n, (8, 8)).save(tmp_path / "data" / f"{n}.png")
+        wide = NumberReader(logvar=5.0)
+        cache(tmp_path / "data", tmp_path / "c", wide, resolution=8, resize=8, dtype="float32")
+        dataset = LatentDataset(tmp_path / "c", sample="mean", normalize="channel")
+        values = torch.stack([dataset[n]["latents"] for n in range(12)])
+        torch.testing.assert_close(values.std((0, 2, 3), correction=0), torch.ones(3))
+        torch.testing.assert_close(values.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
+        raw = dataset.denormalize(values)
+        torch.testing.assert_close(raw[4], dataset.stored(4)[:3])
+
+    def with_statistics(self, root, **config):
+        vae = make_vae()
+        vae.register_to_config(**config)
+        write_photos(root / "data", 3)
+        cache(root / "data", root / "c", vae, dtype="float32")
+        return vae
+
+    def test_the_lists_of_a_first_stage_are_applied_as_xl_does(self, tmp_path):
+        mean, std = [1.0, -2.0, 0.5, 3.0], [2.0, 0.5, 1.5, 4.0]
+        self.with_statistics(
+            tmp_path, latents_mean=mean, latents_std=std, scaling_factor=0.7, shift_factor=None
+        )
+        dataset = LatentDataset(tmp_path / "c", sample="mean")
+        item, raw = dataset[0]["latents"], dataset.stored(0)[:4]
+        # As StableDiffusionXLPipeline goes back: latents * std / scaling_factor + mean.
+        back = item * torch.tensor(std)[:, None, None] / 0.7 + torch.tensor(mean)[:, None, None]
+        torch.testing.assert_close(back, raw)
+        torch.testing.assert_close(dataset.denormalize(item), raw)
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ({"shift_factor": 0.5}, "no pipeline applies together"),
+            ({"shift_factor": None, "latents_std": [1.0, 2.0]}, "are not 4 numbers"),
+            ({"shift_factor": None, "latents_std": [1.0, 2.0, 0.0, 1.0]}, "are not 4 numbers"),
+        ],
+    )
+    def test_what_no_pipeline_does_is_refused(self, tmp_path, config, message):
+        lists = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+        self.with_statistics(tmp_path, **{**lists, **config})
+        with pytest.raises(UserError, match=f"{message}.*normalize='channel'"):
+            LatentDataset(tmp_path / "c")
+        LatentDataset(tmp_path / "c", normalize="channel")
+
+    def test_a_batch_norm_over_patches_is_refused(self, tmp_path):
+        vae = make_vae()
+        vae.bn = torch.nn.BatchNorm2d(16)
+        write_photos(tmp_path / "data", 1)
+        cache(tmp_path / "data", tmp_path / "c", vae)
+        with pytest.raises(UserError, match=r"batch norm: use normalize='channel'"):
+            LatentDataset(tmp_path / "c")
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"scaling_factor": 0.5},
+            {"shift_factor": 0.0},
+            {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
+        ],
+    )
+    def test_an_expected_first_stage_has_the_caches_factors(self, made, changed):
+        vae = make_vae()
+        vae.register_to_config(**changed)
+        name = next(iter(changed))
+        with pytest.raises(UserError, match=f"the first stage's {name} is .* normalize='channel'"):
+            LatentDataset(made / "c", expect=vae)
+        for normalize in ("channel", "none"):
+            LatentDataset(made / "c", expect=vae, normalize=normalize)
+
 
 class TestWhatItChecks:
     def test_expect_takes_the_encoder_that_made_it_and_no_other(self, made, tmp_path):
@@ -304,7 +377,9 @@ class TestLatentStream:
             stream = LatentStream(LatentDataset(made / "c"), mix=2, rank=rank, world=world)
             loader = DataLoader(stream, batch_size=None, num_workers=workers)
             names += [item["id"] for item in loader]
-        assert sorted(names) == sorted(LatentDataset(made / "c").ids)
+        # Shares are even: of eleven samples three processes get three each.
+        assert len(names) == len(set(names)) == 11 // world * world
+        assert set(names) <= set(LatentDataset(made / "c").ids)
 
     def test_it_reads_few_shards_at_a_time_and_shuffles(self, made):
         dataset = LatentDataset(made / "c")
@@ -317,7 +392,7 @@ class TestLatentStream:
         stream.set_epoch(1)
         assert [item["id"] for item in stream] != order
 
-    @pytest.mark.parametrize("taken", [0, 1, 5, 11])
+    @pytest.mark.parametrize("taken", [0, 1, 5])
     def test_it_resumes_where_its_state_was_taken(self, made, taken):
         def items(stream):
             return [(item["id"], item["latents"].sum().item()) for item in stream]
@@ -336,6 +411,17 @@ class TestLatentStream:
         # The next epoch is a whole one.
         resumed.set_epoch(4)
         assert len(items(resumed)) == 11
+
+    def test_a_state_of_an_epochs_end_begins_the_next_one(self, made):
+        stopped = LatentStream(LatentDataset(made / "c"))
+        stopped.set_epoch(3)
+        assert len(list(stopped)) == 11
+        resumed, whole = (LatentStream(LatentDataset(made / "c")) for _ in range(2))
+        resumed.load_state_dict(stopped.state_dict())
+        whole.set_epoch(4)
+        for one, other in zip(resumed, whole, strict=True):
+            assert one["id"] == other["id"]
+            assert torch.equal(one["latents"], other["latents"])
 
 
 def test_numbers_survive_the_stream(tmp_path):

@@ -75,8 +75,26 @@ class TestValues:
         difference = (stored(dataset) - truth).abs()
         assert (difference <= bound * truth.abs() + 1e-6).all()
         assert difference.max() > 0
-        error = dataset.stats["storage_error"]
-        np.testing.assert_allclose(error["max"], difference.max(), rtol=1e-2)
+        for name, part in (("storage_error", slice(4)), ("storage_error_logvar", slice(4, 8))):
+            error = dataset.stats[name]
+            np.testing.assert_allclose(error["max"], difference[:, part].max(), rtol=1e-2)
+
+    def test_encoding_in_less_than_float32_says_what_it_changed(self, tmp_path):
+        write_photos(tmp_path / "data", 8)
+        vae = make_vae()
+        cache(tmp_path / "data", tmp_path / "c", vae, dtype="float32", precision="bf16")
+        dataset = LatentDataset(tmp_path / "c")
+        assert dataset.stats["storage_error"]["max"] == 0.0
+        truth = moments(vae, images_of(tmp_path / "data", dataset.ids))
+        difference = (stored(dataset) - truth)[:2]  # two samples of the unit are measured
+        for name, part in (("precision_error", slice(4)), ("precision_error_logvar", slice(4, 8))):
+            found = difference[:, part].double()
+            assert found.abs().max() > 1e-4
+            error = dataset.stats[name]
+            np.testing.assert_allclose(error["max"], found.abs().max(), rtol=1e-2)
+            np.testing.assert_allclose(error["rms"], found.square().mean().sqrt(), rtol=1e-2)
+        cache(tmp_path / "data", tmp_path / "exact", vae, dtype="float32")
+        assert "precision_error" not in LatentDataset(tmp_path / "exact").stats
 
     def test_uint8_is_within_half_a_level_and_says_its_error(self, tmp_path):
         write_photos(tmp_path / "data", 6)
@@ -87,9 +105,11 @@ class TestValues:
         difference = (stored(dataset) - truth).abs()
         level = (truth.amax((2, 3)) - truth.amin((2, 3)))[:, :, None, None] / 255
         assert (difference <= 0.51 * level + 1e-6).all()
-        error = dataset.stats["storage_error"]
-        rms = difference.double().square().mean().sqrt()
-        np.testing.assert_allclose([error["max"], error["rms"]], [difference.max(), rms], rtol=1e-2)
+        # Means and log-variances have different units: their errors are not pooled.
+        for name, part in (("storage_error", slice(4)), ("storage_error_logvar", slice(4, 8))):
+            error, found = dataset.stats[name], difference[:, part].double()
+            expected = [found.max(), found.square().mean().sqrt()]
+            np.testing.assert_allclose([error["max"], error["rms"]], expected, rtol=1e-2)
 
     @pytest.mark.parametrize("representation", ["mean", "sample"])
     def test_mean_and_samples(self, tmp_path, representation):
@@ -580,7 +600,7 @@ def test_files_grow_with_units_not_samples(tmp_path):
     write_photos(tmp_path / "data", 64)
     cache(tmp_path / "data", tmp_path / "c", unit_size=16)
     assert len(list((tmp_path / "c" / "shards").iterdir())) == 4
-    assert len(_files(tmp_path / "c")) == 4 + 4 + 5  # shards, commits, and the cache's own
+    assert len(_files(tmp_path / "c")) == 4 + 4 + 7  # shards, commits, and the cache's own
 
 
 def test_manifest_says_what_was_done(tmp_path):

@@ -8,7 +8,6 @@ import json
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +19,8 @@ from safetensors import safe_open
 
 from first_stage.errors import UserError
 from latent_tools import CacheError, LatentDataset
-from latent_tools.__main__ import Name
+from latent_tools.__main__ import export as export_command
+from latent_tools.__main__ import main as tool
 from latent_tools.export import export_cache
 from latent_tools.export.by_sample_name import class_folders, crop_ltrb
 from latent_tools.export.cache import relative_path
@@ -440,5 +440,13 @@ def test_an_export_grows_with_its_cache(tmp_path):
     assert len(list((tmp_path / "mar").rglob("*.npz"))) == 5
 
 
-def test_the_command_knows_every_format():
-    assert get_args(Name) == tuple(FORMATS)
+def test_the_commands_help_names_every_format():
+    told = export_command.__doc__ or ""
+    assert all(name in told for name in FORMATS)
+
+
+def test_an_unknown_format_is_answered_in_one_line_with_the_formats(tmp_path):
+    with pytest.raises(CacheError) as caught:
+        tool(["export", "x", "--format", "edm", "--output", str(tmp_path / "o")])
+    assert str(caught.value).startswith("format is 'edm'; it can be lightningdit, mar")
+    assert "\n" not in str(caught.value)

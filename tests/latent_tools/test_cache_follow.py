@@ -167,8 +167,8 @@ def test_a_kill_at_any_moment_of_an_update_loses_nothing(data, tmp_path, monkeyp
 
         with monkeypatch.context() as patched:
             for module, name in (
-                ("latent_tools.format.shards", "write_bytes"),
-                ("latent_tools.format.shards", "write_json"),
+                ("latent_tools.build.unit", "write_bytes"),
+                ("latent_tools.build.unit", "write_json"),
                 ("latent_tools.format.plan", "write_bytes"),
                 ("pathlib.Path", "unlink"),
             ):

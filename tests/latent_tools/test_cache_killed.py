@@ -19,12 +19,13 @@ from cache_helpers import (
     launch_command,
     make_vae,
     shard_hashes,
+    tidy_all_the_time,
     write_photos,
 )
 
 from first_stage.data import open_source
 from latent_tools import LatentDataset, Manifest
-from latent_tools.build import writer
+from latent_tools.build.unit import OpenUnit
 from latent_tools.format.plan import committed_units
 
 pytestmark = pytest.mark.slow
@@ -33,7 +34,8 @@ KILLS = 20
 UNITS = 250
 
 
-def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("beside_gc", [False, True])
+def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypatch, beside_gc):
     # The server that forks the runs imports everything once; it looks for modules there.
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'latent_tools'}")
     context = multiprocessing.get_context("forkserver")
@@ -50,6 +52,9 @@ def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypat
     undisturbed.join()
     assert undisturbed.exitcode == 0
 
+    gc = context.Process(target=tidy_all_the_time, args=(output, tmp_path / "gc"), daemon=True)
+    if beside_gc:
+        gc.start()
     moments, again = random.Random(7), []
     done: set[int] = set()
     progress = []
@@ -76,6 +81,11 @@ def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypat
     last = start(data, output, log)
     last.join()
     assert last.exitcode == 0
+    if beside_gc:
+        assert gc.is_alive()
+        gc.kill()
+        gc.join()
+        assert (tmp_path / "gc").read_text()  # what the kills left
     again += [unit for unit in map(int, log.read_text().split()[lines:]) if unit in done]
     assert again == []
     assert {n: h for n, h in shard_hashes(output).items() if not n.startswith(".")} == shard_hashes(
@@ -174,13 +184,13 @@ def test_more_processes_than_samples(many, tmp_path):
 def test_memory_stays_flat_over_ten_thousand_samples(tmp_path, monkeypatch):
     write_photos(tmp_path / "data", 10_000, side=32)
     used: list[int] = []
-    original = writer.write_unit
+    original = OpenUnit.write
 
     def write(*arguments):
         used.append(psutil.Process().memory_info().rss)
         return original(*arguments)
 
-    monkeypatch.setattr(writer, "write_unit", write)
+    monkeypatch.setattr(OpenUnit, "write", write)
     cache(
         tmp_path / "data", tmp_path / "c", NumberReader(), resolution=32, resize=32, flip=True,
         dtype="float32", unit_size=100, batch_size=50,

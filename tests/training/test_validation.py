@@ -29,7 +29,7 @@ def measured(monkeypatch, exact: int, count: int = 4):
         return rebuilt, None
 
     monkeypatch.setattr(validation, "reconstruct", rebuild)
-    stage = SimpleNamespace(device=torch.device("cpu"))
+    stage = SimpleNamespace(device=torch.device("cpu"), bottleneck=None)
     torch.manual_seed(0)
     return validate(stage, FixedImages(pixels, [""] * count), Processes(), 3)
 

@@ -1,0 +1,81 @@
+"""Which epoch draws are of: told by the training loop, restored from a state, counted by a loader.
+
+A loader that `accelerate` prepared counts its passes from 0, after a restart too, and tells its
+count to the data set before each. Taken at its word it would bring back the draws of epoch 0 after
+every restart, whatever the training loop told the data set. So its count only says how many passes
+came since the loop last told the epoch.
+"""
+
+import sys
+
+import torch
+
+_NEVER = -1
+_READERS = 1024  # more worker processes than a machine's data loader has
+
+
+class Epoch:
+    """A number in shared memory, so that it reaches workers that stay alive between epochs."""
+
+    def __init__(self) -> None:
+        # The epoch; the one that was told; the loader's count when it was, and by now; whether any
+        # reader's was restored.
+        self._state = torch.tensor([0, _NEVER, _NEVER, _NEVER, 0]).share_memory_()
+        self._restored = torch.full((_READERS,), _NEVER).share_memory_()
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the training loop has said which epoch it is."""
+        return int(self._state[1]) != _NEVER
+
+    @property
+    def number(self) -> int:
+        """The epoch."""
+        number, told, _, _, is_restored = self._state.tolist()
+        return self._of_readers() if is_restored and told == _NEVER else number
+
+    def _of_readers(self) -> int:
+        # Where one reader is not done with an epoch, it is the one that goes on.
+        return int(self._restored[self._restored != _NEVER].min())
+
+    def tell(self, epoch: int) -> None:
+        """The training loop says which epoch comes."""
+        self._state[:3] = torch.tensor([epoch, epoch, _NEVER])
+
+    def count(self, passes: int) -> None:
+        """A loader says how many passes it has made."""
+        _, told, first, before, is_restored = self._state.tolist()
+        if told == _NEVER and is_restored:  # in the pass before
+            told, first = self._of_readers(), before
+        if told == _NEVER:
+            epoch = passes
+        else:
+            first = passes if first == _NEVER else first
+            epoch = told + passes - first
+        self._state[:4] = torch.tensor([epoch, told, first, passes])
+
+    def restore(self, epoch: int, reader: int = 0) -> None:
+        """A reader's saved state says which epoch it is of; what the loop told goes first.
+
+        Args:
+            epoch: The epoch in which the reader goes on.
+            reader: Its number among those of this process.
+        """
+        self._restored[reader] = epoch
+        self._state[4] = 1
+
+
+def is_asked_by_accelerate() -> bool:
+    """Whether the caller of the function that calls this one is a loader of accelerate.
+
+    Its prepared loaders call `set_epoch` like everybody else and hand nothing over that would tell
+    them apart: https://github.com/huggingface/accelerate/blob/main/src/accelerate/data_loader.py
+    """
+    frame = sys._getframe(2)
+    return str(frame.f_globals.get("__name__", "")).startswith("accelerate.")
+
+
+def processes() -> int:
+    """How many processes train together."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if there else 1

@@ -1,0 +1,271 @@
+"""Under `accelerate`, `StatefulDataLoader`, persistent workers: the right draws, every sample."""
+
+import json
+import math
+from pathlib import Path
+
+import launching
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from cache_helpers import NumberReader, cache, make_vae, write_photos
+from prepared_loops import START, loop
+from torch.utils.data import DataLoader
+
+from first_stage.errors import UserError
+from latent_tools import BucketBatchSampler, LatentDataset, LatentStream
+from latent_tools.format.shards import ShardReader
+from latent_tools.read.epoch import Epoch
+
+stateful = pytest.importorskip("torchdata.stateful_dataloader")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A cache of eleven photos in three units."""
+    root = tmp_path_factory.mktemp("made")
+    write_photos(root / "data", 11)
+    cache(root / "data", root / "c", make_vae(), unit_size=4)
+    return root / "c"
+
+
+def draws(folder, epoch):
+    """The latents' sums in an epoch, by id."""
+    dataset = LatentDataset(folder, flip=0.0)
+    items = dataset.items(range(len(dataset)), epoch)
+    return {item["id"]: item["latents"].sum().item() for item in items}
+
+
+class TestEpochs:
+    def test_a_restart_behind_prepare_draws_the_epoch_that_the_loop_says(self, made):
+        read = list(loop(Accelerator(cpu=True), LatentDataset(made, flip=0.0)))
+        assert [epoch for epoch, _, _ in read] == [7] * 11 + [8] * 11
+        for epoch in (7, 8):
+            found = {name: total for at, name, total in read if at == epoch}
+            assert found == pytest.approx(draws(made, epoch))
+
+    def test_or_that_the_loader_was_told(self, made):
+        dataset = LatentDataset(made, flip=0.0)
+        loader = Accelerator(cpu=True).prepare(DataLoader(dataset, batch_size=11))
+        loader.set_epoch(7)
+        (batch,) = loader
+        assert batch["latents"][0].sum().item() == pytest.approx(draws(made, 7)[batch["id"][0]])
+
+    def test_a_sampler_tells_it_too(self, made):
+        dataset = LatentDataset(made, flip=0.0)
+        sampler = BucketBatchSampler(dataset, 5)
+        loader = Accelerator(cpu=True).prepare(DataLoader(dataset, batch_sampler=sampler))
+        sampler.set_epoch(7)
+        for batch in loader:
+            found = dict(zip(batch["id"], batch["latents"].sum((1, 2, 3)).tolist(), strict=True))
+            assert found == pytest.approx({name: draws(made, 7)[name] for name in found})
+
+    def test_told_once_a_loaders_count_goes_on_from_there(self):
+        epoch = Epoch()
+        epoch.count(0)
+        epoch.count(1)
+        assert epoch.number == 1  # told by nobody: the loader's count
+        epoch.tell(7)
+        assert epoch.number == 7
+        epoch.count(2)
+        assert epoch.number == 7
+        epoch.count(3)
+        assert epoch.number == 8
+        epoch.restore(3)
+        assert epoch.number == 8
+
+
+@pytest.fixture(scope="module")
+def two(made, tmp_path_factory) -> list[dict]:
+    """What each of two processes read."""
+    folder = tmp_path_factory.mktemp("two")
+    script = Path(__file__).with_name("prepared_loops.py")
+    launching.run(2, script, made, folder / "rank", output=folder / "log")
+    found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert [one["world"] for one in found] == [2, 2]
+    return found
+
+
+class TestTwoProcesses:
+    def test_the_loop_draws_epoch_7_on_both(self, two, made):
+        for epoch in (START, START + 1):
+            expected = draws(made, epoch)
+            seen = [entry for one in two for entry in one["loop"] if entry[0] == epoch]
+            assert {name for _, name, _ in seen} == set(expected)
+            for _, name, total in seen:
+                assert total == pytest.approx(expected[name], rel=1e-5)
+
+    def test_a_divided_stream_makes_equally_many_steps_and_shares_nothing(self, two):
+        first, second = (one["steps"] for one in two)
+        assert len(first) == len(second) == 5
+        assert not set(first) & set(second)
+
+    @pytest.mark.parametrize("dispatch", ["true", "false"])
+    def test_an_undivided_stream_behind_prepare_is_read_whole(self, two, dispatch):
+        assert {number for one in two for number in one["whole"][dispatch]} == set(range(11))
+
+    def test_dividing_twice_is_refused(self, two):
+        for rank, one in enumerate(two):
+            for said in one["refused"]:
+                assert f"the share of process {rank} of 2" in said
+                assert "a part would never be read" in said
+
+
+class TestShares:
+    @pytest.mark.parametrize("world", [1, 2, 3, 5])
+    @pytest.mark.parametrize("workers", [1, 2])
+    @pytest.mark.parametrize("drop_last", [True, False])
+    def test_they_are_even_and_disjoint(self, made, world, workers, drop_last):
+        dataset = LatentDataset(made)
+        shares = []
+        for rank in range(world):
+            stream = LatentStream(dataset, rank=rank, world=world, drop_last=drop_last, mix=2)
+            shares.append([
+                row for worker in range(workers)
+                for rows in stream._rows(3, 0, worker, workers) for row in rows
+            ])  # fmt: skip
+        whole = 11 // world if drop_last else math.ceil(11 / world)
+        assert [len(share) for share in shares] == [whole] * world
+        seen = [row for share in shares for row in share]
+        if drop_last:
+            assert len(set(seen)) == len(seen)
+        else:
+            assert set(seen) == set(range(11))
+
+
+def read(loader, batches=None):
+    found = []
+    for number, batch in enumerate(loader):
+        if batches is not None and number == batches:
+            break
+        found += list(zip(batch["id"], batch["latents"].sum((1, 2, 3)).tolist(), strict=True))
+    return found
+
+
+class TestStatefulDataLoader:
+    def loader(self, made, workers, persistent=False):
+        stream = LatentStream(LatentDataset(made, flip=0.0), mix=2)
+        return stream, stateful.StatefulDataLoader(
+            stream, batch_size=2, num_workers=workers, persistent_workers=persistent
+        )
+
+    @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
+    @pytest.mark.parametrize("taken", [0, 1, 3, 5, 6])
+    @pytest.mark.parametrize("is_told", [True, False])
+    def test_within_an_epoch_it_goes_on(self, made, workers, persistent, taken, is_told):
+        stream, loader = self.loader(made, workers, persistent)
+        stream.set_epoch(3)
+        expected = read(loader)
+        assert len(expected) == 11
+        stream, loader = self.loader(made, workers, persistent)
+        stream.set_epoch(3)
+        iterator = iter(loader)
+        first = read(next(iterator) for _ in range(taken))
+        state = loader.state_dict()
+        stream, loader = self.loader(made, workers, persistent)
+        loader.load_state_dict(state)
+        if is_told:
+            stream.set_epoch(3)
+        assert first + read(loader) == expected
+        if is_told or taken < 6:
+            stream.set_epoch(4)
+        again = read(loader)
+        assert len(again) == 11
+        assert dict(again) == pytest.approx(draws(made, 4))
+
+    @pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
+    @pytest.mark.parametrize("is_told", [True, False])
+    def test_a_state_of_an_epochs_end_begins_the_next(self, made, workers, persistent, is_told):
+        stream, loader = self.loader(made, workers, persistent)
+        stream.set_epoch(3)
+        assert len(read(loader)) == 11
+        state = loader.state_dict()
+        stream, loader = self.loader(made, workers, persistent)
+        loader.load_state_dict(state)
+        if is_told:
+            stream.set_epoch(4)
+        found = read(loader)
+        assert len(found) == 11
+        assert dict(found) == pytest.approx(draws(made, 4))
+
+    def test_another_number_of_workers_is_refused(self, made):
+        stream = LatentStream(LatentDataset(made))
+        next(iter(stream))
+        other = LatentStream(LatentDataset(made), world=2)
+        other.load_state_dict(stream.state_dict())
+        with pytest.raises(UserError, match=r"1 readers .* now there are 2"):
+            next(iter(other))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_off_epoch_costs_the_next_one_nothing(made, workers):
+    stream = LatentStream(LatentDataset(made, flip=0.0))
+    loader = DataLoader(stream, 2, num_workers=workers, persistent_workers=workers > 0)
+    stream.set_epoch(0)
+    read(loader, batches=2)
+    stream.set_epoch(1)
+    found = read(loader)
+    assert len(found) == 11
+    assert dict(found) == pytest.approx(draws(made, 1))
+
+
+class TestClassFolders:
+    """A hundred classes, of which each shard holds one."""
+
+    @pytest.fixture(scope="class")
+    def classes(self, tmp_path_factory) -> LatentDataset:
+        root = tmp_path_factory.mktemp("classes")
+        write_photos(root / "data", 1, side=4)
+        cache(root / "data", root / "c", NumberReader(), resolution=4, resize=4)
+        dataset = LatentDataset(root / "c")
+        # The order is a matter of the unit table alone.
+        table = dataset.unit_table
+        dataset._index.units = type(table)(
+            np.arange(100), np.arange(101) * 1024, np.full((100, 2), 4), table.shards * 100
+        )
+        return dataset
+
+    def test_a_batch_has_nearly_all_of_them(self, classes):
+        stream = LatentStream(classes)
+        rows = [row for part in stream._rows(0, 0, 0, 1) for row in part]
+        assert sorted(rows) == list(range(102_400))
+        found = [len({row // 1024 for row in rows[n : n + 256]}) for n in range(0, 100_000, 256)]
+        # Of a shuffled whole a batch has 92.4 of 100 on average.
+        assert np.mean(found) > 88
+
+    def test_readers_do_not_open_every_shard(self, classes):
+        opened, seen = 0, []
+        for rank in range(64):
+            stream = LatentStream(classes, rank=rank, world=64)
+            rows = [row for part in stream._rows(0, 0, 0, 1) for row in part]
+            opened += len({row // 1024 for row in rows})
+            seen += rows
+        assert sorted(seen) == list(range(102_400))
+        assert opened < 800  # it was 4,261
+
+    def test_neighbours_are_read_together(self, classes):
+        stream = LatentStream(classes)
+        window = np.sort(np.concatenate(list(stream._rows(0, 0, 0, 1))[:128]))
+        runs = 1 + int((np.diff(window) > 1).sum())
+        assert runs <= 8192 / 8
+
+
+def test_a_shard_is_opened_once_by_a_reader(made, monkeypatch):
+    opened = []
+    original = ShardReader._shard
+
+    def shard(self, name):
+        if name not in self._open:
+            opened.append(name)
+        return original(self, name)
+
+    monkeypatch.setattr(ShardReader, "_shard", shard)
+    assert sum(1 for _ in LatentStream(LatentDataset(made))) == 11
+    assert len(opened) == len(set(opened)) == 3
+
+
+def test_a_stream_takes_no_memory_of_the_number_of_samples(made):
+    stream = LatentStream(LatentDataset(made))
+    held = [v for v in vars(stream).values() if isinstance(v, np.ndarray | torch.Tensor)]
+    assert all(len(v) == 3 for v in held)  # a number for each unit

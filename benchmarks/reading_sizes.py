@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch.utils.data import DataLoader
 
 from benchmarks.reading import make_latents
@@ -36,6 +37,7 @@ def benchmark_sizes(counts: list[int], shape: tuple[int, int, int], repeats: int
     Returns:
         Items per second and memory by number of samples, ready for JSON.
     """
+    torch.set_num_threads(1)  # as in a data loader's worker
     with tempfile.TemporaryDirectory() as name:
         make_latents(Path(name), _STORED, shape)
         datasets = {}

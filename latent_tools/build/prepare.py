@@ -54,18 +54,16 @@ _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1, "uint16": 2, "u
 
 
 def source_ids(source: Source) -> pa.Array:
-    """The ids of all samples.
+    """The ids of all samples."""
+    return pa.array((source.id(index) for index in range(len(source))), pa.string())
 
-    Raises:
-        CacheError: When two samples share one.
-    """
-    ids = pa.array((source.id(index) for index in range(len(source))), pa.string())
+
+def _refuse_duplicates(source: Source, ids: pa.Array) -> None:
     if (repeated := duplicate_id(ids)) is not None:
         raise CacheError(
             f"data.path {source.name!r} has two samples with the id {repeated!r}: their latents "
             "could not be told apart"
         )
-    return ids
 
 
 def describe_launch(source: Source, encoder: LatentEncoder, options: CacheOptions) -> Manifest:
@@ -166,8 +164,9 @@ def prepare(
 
     Raises:
         CacheError: When the folder holds something else, was made with other weights,
-            preprocessing or data, or another launch is filling it.
+            preprocessing or data, two samples share an id, or another launch is filling it.
     """
+    _refuse_duplicates(source, ids)
     _check_folder(folder)
     for name in (SHARDS, COMMITS):
         (folder / name).mkdir(parents=True, exist_ok=True)

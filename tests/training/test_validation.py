@@ -26,7 +26,7 @@ def measured(monkeypatch, exact: int, count: int = 4):
             if seen[0] + place >= exact:
                 rebuilt[place] = (rebuilt[place] + 0.1).clamp(-1, 1)
         seen[0] += len(images)
-        return rebuilt, None
+        return rebuilt, SimpleNamespace(latents=None)
 
     monkeypatch.setattr(validation, "reconstruct", rebuild)
     stage = SimpleNamespace(device=torch.device("cpu"), bottleneck=None)

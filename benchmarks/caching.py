@@ -17,7 +17,7 @@ from first_stage.config import parse_config
 from first_stage.config.types import Precision
 from first_stage.data import Source, open_source
 from first_stage.distributed.memory import keep_freed_memory
-from first_stage.training.step import make_first_stage
+from first_stage.training.players import make_first_stage
 from latent_tools.build.encoder import autocast
 from latent_tools.build.launch import Process, precompute
 from latent_tools.build.options import CacheOptions

@@ -178,7 +178,8 @@ def started(config: Config) -> Config:
     adversarial = dataclasses.replace(config.loss.adversarial, **now)
     loss = dataclasses.replace(config.loss, learned=learned, adversarial=adversarial)
     critic = dataclasses.replace(config.critic, start_step=0)
-    train = dataclasses.replace(config.train, max_steps=10**9, warmup_steps=0, decay_steps=0)
+    steps = {"max_steps": 10**9, "encoder_steps": None, "warmup_steps": 0, "decay_steps": 0}
+    train = dataclasses.replace(config.train, **steps)
     return dataclasses.replace(config, loss=loss, critic=critic, train=train)
 
 

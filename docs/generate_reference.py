@@ -22,6 +22,8 @@ import latent_tools
 from first_stage.__main__ import COMMANDS, usage
 from first_stage.commands import cache, evaluate, export
 from first_stage.config.schema import Config
+from first_stage.config.sections import with_sections
+from first_stage.models import built_in  # noqa: F401  # families bring sections of their own
 from latent_tools import __main__ as latents
 
 FOLDER = Path(__file__).resolve().parent / "reference"
@@ -92,13 +94,16 @@ def _configuration() -> Iterator[str]:
     yield (
         "Every field is a key of the YAML that `--config` names, and a flag of the command:\n"
         "`first-stage train --loss.kl_weight 1e-6`. Flags override the file, and a misspelt name\n"
-        "is refused."
+        "is refused. A run that is resumed may have another value of the fields marked with *,\n"
+        "and of no other."
     )
     yield ""
-    yield from _sections(Config)
+    yield from _sections(with_sections(Config))
 
 
-def _sections(kind: type, prefix: str = "", level: str = "##") -> Iterator[str]:
+def _sections(
+    kind: type, prefix: str = "", level: str = "##", may_change: bool = False
+) -> Iterator[str]:
     """The fields of a class of options, and then those of each of its sections."""
     if prefix:
         title = prefix.removesuffix(".")
@@ -114,17 +119,18 @@ def _sections(kind: type, prefix: str = "", level: str = "##") -> Iterator[str]:
         hint, name = _without_none(hints[field.name]), f"{prefix}{field.name}"
         about = _type(hints[field.name])
         if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            sections.append((f"{name}.", hint))
+            sections.append((f"{name}.", hint, may_change or "may_change" in field.metadata))
             if field.default is not None:
                 continue
             about = "section, or null"
         default = _default(_default_of(field))
         about += f", default {default}" if default else ""
-        lines.append(f"- `{name}` ({about}): {_line(meant.get(field.name))}")
+        mark = " \\*" if may_change or "may_change" in field.metadata else ""
+        lines.append(f"- `{name}`{mark} ({about}): {_line(meant.get(field.name))}")
     if lines:
         yield from (*lines, "")
-    for name, section in sections:
-        yield from _sections(section, name, level)
+    for name, section, may in sections:
+        yield from _sections(section, name, level, may)
 
 
 def _meanings(kind: type) -> dict[str, str]:

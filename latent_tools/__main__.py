@@ -131,8 +131,7 @@ def export(
 
     Args:
         cache: The cache's folder.
-        format: The layout: lightningdit, mar, fast-dit, edm2, repa, dc-ae, kohya-sd, kohya-sdxl,
-            webdataset or datasets.
+        format: The layout: what `export` without it lists.
         output: The folder to write into; for kohya that of the images.
         draw: For layouts without moments: one draw from each posterior (the default where there
             is one), or its mean.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import VQModel
 
 from first_stage.command_line import command_line
 from first_stage.config.images import ImagesConfig
@@ -17,14 +17,13 @@ from first_stage.data import fixed_images, images_from_pixels
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError
 from first_stage.files import write_folder, write_json
-from first_stage.handover.export import measure_latents
-from first_stage.handover.folding import fold_statistics
+from first_stage.handover.folding import common_deviation, fold_statistics
 from first_stage.handover.public import public_name
+from first_stage.handover.statistics import measure_latents
 from first_stage.models.first_stage import FirstStage
 from first_stage.models.loading import (
     STATISTICS_FILE,
     load_autoencoder,
-    require_kl,
     training_resolution,
 )
 from latent_tools import LatentDataset
@@ -47,7 +46,8 @@ class Options:
     """Write a first stage anew, so that no pipeline can scale or shift its latents wrongly."""
 
     first_stage: str = ""
-    """A diffusers AutoencoderKL: the folder of an export, a pipeline's folder, or a hub id."""
+    """A diffusers AutoencoderKL or VQModel: the folder of an export, a pipeline's folder, or a hub
+    id."""
     output: str = ""
     """The folder to write; it must not be there yet."""
     fold_statistics: bool = False
@@ -69,18 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if Path(options.output).exists():
         raise ConfigError(f"output {options.output!r} is already there: give another folder")
     vae = load_autoencoder(options.first_stage, field="--first_stage")
-    vae = require_kl(vae, options.first_stage)
     mean, std = statistics(options, vae)
+    if isinstance(vae, VQModel):
+        std = common_deviation(std)
     folded = fold_statistics(vae, mean, std)
     print("channel   mean      std       are now 0 and 1")
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
         print(f"{channel:<9} {m:<9.4f} {s:<9.4f}")
-    if vae.quant_conv is None:
+    if getattr(vae, "quant_conv", None) is None:
         print("the first stage had no 1x1 convolutions around the latents; it has them now")
 
     def write(folder: Path) -> None:
         folded.save_pretrained(folder, safe_serialization=True)
-        (folder / "README.md").write_text(card(options, mean, std), encoding="utf-8")
+        (folder / "README.md").write_text(card(options, vae, mean, std), encoding="utf-8")
         standard: dict[str, Any] = {"mean": [0.0] * len(mean), "std": [1.0] * len(std)}
         standard["resolution"] = training_resolution(options.first_stage, vae)
         write_json(folder / STATISTICS_FILE, standard)
@@ -90,14 +91,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"export    {options.output} (scaling_factor 1, no shift)\n"
         "Load it with diffusers:\n"
-        "  from diffusers import AutoencoderKL\n"
-        f"  vae = AutoencoderKL.from_pretrained({options.output!r})\n"
+        f"  from diffusers import {type(vae).__name__}\n"
+        f"  vae = {type(vae).__name__}.from_pretrained({options.output!r})\n"
         "Latents cached with the first stage as it was belong to that one; cache anew:\n"
         f"  {command_line('cache', *cache, processes=1)}"
     )
 
 
-def statistics(options: Options, vae: AutoencoderKL) -> tuple[list[float], list[float]]:
+def statistics(options: Options, vae: Any) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation of the latents: of a cache, of data, of the config.
 
     Raises:
@@ -122,7 +123,7 @@ def statistics(options: Options, vae: AutoencoderKL) -> tuple[list[float], list[
     return list(mean), list(std)
 
 
-def images(options: Options, vae: AutoencoderKL) -> Iterator[torch.Tensor]:
+def images(options: Options, vae: Any) -> Iterator[torch.Tensor]:
     """Batches of images `(B, C, H, W)` in [-1, 1] to measure on."""
     factor, data = FirstStage(vae).downsample_factor, options.data
     resolution = data.resolution or training_resolution(options.first_stage, vae)
@@ -141,8 +142,9 @@ def images(options: Options, vae: AutoencoderKL) -> Iterator[torch.Tensor]:
         yield images_from_pixels(pixels)
 
 
-def card(options: Options, mean: list[float], std: list[float]) -> str:
+def card(options: Options, vae: Any, mean: list[float], std: list[float]) -> str:
     """The folder's README."""
+    name = type(vae).__name__
     rows = "\n".join(
         f"| {channel} | {m:.6f} | {s:.6f} |"
         for channel, (m, s) in enumerate(zip(mean, std, strict=True))
@@ -160,9 +162,9 @@ convolutions around them. Reconstructions are the same; every latent channel has
 two are not interchangeable: z here is (z there - mean) / std.
 
 ```python
-from diffusers import AutoencoderKL
-vae = AutoencoderKL.from_pretrained("this-folder")
-latents = vae.encode(images).latent_dist.sample()
+from diffusers import {name}
+vae = {name}.from_pretrained("this-folder")
+latents = vae.encode(images).{FirstStage(vae).family.encoded_as}
 ```
 
 | channel | mean | std |

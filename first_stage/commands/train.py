@@ -1,5 +1,6 @@
 """The command `first-stage train`: trains, and says what was made and what comes next."""
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,8 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         return
     if outcome.metrics:
-        numbers = ", ".join(f"{k.upper()} {v:.4g}" for k, v in outcome.metrics.items())
+        found = outcome.metrics.items()
+        numbers = ", ".join(f"{k.upper().replace('_', ' ')} {v:.4g}" for k, v in found)
         print(f"held out ({outcome.held_out} images): {numbers}")
+    name = json.loads((folder / "export/config.json").read_text())["_class_name"]
     pictures = sorted((folder / "pictures").glob("step-*.png"))
     print(
         f"export  {folder}/export\n"
@@ -50,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"gif     {folder}/training.gif\n"
         f"report  {folder}/report.html\n"
         "Load it with diffusers:\n"
-        "  from diffusers import AutoencoderKL\n"
-        f"  vae = AutoencoderKL.from_pretrained({str(folder / 'export')!r})\n"
+        f"  from diffusers import {name}\n"
+        f"  vae = {name}.from_pretrained({str(folder / 'export')!r})\n"
         "Cache a data set's latents with it:\n"
         f"  {cache_command(config, outcome.processes)}"
     )

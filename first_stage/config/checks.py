@@ -124,6 +124,12 @@ def _schedule_problems(c: Config) -> Iterator[str]:
             f"train.warmup_steps ({c.train.warmup_steps}) and train.decay_steps "
             f"({c.train.decay_steps}) together exceed train.max_steps ({steps}): shorten one"
         )
+    recorded = c.train.profile_steps
+    if recorded is not None and recorded[0] >= recorded[1]:
+        yield (
+            f"train.profile_steps is {list(recorded)}: it is the first step to record and the one "
+            "to end before, such as [50, 55]"
+        )
 
 
 def micro_batch_size(config: Config, world: int) -> int:

@@ -7,6 +7,7 @@ batches.
 from first_stage.data.broken import BrokenFiles, BrokenImage, MachineFault, too_many
 from first_stage.data.decode import Encoded, Picture, Reading, open_image, picture_size, read_bytes
 from first_stage.data.faults import loader_fault
+from first_stage.data.fixed import FixedImages, fixed_images
 from first_stage.data.images import (
     Mirror,
     View,
@@ -25,18 +26,8 @@ from first_stage.data.sources import (
     open_source,
     split_source,
 )
-from first_stage.data.stream import (
-    Batch,
-    FixedImages,
-    StepSampler,
-    TrainingStream,
-    collate,
-    fingerprint,
-    fixed_images,
-    spare_workers,
-    start_loader,
-    training_loader,
-)
+from first_stage.data.stream import Batch, StepSampler, TrainingStream, collate, fingerprint
+from first_stage.data.workers import spare_workers, start_loader, training_loader
 
 __all__ = [
     "Batch",

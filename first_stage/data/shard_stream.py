@@ -30,7 +30,8 @@ from first_stage.data.decode import Reading
 from first_stage.data.images import View
 from first_stage.data.sample import Sample
 from first_stage.data.shards import RowSource, ShardedRows
-from first_stage.data.stream import Batch, Flip, TrainingStream, collate, prepare_worker
+from first_stage.data.stream import Batch, Flip, TrainingStream, collate
+from first_stage.data.workers import prepare_worker
 from first_stage.errors import DataError
 from first_stage.seeding import Purpose, generator
 

@@ -15,10 +15,11 @@ import numpy as np
 
 from first_stage.data import builtin
 from first_stage.data.columns import encoded_image, find_image_column
+from first_stage.data.find_shards import shards_of
 from first_stage.data.folder import FolderSource
 from first_stage.data.inventory import Inventory, take_inventory
 from first_stage.data.sample import Sample, Source
-from first_stage.data.shards import RowSource, ShardedRows, count_rows, shards_of
+from first_stage.data.shards import RowSource, ShardedRows, count_rows
 from first_stage.errors import DataError, first_line
 from first_stage.seeding import Purpose, generator
 

@@ -8,24 +8,19 @@ comes round again.
 """
 
 import contextlib
-import errno
 import hashlib
-import os
-import signal
-import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from first_stage.data.broken import BrokenImage
 from first_stage.data.decode import Reading, as_reading, open_image, read_bytes
-from first_stage.data.faults import end_where_batches_cannot_be_handed_over, no_shared_memory
 from first_stage.data.images import Mirror, View, pixels_of
 from first_stage.data.paths import Paths
 from first_stage.data.sample import Sample, Source
@@ -218,153 +213,6 @@ class StepSampler:
             first = step * self.batch_size + self.rank * share
             for start in range(first, first + share, self.micro_batch_size):
                 yield list(range(start, start + self.micro_batch_size))
-
-
-def spare_workers(busy: int = 1) -> int:
-    """How many decoding processes each process of a run gets when nobody says: at most 8.
-
-    Args:
-        busy: Cores that each of this machine's processes keeps busy itself.
-    """
-    has_affinity = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - busy))
-
-
-def training_loader(
-    stream: TrainingStream, sampler: Iterable[list[int]], workers: int, pin_memory: bool
-) -> DataLoader[Any]:
-    """Decode a process's micro-batches in workers, ahead of the step.
-
-    Args:
-        stream: The stream.
-        sampler: Which positions: a list per micro-batch.
-        workers: Worker processes; 0 decodes in this one.
-        pin_memory: Copy batches to page-locked memory, for a GPU.
-
-    Returns:
-        A loader of `Batch`; it ends when the sampler does.
-    """
-    return DataLoader(
-        stream,
-        batch_sampler=sampler,  # type: ignore[arg-type]
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if workers else None,
-        persistent_workers=False,
-        worker_init_fn=prepare_worker,
-    )
-
-
-def prepare_worker(_: int) -> None:
-    """Set up a worker process: one thread, and signals are for the training process.
-
-    A terminal and a scheduler signal every process of a job. The training process then wants to
-    finish its step, and needs its workers for that; it ends them itself.
-    """
-    torch.set_num_threads(1)
-    end_where_batches_cannot_be_handed_over()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
-
-
-def _end_when_the_parent_says_so() -> None:
-    parent = os.getppid()
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
-    """Iterate a loader whose workers' deaths are noticed where a batch is asked for.
-
-    torch also installs a handler that raises as soon as a worker dies, wherever the training is
-    just then: in the middle of an update or of a save. Without it the loader itself notices within
-    5 s, between two steps, where everything can still be saved.
-
-    Returns:
-        The batches. Closing it ends the workers.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    try:
-        batches = iter(loader)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise DataError(no_shared_memory(int(os.environ.get("RANK", "0")))) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-    return _deliver(batches)
-
-
-def _deliver(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-    yield from batches
-
-
-@dataclass
-class FixedImages:
-    """Samples at fixed centre crops: for validation, pictures and measuring.
-
-    Attributes:
-        pixels: `(N, H, W, C)` in 0..255.
-        ids: The samples' ids.
-        reading: How they were read.
-    """
-
-    pixels: Tensor
-    ids: list[str]
-    reading: Reading | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def fixed_images(
-    source: Source, view: View, reading: Reading | int, count: int, seed: int
-) -> FixedImages:
-    """Decode a fixed choice of samples at centre crops.
-
-    Args:
-        source: The samples.
-        view: Resize and crop.
-        reading: How files are read, or just into how many channels.
-        count: How many at most; fewer when the source has fewer that can be decoded.
-        seed: Seed of the choice among more samples than `count`; the source's order is kept.
-
-    Returns:
-        The images.
-
-    Raises:
-        DataError: When none can be decoded.
-    """
-    chosen = generator(seed, Purpose.SPLIT, 1).permutation(len(source))
-    found: list[tuple[int, str, np.ndarray]] = []
-    problem = ""
-    tried = 0
-    while len(found) < count and tried < len(chosen):
-        # As many as are missing, in the source's order, which costs a stream of files least.
-        more = np.sort(chosen[tried : tried + count - len(found)])
-        tried += len(more)
-        for index in more:
-            sample = source.read(int(index))
-            try:
-                image = open_image(sample.image, reading)
-            except BrokenImage as error:
-                problem = problem or f" (first: {sample.id}: {error})"
-                continue
-            found.append((int(index), sample.id, pixels_of(view.apply(image)[0], reading)))
-    if not found:
-        raise DataError(
-            f"none of the {len(source)} samples of {source.name!r} can be decoded{problem}"
-        )
-    found.sort(key=lambda entry: entry[0])
-    dtype = np.result_type(*[pixels for _, _, pixels in found])
-    stacked = np.stack([pixels.astype(dtype, copy=False) for _, _, pixels in found])
-    ids = [name for _, name, _ in found]
-    return FixedImages(torch.from_numpy(stacked), ids, as_reading(reading))
 
 
 def fingerprint(source: Source) -> str:

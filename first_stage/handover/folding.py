@@ -6,6 +6,9 @@ posterior's mean and log-variance, `post_quant_conv` takes z. Folding the map in
 inverse into the other gives an autoencoder with the same reconstructions whose raw latents are
 centred with unit variance per channel. `scaling_factor` is then 1 and there is no shift, so that no
 pipeline can forget one.
+
+A codebook takes part in the map: its codes move with the latents. They stay the nearest ones only
+while all channels are divided by the same number, so a codebook takes one standard deviation.
 """
 
 import copy
@@ -13,7 +16,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from first_stage.errors import UserError
@@ -24,8 +27,8 @@ _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
 
 @torch.no_grad()
 def fold_statistics(
-    autoencoder: AutoencoderKL, mean: Sequence[float], std: Sequence[float]
-) -> AutoencoderKL:
+    autoencoder: AutoencoderKL | VQModel, mean: Sequence[float], std: Sequence[float]
+) -> AutoencoderKL | VQModel:
     """An autoencoder whose raw latents are (z - mean) / std.
 
     A posterior N(mu, sigma^2) becomes N((mu - mean) / std, sigma^2 / std^2): the rows of the means
@@ -36,18 +39,22 @@ def fold_statistics(
     Args:
         autoencoder: The autoencoder; it is not changed.
         mean: Mean of the latents, per channel.
-        std: Standard deviation of the latents, per channel; above 0.
+        std: Standard deviation of the latents, per channel; above 0. The same in all channels for a
+            codebook: see `common_deviation`.
 
     Returns:
         A copy with the statistics folded in; its config says scaling 1 and shift 0.
 
     Raises:
-        UserError: When the statistics do not fit the latents, or the autoencoder's posterior does
-            not come out of a 1x1 convolution.
+        UserError: When the statistics do not fit the latents, the autoencoder's latents do not come
+            out of a 1x1 convolution, or a codebook is to be scaled differently along its axes.
     """
+    if isinstance(autoencoder, VQModel):
+        return _fold_codebook(autoencoder, mean, std)
     if not isinstance(autoencoder, AutoencoderKL):
         raise UserError(
-            f"statistics fold into an AutoencoderKL; this is a {type(autoencoder).__name__}"
+            "statistics fold into the 1x1 convolutions of an AutoencoderKL or a VQModel; this is a "
+            f"{type(autoencoder).__name__}, which has none: use its scaling_factor"
         )
     channels = autoencoder.config.latent_channels
     _check(mean, std, channels)
@@ -61,10 +68,7 @@ def fold_statistics(
     _store(to_moments.weight, to_moments.weight.double().cpu() * rows[:, None, None, None])
     _store(to_moments.bias, to_moments.bias.double().cpu() * rows + offset)
 
-    from_latents = folded.post_quant_conv
-    weight = from_latents.weight.double().cpu()
-    _store(from_latents.bias, from_latents.bias.double().cpu() + weight[:, :, 0, 0] @ shift)
-    _store(from_latents.weight, weight * scale[None, :, None, None])
+    _unfold(folded.post_quant_conv, shift, scale)
 
     folded.register_to_config(
         scaling_factor=1.0,
@@ -73,6 +77,44 @@ def fold_statistics(
         latents_std=None,
     )
     return folded
+
+
+def common_deviation(std: Sequence[float]) -> list[float]:
+    """One standard deviation for all channels: the root of their mean square, for a codebook."""
+    return [math.sqrt(sum(s * s for s in std) / len(std))] * len(std)
+
+
+def _fold_codebook(model: VQModel, mean: Sequence[float], std: Sequence[float]) -> VQModel:
+    """Latents and codes become (z - mean) / std alike, with one std: the same codes are nearest."""
+    _check(mean, std, model.quantize.embedding.weight.shape[1])
+    if model.config.norm_type == "spatial":
+        raise UserError(
+            "this VQModel's decoder reads its codes in every normalization (norm_type spatial), so "
+            "nothing can be folded into them: use its scaling_factor"
+        )
+    if max(std) > min(std):
+        raise UserError(
+            "a codebook's latents take one standard deviation for all channels, not "
+            f"{min(std):.4g} to {max(std):.4g}: scaling them apart changes which code is nearest, "
+            "and with it the images. A shift per channel and a common scale can be folded"
+        )
+    folded = copy.deepcopy(model)
+    shift, scale = torch.tensor(mean, dtype=torch.float64), float(std[0])
+    to_latents, codes = folded.quant_conv, folded.quantize.embedding.weight
+    _store(to_latents.weight, to_latents.weight.double().cpu() / scale)
+    _store(to_latents.bias, (to_latents.bias.double().cpu() - shift) / scale)
+    _store(codes, (codes.double().cpu() - shift) / scale)
+    _unfold(folded.post_quant_conv, shift, torch.full_like(shift, scale))
+    folded.register_to_config(scaling_factor=1.0)
+    return folded
+
+
+def _unfold(from_latents: nn.Conv2d, shift: Tensor, scale: Tensor) -> None:
+    """Let a 1x1 convolution take (z - shift) / scale where it took z."""
+    weight = from_latents.weight.double().cpu()
+    assert from_latents.bias is not None  # diffusers' 1x1 convolutions have a bias
+    _store(from_latents.bias, from_latents.bias.double().cpu() + weight[:, :, 0, 0] @ shift)
+    _store(from_latents.weight, weight * scale[None, :, None, None])
 
 
 def _check(mean: Sequence[float], std: Sequence[float], channels: int) -> None:

@@ -50,14 +50,14 @@ class LatentLoss:
             in nats per image), and the bottleneck's facts.
         """
         total = code.latents.new_zeros(())
-        log = {name: value.detach() for name, value in flat(code.facts).items()}
+        log = {name: value.detach() for name, value in code.facts.items()}
         for name, values in code.penalties.items():
             value = values.mean()
             log[f"loss/{name}"] = value.detach()
             if name == "kl":
                 total = total + self._kl_weight(step, images) * self._kl(value, code)
-            elif (weight := self.weights.get(name, 0.0)) > 0:
-                total = total + weight * value
+            else:  # at weight 0 too: every parameter has a gradient then, as processes expect
+                total = total + self.weights.get(name, 0.0) * value
         return total, log
 
     def _kl_weight(self, step: int, images: Tensor) -> float:
@@ -85,14 +85,3 @@ class LatentLoss:
             return by_channel.sum()
         free = torch.full_like(by_channel, self.config.free_bits)
         return torch.where(earlier > free, by_channel, free).sum()
-
-
-def flat(facts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Facts as scalars: a vector's entries are numbered, `kl_channel/0` and so on."""
-    result: dict[str, Tensor] = {}
-    for name, value in facts.items():
-        if value.ndim:
-            result |= {f"{name}/{number}": entry for number, entry in enumerate(value)}
-        else:
-            result[name] = value
-    return result

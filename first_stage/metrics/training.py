@@ -36,6 +36,8 @@ def critic_log(real_logits: Tensor, fake_logits: Tensor, boundary: float) -> dic
     }
 
 
+_FEW_CODES = 0.1
+"""Share of the codes below which the log warns."""
 _SIGNAL = ("signal_mean", "signal_square", "noise_square")
 _CONSUMED = ("square_norm/", "inner/", *(f"{name}/" for name in _SIGNAL))
 
@@ -142,6 +144,16 @@ def _states(values: Mapping[str, float]) -> list[tuple[str, str]]:
                 f"the KL explodes: a latent channel carries {widest:.3g} nats per value (useful "
                 "ones carry tens), so its values run away. Raise loss.kl_weight, or lower "
                 "train.learning_rate",
+            )
+        )
+    used, perplexity = values.get("codes/used"), values.get("codes/perplexity", 0.0)
+    if used is not None and used < _FEW_CODES:
+        states.append(
+            (
+                "codes",
+                f"only {used:.0%} of the codes are used: the others are paid for in vain "
+                f"(perplexity {perplexity:,.0f}). Use model.vq.rule linear, restart unused codes "
+                "sooner (model.vq.restart_after), take fewer codes, or model.family fsq",
             )
         )
     return states

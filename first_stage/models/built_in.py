@@ -83,31 +83,26 @@ class VQ(Family):
         return self._model(config, sample_size, codes, config.latent_channels)
 
     def _model(self, config: ModelConfig, sample_size: int, codes: int, dimensions: int) -> VQModel:
-        model = VQModel(
+        return VQModel(
             **_blocks(config, sample_size),
             latent_channels=dimensions,
             vq_embed_dim=dimensions,
             num_vq_embeddings=codes,
             scaling_factor=1.0,  # its default is Stable Diffusion's
         )
-        # The codes that learn are the bottleneck's; these take them up when the model is saved.
-        model.quantize.embedding.requires_grad_(False)
-        return model
 
     def bottleneck(self, model: Any, config: ModelConfig | None = None) -> Bottleneck:
-        """A codebook: the model's own, or, where one is to be learned from nothing, a new one."""
+        """A codebook: a new one where a run starts from nothing, else the model's own."""
         embedding = model.quantize.embedding.weight
         codes, dimensions = embedding.shape
-        if config is None or config.pretrained is not None:
-            restart = 0 if config is None else self._options(config).restart_after
-            return Codebook(codes, dimensions, restart_after=restart, table=embedding.detach())
-        options = self._options(config)
+        if config is None:
+            return Codebook(codes, dimensions, table=embedding.detach())
+        # The codes that learn are the bottleneck's; these take them up when the model is saved.
+        embedding.requires_grad_(False)
+        options: CodebookConfig = section(config, "vq", CodebookConfig)
         rule = options.rule or ("linear" if codes > _MANY_CODES else "euclidean")
-        return Codebook(codes, dimensions, rule, options.gradient, options.restart_after)
-
-    def _options(self, config: ModelConfig) -> CodebookConfig:
-        found: CodebookConfig = section(config, self.name, CodebookConfig)
-        return found
+        table = None if config.pretrained is None else embedding.detach()
+        return Codebook(codes, dimensions, rule, options.gradient, options.restart_after, table)
 
     def to_code(self, model: Any, images: Tensor) -> Tensor:
         """The vectors `(B, D, h, w)` before quantization."""
@@ -115,7 +110,10 @@ class VQ(Family):
 
     def to_images(self, model: Any, latents: Tensor) -> Tensor:
         """From latents that the bottleneck has quantized: the stock class need not do it again."""
-        return model.decode(latents, force_not_quantize=True, return_dict=False)[0]
+        # What `decode` does after quantizing; it takes latents for tokens where the config says
+        # `lookup_from_codebook`.
+        spatial = latents if model.config.norm_type == "spatial" else None
+        return model.decoder(model.post_quant_conv(latents), spatial)
 
     def downsample_factor(self, model: Any) -> int:
         """Each level but the last halves."""
@@ -153,7 +151,17 @@ class FSQ(VQ):
         """The grid; without a configuration the codebook that carries it."""
         if config is None:
             return super().bottleneck(model)
-        return FiniteGrid(section(config, self.name, GridConfig).levels)
+        grid = FiniteGrid(section(config, self.name, GridConfig).levels)
+        carried = model.quantize.embedding.weight.requires_grad_(False)
+        if carried.shape != grid.points.shape or (
+            config.pretrained is not None and not torch.equal(carried.cpu(), grid.points)
+        ):
+            raise ConfigError(
+                f"model.fsq.levels is {list(grid.levels)}, but model.pretrained "
+                f"{config.pretrained!r} carries another codebook ({len(carried)} codes of "
+                f"{carried.shape[1]}): give its levels, or train it with model.family vq"
+            )
+        return grid
 
 
 @dataclass(frozen=True)

@@ -32,9 +32,10 @@ from first_stage.seeding import Purpose, generator
 Rule = Literal["euclidean", "cosine", "linear"]
 Gradient = Literal["straight_through", "rotation"]
 
-_MANY_CODES = 1024
 _RESTARTS_AT_ONCE = 64
 _USAGE_DECAY = 0.99
+_WINDOW = 100
+"""Steps over which a code counts as used; about what the average of the shares looks back."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Discrete(Bottleneck):
 
     Attributes:
         usage: `(K,)` share of each code, averaged exponentially over steps and processes.
-        age: `(K,)` steps since each code was used.
+        age: `(K,)` steps since each code was used; infinite for one that never was.
     """
 
     usage: Tensor
@@ -80,7 +81,7 @@ class Discrete(Bottleneck):
     def __init__(self, codes: int):
         super().__init__()
         self.register_buffer("usage", torch.zeros(codes))
-        self.register_buffer("age", torch.zeros(codes))
+        self.register_buffer("age", torch.full((codes,), math.inf))
         self._counts: Tensor | None = None
         self._seen: list[Tensor] = []
 
@@ -88,9 +89,10 @@ class Discrete(Bottleneck):
         """The codebook `(K, D)` as the stock class holds it; with a graph where it is learned."""
         raise NotImplementedError  # abstract
 
+    @torch.no_grad()
     def tokens(self, latents: Tensor) -> Tensor:
         """Numbers of the codes of handed-over latents `(B, D, h, w)`: `(B, h, w)` int64."""
-        found = nearest(_rows(latents), self.table().detach())
+        found = nearest(_rows(latents).float(), self.table().float())
         return found.view(len(latents), *latents.shape[2:])
 
     def from_tokens(self, tokens: Tensor) -> Tensor:
@@ -99,7 +101,7 @@ class Discrete(Bottleneck):
 
     def settle(self, latents: Tensor) -> Tensor:
         """The nearest code of each place."""
-        return self.from_tokens(self.tokens(latents.float()))
+        return self.from_tokens(self.tokens(latents))
 
     @torch.no_grad()
     def bake(self, model: nn.Module) -> None:
@@ -108,22 +110,20 @@ class Discrete(Bottleneck):
 
     def _facts(self) -> dict[str, Tensor]:
         """What the steps before this one used; the same for every micro-batch and process."""
-        total = self.usage.sum().clamp_min(1e-12)
-        shares = self.usage / total
-        window = math.log(0.01) / math.log(_USAGE_DECAY)
+        used = self.age < _WINDOW
         return {
-            "codes/used": (self.age < window).float().mean(),
-            "codes/perplexity": perplexity(shares),
-            "codes/most_frequent": shares.max(),
+            "codes/used": used.float().mean(),
+            "codes/dead": (~used).float().sum(),
+            "codes/perplexity": perplexity(self.usage),
+            "codes/most_frequent": self.usage.max(),
         }
 
     @torch.no_grad()
-    def _note(self, tokens: Tensor, vectors: Tensor) -> None:
+    def _note(self, tokens: Tensor) -> None:
         """Remember what a micro-batch used, until `finish_step`."""
         counts = torch.zeros_like(self.usage)
         counts.index_add_(0, tokens, counts.new_ones(len(tokens)))
         self._counts = counts if self._counts is None else self._counts + counts
-        self._seen.append(vectors.detach())
 
     @torch.no_grad()
     def finish_step(self, step: int, processes: Processes, seed: int) -> Mapping[str, Tensor]:
@@ -132,13 +132,12 @@ class Discrete(Bottleneck):
             return {}
         counts, seen = processes.sum(self._counts), self._seen
         self._counts, self._seen = None, []
-        shares = counts / counts.sum().clamp_min(1)
-        self.usage.lerp_(shares, 1 - _USAGE_DECAY if step else 1.0)
-        self.age = torch.where(counts > 0, torch.zeros_like(self.age), self.age + 1)
-        return self._restart(step, seen, processes, seed)
+        self.usage.lerp_(counts / counts.sum().clamp_min(1), 1.0 if step == 0 else 1 - _USAGE_DECAY)
+        self.age.copy_(torch.where(counts > 0, 0, self.age + 1))
+        return self._restart(step, counts, seen, processes, seed)
 
     def _restart(
-        self, step: int, seen: Sequence[Tensor], processes: Processes, seed: int
+        self, step: int, counts: Tensor, seen: Sequence[Tensor], processes: Processes, seed: int
     ) -> Mapping[str, Tensor]:
         return {}
 
@@ -150,6 +149,10 @@ class Codebook(Discrete):
     |sg(z) - e|^2, which moves codes to vectors; `commitment` is |z - sg(e)|^2, weighted with beta,
     which moves vectors to codes. Both are means over a sample's latent values.
 
+    With the rule cosine, z is divided by its length before it is compared, quantized and put into
+    `codebook`; `commitment` takes it as it is, so that the lengths, which nothing else holds, stay
+    near 1.
+
     Args:
         codes: Number of codes (K).
         dimensions: Of a code (D).
@@ -157,9 +160,13 @@ class Codebook(Discrete):
         gradient: As in `CodebookConfig`.
         restart_after: As in `CodebookConfig`; a linear codebook restarts nothing.
         table: Codes to start from, `(K, D)`; drawn at random when `None`.
+
+    Attributes:
+        idle: `(K,)` steps since each code was used or moved; only where codes are restarted.
     """
 
     weights: ClassVar[Mapping[str, float]] = {"codebook": 1.0, "commitment": 0.25}
+    idle: Tensor
 
     def __init__(
         self,
@@ -171,67 +178,73 @@ class Codebook(Discrete):
         table: Tensor | None = None,
     ):
         super().__init__(codes)
-        self.rule, self.gradient = rule, gradient
+        self.rule, self.gradient, self.is_new = rule, gradient, table is None
         self.restart_after = 0 if rule == "linear" else restart_after
         if table is None:
             table = torch.randn(codes, dimensions) / math.sqrt(dimensions)
         if rule == "linear":
-            self.register_buffer("frozen", table)
+            self.register_buffer("frozen", table.clone())
             self.matrix = nn.Parameter(torch.eye(dimensions))
         else:
             self.codes = nn.Parameter(table.clone())
+        if self.restart_after:
+            self.register_buffer("idle", torch.zeros(codes))
+        self.to(table.device)
 
     def table(self) -> Tensor:
         """`(K, D)`: the codes; of unit length for cosine; through the matrix for linear."""
         if self.rule == "linear":
-            return self.get_buffer("frozen") @ self.matrix.mT
+            # In float32 whatever autocast computes in: the exported codes are these.
+            with torch.autocast(self.matrix.device.type, enabled=False):
+                return self.get_buffer("frozen") @ self.matrix.mT
         return F.normalize(self.codes, dim=1) if self.rule == "cosine" else self.codes
 
     def forward(self, output: Tensor, noise: Tensor | None = None) -> Code:
         """The codes of the encoder's vectors `(B, D, h, w)`; `noise` plays no part."""
-        table = self.table()
-        vectors = _rows(output)
-        tokens = nearest(vectors, table.detach())
-        if self.rule == "cosine":
-            vectors = F.normalize(vectors, dim=1)
+        table, batch = self.table(), len(output)
+        as_given = _rows(output)
+        tokens = nearest(as_given, table.detach())
+        vectors = F.normalize(as_given, dim=1) if self.rule == "cosine" else as_given
         chosen = table[tokens]
-        if self.training_codes:
-            self._note(tokens, vectors)
-        passed = rotate(vectors, chosen) if self.gradient == "rotation" else straight_through(
-            vectors, chosen
-        )  # fmt: skip
-        batch = len(output)
+        if torch.is_grad_enabled():
+            self._note(tokens)
+            if self._moves_codes:
+                self._seen.append(vectors.detach())
+        passed = (rotate if self.gradient == "rotation" else straight_through)(vectors, chosen)
         penalties = {
             "codebook": _per_sample((vectors.detach() - chosen).square(), batch),
-            "commitment": _per_sample((vectors - chosen.detach()).square(), batch),
+            "commitment": _per_sample((as_given - chosen.detach()).square(), batch),
         }
         return Code(_places(passed, output), penalties, self._facts())
 
     @property
-    def training_codes(self) -> bool:
-        """Whether the codes are being learned."""
-        return torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+    def _moves_codes(self) -> bool:
+        """Whether dead codes are restarted: not for ever, where the decoder learns alone."""
+        return self.restart_after > 0 and self.codes.requires_grad
 
     def _restart(
-        self, step: int, seen: Sequence[Tensor], processes: Processes, seed: int
+        self, step: int, counts: Tensor, seen: Sequence[Tensor], processes: Processes, seed: int
     ) -> Mapping[str, Tensor]:
         """Move codes that were not used for long to vectors drawn from the global batch.
 
         Which vectors is a function of seed and step, by their place in the batch in the order of
-        its samples, so it does not depend on processes and micro-batches. In the first step every
-        code that nothing used is moved. The host never waits for the device to learn how many.
+        its samples, so it does not depend on processes and micro-batches. In the first step of a
+        new codebook every code that nothing used is moved. The host never waits for the device to
+        learn how many there are.
         """
-        if not self.restart_after or not seen:
+        if not seen:
             return {}
-        count = len(self.age) if step == 0 else min(_RESTARTS_AT_ONCE, len(self.age))
-        ages, oldest = self.age.topk(count)
-        dead = ages >= (1 if step == 0 else self.restart_after)
+        self.idle.copy_(torch.where(counts > 0, 0, self.idle + 1))
+        at_start = step == 0 and self.is_new
+        count = len(self.idle) if at_start else min(_RESTARTS_AT_ONCE, len(self.idle))
+        # Stable, so that every process and device picks the same ones of equal age.
+        longest = self.idle.argsort(descending=True, stable=True)[:count]
+        dead = self.idle[longest] >= (1 if at_start else self.restart_after)
         vectors = self._drawn(torch.cat(list(seen)), count, processes, seed, step)
-        moved = torch.where(dead[:, None], vectors, self.codes[oldest])
-        self.codes[oldest] = moved
-        self.age[oldest] = torch.where(dead, torch.zeros_like(ages), ages)
-        mask = torch.zeros(len(self.age), dtype=torch.bool, device=self.age.device)
-        mask[oldest] = dead
+        self.codes[longest] = torch.where(dead[:, None], vectors, self.codes[longest])
+        self.idle[longest] = torch.where(dead, 0, self.idle[longest])
+        mask = torch.zeros(len(self.idle), dtype=torch.bool, device=self.idle.device)
+        mask[longest] = dead
         return {"codes": mask}
 
     def _drawn(
@@ -243,7 +256,7 @@ class Codebook(Discrete):
         local = torch.from_numpy(chosen - processes.rank * len(here)).to(here.device)
         inside = (local >= 0) & (local < len(here))
         vectors = here[local.clamp(0, len(here) - 1)]
-        return processes.sum(torch.where(inside[:, None], vectors, torch.zeros_like(vectors)))
+        return processes.sum(torch.where(inside[:, None], vectors, 0))
 
 
 class FiniteGrid(Discrete):
@@ -273,8 +286,8 @@ class FiniteGrid(Discrete):
         """The grid's points nearest to the encoder's vectors `(B, D, h, w)`."""
         vectors = _rows(output)
         rounded = round_to_grid(vectors.detach(), self.levels)
-        if torch.is_grad_enabled() and output.requires_grad:
-            self._note(self._numbers(rounded), vectors[:0])
+        if torch.is_grad_enabled():
+            self._note(self._numbers(rounded))
         beyond = (vectors.abs() - 1).clamp_min(0).square()
         penalties = {"range": _per_sample(beyond, len(output))}
         return Code(_places(straight_through(vectors, rounded), output), penalties, self._facts())
@@ -289,7 +302,7 @@ class FiniteGrid(Discrete):
 
 
 def _rows(latents: Tensor) -> Tensor:
-    return rearrange(latents, "b d h w -> (b h w) d")
+    return rearrange(latents, "b d h w -> (b h w) d").contiguous()
 
 
 def _places(rows: Tensor, like: Tensor) -> Tensor:

@@ -147,13 +147,18 @@ def family_of(model: Any, name: str) -> Family:
     return Unknown(model, name)
 
 
-def trainable_family_of(model: Any, name: str) -> Family:
+def trainable_family_of(model: Any, name: str, wanted: str) -> Family:
     """The family of a pretrained model that is to be trained.
+
+    Args:
+        model: The model.
+        name: How users know it, for messages.
+        wanted: `model.family`; it decides where several share the model's class.
 
     Raises:
         ConfigError: When its class is none that the trainer fits.
     """
-    for family in FAMILIES.values():
+    for family in (family_named(wanted), *FAMILIES.values()):
         if isinstance(model, family.model_class):
             return family
     known = ", ".join(family.model_class.__name__ for family in FAMILIES.values())

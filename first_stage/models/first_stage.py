@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from first_stage.errors import UserError
 from first_stage.models import built_in  # noqa: F401  # its families register themselves
 from first_stage.models.bottlenecks import Bottleneck, Code, Encoded
+from first_stage.models.codebooks import Discrete
 from first_stage.models.families import Family, family_of
 
 
@@ -124,6 +125,23 @@ class FirstStage(nn.Module):
         settled = self.bottleneck.settle(latents).to(self.dtype)
         return self.family.to_images(self.model, settled).float()
 
+    def decode_tokens(self, tokens: Tensor) -> Tensor:
+        """Images `(B, C_in, H, W)` float32, not clamped, from numbers of codes `(B, h, w)`.
+
+        Raises:
+            UserError: When there is no codebook, or it does not have such codes.
+        """
+        if not isinstance(self.bottleneck, Discrete):
+            raise UserError(f"{self.name!r} ({type(self.model).__name__}) has no codebook")
+        count = len(self.bottleneck.usage)
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < count:
+            raise UserError(
+                f"tokens from {int(tokens.min())} to {int(tokens.max())} do not number the {count} "
+                f"codes of {self.name!r}"
+            )
+        latents = self.bottleneck.from_tokens(tokens.long()).to(self.dtype)
+        return self.family.to_images(self.model, latents).float()
+
     def forward(
         self,
         images: Tensor,
@@ -146,7 +164,9 @@ class FirstStage(nn.Module):
         latents = code.latents
         if cut_off:
             latents = latents.detach().requires_grad_()
-        decoded = latents if prior is None else torch.cat([latents, prior])
+        decoded = latents
+        if prior is not None:
+            decoded = torch.cat([latents, self.bottleneck.settle(prior)])
         images = self.family.to_images(self.model, decoded).float()
         return Reconstruction(images, code, latents)
 

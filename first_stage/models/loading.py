@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import nn
 
-from first_stage.errors import ConfigError, UserError, first_line
+from first_stage.errors import UserError, first_line
 from first_stage.files import standing
 from first_stage.models.families import FAMILIES
 
@@ -87,19 +86,6 @@ def load_autoencoder(name: str, revision: str | None = None, field: str = "first
         {key: value for key, value in model.config.items() if key != "_name_or_path"}
     )
     return model.eval()
-
-
-def require_kl(autoencoder: Any, name: str) -> AutoencoderKL:
-    """The autoencoder, where a command works on `AutoencoderKL` alone.
-
-    Raises:
-        ConfigError: When it is not an `AutoencoderKL`.
-    """
-    if not isinstance(autoencoder, AutoencoderKL):
-        raise ConfigError(
-            f"{name!r} is a {type(autoencoder).__name__}; this works on AutoencoderKL first stages"
-        )
-    return autoencoder
 
 
 def fingerprint_weights(model: nn.Module) -> str:

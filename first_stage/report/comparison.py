@@ -36,8 +36,8 @@ def summary_section(
     body += details("Protocol: how this was measured", table(["", ""], rows, numeric_from=9))
     if run is not None and (run / "export" / "config.json").is_file():
         code = (
-            "from diffusers import AutoencoderKL\n\n"
-            f'vae = AutoencoderKL.from_pretrained("{run.name}/export")'
+            f"from diffusers import {stages[0]['class']}\n\n"
+            f'vae = {stages[0]["class"]}.from_pretrained("{run.name}/export")'
         )
         body += details("Load the exported first stage", f"<pre>{escape(code)}</pre>")
     return Section("summary", "Summary", body)

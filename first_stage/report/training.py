@@ -1,5 +1,6 @@
 """Sections of a training run: its course, its pictures, its recipe."""
 
+import json
 import math
 from dataclasses import dataclass
 from html import escape
@@ -101,7 +102,8 @@ def training_section(run: RunFiles) -> Section:
     if not groups:
         parts = ["<p>The log has no values yet.</p>"]
     else:
-        parts = [_warnings(run), _pictures(run.folder), *(_group(g, groups[g], run) for g in shown)]
+        parts = [_warnings(run), _skipped(run.folder), _pictures(run.folder)]
+        parts += [_group(g, groups[g], run) for g in shown]
     more = "".join(_group(g, groups[g], run) for g in folded)
     if more:
         parts.append(details("More curves: " + ", ".join(map(_words, folded)), more))
@@ -118,6 +120,24 @@ def _warnings(run: RunFiles) -> str:
     watch = Watch()
     said = [text for step in sorted(lines) for text in watch.read(int(step), lines[step])]
     return "".join(f'<p class="about">{escape(text)}</p>' for text in said)
+
+
+def _skipped(folder: Path) -> str:
+    """How many samples could not be decoded, with the first of them."""
+    path = folder / "broken_files.jsonl"
+    if not path.is_file():
+        return ""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        first = json.loads(lines[0])
+    except (IndexError, ValueError):
+        return ""
+    words = (
+        f"{len(lines):,} sample{'s' if len(lines) > 1 else ''} could not be decoded and "
+        f"{'were' if len(lines) > 1 else 'was'} skipped, such as {first.get('id')}: "
+        f"{first.get('reason')}. {path.name} lists them."
+    )
+    return f'<p class="about">{escape(words)}</p>'
 
 
 def recipe_section(run: RunFiles) -> Section | None:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from first_stage.config.checks import micro_batch_size
 from first_stage.config.schema import Config
+from first_stage.data import Batch, BrokenFiles
 from first_stage.distributed.memory import is_out_of_memory
-from first_stage.errors import UserError
+from first_stage.distributed.processes import Processes
+from first_stage.errors import DataError, UserError
 from first_stage.training.checkpoint import list_checkpoints
 from first_stage.training.run_folder import resume_command
 
@@ -43,6 +45,42 @@ class Ending:
 
     now: bool
     fault: UserError | None = None
+
+
+def agree(
+    micro_batches: Sequence[Batch],
+    fault: UserError | None,
+    processes: Processes,
+    asked: bool,
+    broken: BrokenFiles,
+    batch_size: int,
+) -> Ending:
+    """Tell the other processes about signals, faults and broken files, and learn theirs.
+
+    All of them then do the same: go on, or end between the same two steps, saved.
+
+    Args:
+        micro_batches: This process's of the step.
+        fault: Why there are none.
+        processes: Those of the job.
+        asked: Whether a signal asked this process to end.
+        broken: Takes in the samples that were skipped.
+        batch_size: Samples drawn in the step, over all processes.
+    """
+    skipped = [entry for batch in micro_batches for entry in batch.broken.items()]
+    stops, faults, skips = processes.totals(int(asked), int(fault is not None), len(skipped))
+    if faults:
+        told = processes.gather(None if fault is None else str(fault))
+        return Ending(True, DataError(next(text for text in told if text is not None)))
+    if stops:
+        return Ending(True)
+    parts = processes.gather(skipped) if skips else [[]]
+    try:
+        everywhere = [entry for part in parts for entry in part]
+        broken.add(batch_size, everywhere, write=processes.is_main)
+    except DataError as error:
+        return Ending(True, error)
+    return Ending(False)
 
 
 class TrainingDiverged(UserError):

@@ -5,13 +5,10 @@ from pathlib import Path
 from first_stage.config.schema import Config
 from first_stage.evaluation import Evaluation, save
 from first_stage.evaluation.grids import save_gif
-from first_stage.handover.export import (
-    LatentStatistics,
-    model_card,
-    needs_float32,
-    write_export,
-)
+from first_stage.handover.card import model_card
+from first_stage.handover.export import needs_float32, write_export
 from first_stage.handover.public import public_config, public_name
+from first_stage.handover.statistics import LatentStatistics
 from first_stage.models.first_stage import FirstStage
 from first_stage.report import write_report
 from first_stage.training import run_folder as files
@@ -44,13 +41,13 @@ def hand_over(
     if config.model.pretrained is not None and config.train.encoder_steps == 0:
         kept = first_stage.scaling_and_shift
     card = model_card(
+        first_stage,
         statistics,
         data=public_name(config.data.path),
         recipe=recipe(public_config(config)),
         metrics=metrics,
         steps=config.train.max_steps,
         images_seen=config.train.max_steps * config.train.batch_size,
-        downsample_factor=first_stage.downsample_factor,
         picture="reconstructions.png",
         kept=kept,
         force_upcast=needs_float32(first_stage.model, statistics),

@@ -29,11 +29,11 @@ from first_stage.distributed.processes import (
     end_with_launcher,
     on_main,
 )
-from first_stage.errors import ConfigError, DataError, UserError
+from first_stage.errors import ConfigError, UserError
 from first_stage.evaluation import HeldImages, Options, evaluate
 from first_stage.evaluation.grids import save_png
 from first_stage.files import write_text, writing
-from first_stage.handover.export import measure_latents
+from first_stage.handover.statistics import measure_latents
 from first_stage.metrics.training import Watch, derived
 from first_stage.models.loading import fingerprint_weights, load_autoencoder
 from first_stage.report import write_report
@@ -51,7 +51,14 @@ from first_stage.training.data import (
     open_loader,
     open_stream,
 )
-from first_stage.training.endings import Ending, Outcome, diverged, memory_told, what_is_saved
+from first_stage.training.endings import (
+    Ending,
+    Outcome,
+    agree,
+    diverged,
+    memory_told,
+    what_is_saved,
+)
 from first_stage.training.finish import hand_over
 from first_stage.training.introduction import draw_first_batch, introduction
 from first_stage.training.log import Logbook, Progress
@@ -187,7 +194,10 @@ class Run:
                 if (trace := profiler.begin_step(done)) is not None:
                     progress.say(f"trace of steps {train.profile_steps}: {trace}")
                 micro_batches, fault = self._next(batches, progress)
-                ending = self._agree(micro_batches, fault)
+                ending = agree(
+                    micro_batches, fault, self.processes, self.stop.signal is not None, self.broken,
+                    train.batch_size,
+                )  # fmt: skip
                 if ending.now:
                     break
                 if done == 0:
@@ -246,31 +256,6 @@ class Run:
             return [], fault
         progress.waited(time.perf_counter() - began)
         return [batch.to(self.accelerator.device) for batch in micro_batches], None
-
-    def _agree(self, micro_batches: list[Batch], fault: UserError | None) -> Ending:
-        """Tell the other processes about signals, faults and broken files, and learn theirs.
-
-        All of them then do the same: go on, or end between the same two steps, saved.
-        """
-        skipped = [entry for batch in micro_batches for entry in batch.broken.items()]
-        asked, faults, skips = self.processes.totals(
-            int(self.stop.signal is not None), int(fault is not None), len(skipped)
-        )
-        if faults:
-            told = self.processes.gather(None if fault is None else str(fault))
-            return Ending(True, DataError(next(text for text in told if text is not None)))
-        if asked:
-            return Ending(True)
-        parts = self.processes.gather(skipped) if skips else [[]]
-        try:
-            self.broken.add(
-                self.config.train.batch_size,
-                [entry for part in parts for entry in part],
-                write=self.processes.is_main,
-            )
-        except DataError as error:
-            return Ending(True, error)
-        return Ending(False)
 
     def _draw(self, batch: Batch) -> None:
         """Write the first crops, as the network gets them, as a picture."""

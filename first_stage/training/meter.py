@@ -1,6 +1,7 @@
 """Averages of what is logged, kept on the device until a log line asks for them.
 
-Nothing here waits for the device but `averages` and `first_bad`, once a log line.
+All values of a step lie in one tensor, so a step adds a handful of small operations and not some
+for every value. Nothing waits for the device but `averages` and `first_bad`, once a log line.
 """
 
 from collections.abc import Mapping
@@ -12,33 +13,52 @@ from first_stage.losses.lagged_means import Average
 
 
 class Meter:
-    """Averages of named scalars between two log lines, and the first value that was not finite."""
+    """Averages of named values between two log lines, and the first that was not finite."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, float] = {}
-        self._bad: dict[str, Tensor] = {}
+        self._places: dict[str, int] = {}
+        self._counts: list[float] = []
+        self._sums = self._bad = torch.zeros(0)
+        self._indices: dict[tuple[tuple[str, int], ...], tuple[list[int], Tensor]] = {}
 
     def add(self, step: int, values: Mapping[str, Tensor], share: float = 1.0) -> None:
-        """Add scalars; they stay on the device.
+        """Add values; they stay on the device.
 
         Args:
             step: The step they belong to.
-            values: Name to scalar.
+            values: Name to scalar, or to a vector whose entries are named `name/0`, `name/1`, ...
             share: Weight in the average: one over the number of a step's micro-batches, so that
                 all steps count alike however they are split.
         """
-        for name, value in values.items():
-            value = value.detach().float()
-            if name in self._sums:
-                self._sums[name] = self._sums[name] + value * share
-                self._counts[name] += share
-            else:
-                self._sums[name] = value * share
-                self._counts[name] = share
-                self._bad.setdefault(name, torch.full_like(value, torch.inf))
-            now = torch.where(value.isfinite(), torch.inf, float(step))
-            self._bad[name] = torch.minimum(self._bad[name], now)
+        if not values:
+            return
+        flat = torch.cat([value.detach().float().reshape(-1) for value in values.values()])
+        shape = tuple((name, value.numel() if value.ndim else 0) for name, value in values.items())
+        if shape not in self._indices:
+            self._make_room(shape, flat.device)
+        places, index = self._indices[shape]
+        for place in places:
+            self._counts[place] += share
+        self._sums = self._sums.index_add(0, index, flat * share)
+        now = torch.where(flat.isfinite(), torch.inf, float(step))
+        self._bad = self._bad.index_copy(0, index, torch.minimum(self._bad[index], now))
+
+    def _make_room(self, shape: tuple[tuple[str, int], ...], device: torch.device) -> None:
+        names = [
+            f"{name}/{number}" if size else name
+            for name, size in shape
+            for number in range(max(size, 1))
+        ]
+        for name in names:
+            if name not in self._places:
+                self._places[name] = len(self._places)
+                self._counts.append(0.0)
+        room = len(self._places) - len(self._sums)
+        self._sums = torch.cat([self._sums.to(device), torch.zeros(room, device=device)])
+        bad = torch.full((room,), torch.inf, device=device)
+        self._bad = torch.cat([self._bad.to(device), bad])
+        places = [self._places[name] for name in names]
+        self._indices[shape] = (places, torch.tensor(places, device=device))
 
     def first_bad(self, least: Average) -> tuple[int, list[str]] | None:
         """The first step with a value that was not finite, and the names of those values.
@@ -46,10 +66,10 @@ class Meter:
         Args:
             least: The elementwise minimum of a tensor over processes.
         """
-        if not self._bad:
+        if not self._places:
             return None
-        names = sorted(self._bad)
-        steps = least(torch.stack([self._bad[n] for n in names])).tolist()
+        names = sorted(self._places)
+        steps = least(self._ordered(self._bad, names)).tolist()
         first = min(steps)
         if first == float("inf"):
             return None
@@ -61,12 +81,14 @@ class Meter:
         Args:
             average: Averages a tensor over processes.
         """
-        if not self._sums:
+        names = self._counted()
+        if not names:
             return {}
-        names = sorted(self._sums)
-        stacked = torch.stack([self._sums[n] / self._counts[n] for n in names])
-        values = average(stacked).tolist()
-        self._sums, self._counts = {}, {}
+        counts = torch.tensor([self._counts[self._places[n]] for n in names])
+        sums = self._ordered(self._sums, names)
+        values = average(sums / counts.to(sums.device)).tolist()
+        self._sums = torch.zeros_like(self._sums)
+        self._counts = [0.0] * len(self._counts)
         return dict(zip(names, values, strict=True))
 
     def state_dict(self, stack: Average) -> dict[str, Tensor]:
@@ -75,12 +97,14 @@ class Meter:
         Args:
             stack: Every process's tensor, `(world, *shape)`, by rank.
         """
-        names = sorted(self._sums)
+        names = self._counted()
         if not names:
             return {}
-        sums = stack(torch.stack([self._sums[n] for n in names])).double()
+        sums = stack(self._ordered(self._sums, names)).cpu().double()
         return {
-            name: torch.stack([column, torch.full_like(column, self._counts[name])], dim=1)
+            name: torch.stack(
+                [column, torch.full_like(column, self._counts[self._places[name]])], dim=1
+            )
             for name, column in zip(names, sums.unbind(1), strict=True)
         }
 
@@ -99,6 +123,17 @@ class Meter:
             name: value[rank] if value.shape[0] == world else value.mean(0)
             for name, value in state.items()
         }
-        self._counts = {name: float(row[1]) for name, row in rows.items()}
-        self._sums = {name: row[0].float() for name, row in rows.items()}
-        self._bad = {name: torch.full_like(s, torch.inf) for name, s in self._sums.items()}
+        self._places = {name: place for place, name in enumerate(rows)}
+        self._counts = [float(row[1]) for row in rows.values()]
+        device = next(iter(rows.values())).device if rows else torch.device("cpu")
+        self._sums = torch.tensor([float(row[0]) for row in rows.values()], device=device)
+        self._bad = torch.full_like(self._sums, torch.inf)
+        self._indices = {}
+
+    def _counted(self) -> list[str]:
+        """The names with a value since the last log line, sorted."""
+        return sorted(name for name, place in self._places.items() if self._counts[place] > 0)
+
+    def _ordered(self, values: Tensor, names: list[str]) -> Tensor:
+        places = torch.tensor([self._places[name] for name in names], device=values.device)
+        return values[places]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from first_stage.data import FixedImages, displayed, images_from_pixels
 from first_stage.distributed.processes import Processes
+from first_stage.evaluation.codes import CodeCounts
 from first_stage.evaluation.grids import grid
 from first_stage.metrics import images as metrics
 from first_stage.models.first_stage import FirstStage, reconstruct
@@ -30,15 +31,19 @@ def validate(
     Returns:
         `psnr` in dB, `ssim`, and `l1` on the [-1, 1] scale. Images that are rebuilt exactly have
         no finite PSNR: they are left out of its mean and counted as `identical_images`; where all
-        are, there is no `psnr`.
+        are, there is no `psnr`. Of a first stage with codes also `codes_used` (share of the codes
+        that the images use), `codes_perplexity` and `codes_most_frequent` (share of the tokens).
     """
     device = stage.device
     is_measured = images.reading is not None and images.reading.value_range is not None
     grade = metrics.clamped if is_measured else metrics.eight_bit
     totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
+    codes = CodeCounts(stage)
     for batch in _share(images.pixels, processes, batch_size):
         originals = images_from_pixels(batch.to(device))
-        rebuilt = grade(reconstruct(stage, originals)[0])
+        rebuilt, encoded = reconstruct(stage, originals)
+        codes.update(encoded.latents)
+        rebuilt = grade(rebuilt)
         originals = grade(originals)
         totals[-1] += (originals == rebuilt).flatten(1).all(1).sum()
         for place, metric in enumerate(METRICS.values()):
@@ -52,7 +57,8 @@ def validate(
         if not different:
             del result["psnr"]
         result["identical_images"] = identical
-    return result
+    found = codes.summary(processes.sum)
+    return result | {f"codes_{name}": value for name, value in found.items()}
 
 
 def _share(pixels: Tensor, processes: Processes, batch_size: int) -> Iterator[Tensor]:

@@ -16,8 +16,8 @@ from first_stage.seeding import Purpose, generator
 from latent_tools.build.encoder import BatchSplitter
 from latent_tools.build.images import DecodedPortion
 from latent_tools.build.unit import EncodedPortion
-from latent_tools.format.manifest import Representation
-from latent_tools.format.shards import DTYPES, Dtype
+from latent_tools.format.manifest import Representation, tensor_name
+from latent_tools.format.shards import DTYPES, Dtype, TokenDtype
 
 _CHECKED = 2
 """Samples per unit that are encoded in float32 too, where the precision is less."""
@@ -74,7 +74,7 @@ class PortionEncoder:
 
     Args:
         splitter: The encoder, in batches that fit.
-        representation: `moments`, `mean` or `sample`.
+        representation: `moments`, `mean`, `sample` or `tokens`.
         dtype: What latents will be stored as; a sample outside of its range fails.
         flip: Encode the flipped pixels too.
         seed: Of the draws that `sample` stores.
@@ -85,7 +85,7 @@ class PortionEncoder:
         splitter: BatchSplitter,
         *,
         representation: Representation,
-        dtype: Dtype,
+        dtype: Dtype | TokenDtype,
         flip: bool,
         seed: int,
     ):
@@ -107,7 +107,7 @@ class PortionEncoder:
     def finish(self, started: Pass) -> EncodedPortion:
         """Read a portion's latents back."""
         portion = started.portion
-        name = "moments" if self.representation == "moments" else "latents"
+        name = tensor_name(self.representation)
         encoded = EncodedPortion(
             portion.unit, portion.shape, name, [], [], list(portion.failures),
             is_last=portion.is_last, batch_size=self.splitter.batch_size,
@@ -135,7 +135,8 @@ class PortionEncoder:
             else:
                 encoded.failures.append((record.id, reason))
         encoded.latents = [part if len(keep) == len(part) else part[keep] for part in latents]
-        if self.encoder.precision != "no" and keep and encoded.unit not in self._checked:
+        is_due = self.encoder.precision != "no" and encoded.unit not in self._checked
+        if is_due and keep and self.representation != "tokens":
             self._checked.add(encoded.unit)
             chosen = keep[:_CHECKED]
             exact = self.encoder.in_float32(images[chosen]).cpu()
@@ -155,7 +156,7 @@ class PortionEncoder:
 
     def _can_be_stored(self, latents: list[Tensor]) -> Tensor:
         """Which samples are finite, and are so in the type they are stored in: `(B,)`."""
-        stored = torch.float32 if self.dtype == "uint8" else DTYPES[self.dtype]
+        stored = torch.float32 if self.dtype.startswith("uint") else DTYPES[self.dtype]
         finite = [part.to(stored).isfinite().flatten(1).all(1) for part in latents]
         return torch.stack(finite).all(0)
 

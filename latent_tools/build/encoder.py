@@ -8,6 +8,7 @@ from torch import Tensor
 
 from first_stage.config.types import Precision
 from first_stage.errors import first_line
+from first_stage.models.codebooks import Discrete
 from first_stage.models.first_stage import FirstStage
 from latent_tools.format.files import CacheError
 
@@ -32,6 +33,7 @@ class LatentEncoder:
         precision: Autocast type. With `fp16` a first stage whose config says `force_upcast` runs
             in float32, as in diffusers' pipelines.
         compile: Use `torch.compile`, once per shape.
+        tokens: Give the numbers of the codes, for a first stage that has some.
 
     Raises:
         CacheError: When images cannot be read into its channels, or it does not encode them.
@@ -43,6 +45,7 @@ class LatentEncoder:
         device: torch.device,
         precision: Precision = "no",
         compile: bool = False,
+        tokens: bool = False,
     ):
         config: Any = getattr(first_stage.model, "config", {})
         self.is_upcast = precision == "fp16" and bool(config.get("force_upcast", False))
@@ -51,10 +54,14 @@ class LatentEncoder:
         first_stage.to(device).eval().requires_grad_(False)
         # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
         first_stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._encode = self._moments
         self.has_posterior = self._probe()
-        if compile:
-            self._encode = torch.compile(self._moments, dynamic=False)
+        self._encode = torch.compile(self._moments, dynamic=False) if compile else self._moments
+        self._codes = first_stage.bottleneck if tokens else None
+        if tokens and not isinstance(self._codes, Discrete):
+            raise CacheError(
+                f"representation is 'tokens', but the first stage {first_stage.name!r} "
+                f"({type(first_stage.model).__name__}) has no codebook: use mean or moments"
+            )
 
     @torch.inference_mode()
     def _probe(self) -> bool:
@@ -80,7 +87,8 @@ class LatentEncoder:
 
         Returns:
             `(B, 2C, h, w)` float32, mean and then log-variance, where there is a posterior;
-            otherwise the latents `(B, C, h, w)`.
+            otherwise the latents `(B, C, h, w)`; tokens `(B, 1, h, w)` where they are asked for,
+            exact up to 2^24 of them.
         """
         return self._run(images, self.precision)
 
@@ -91,7 +99,10 @@ class LatentEncoder:
     @torch.inference_mode()
     def _run(self, images: Tensor, precision: Precision) -> Tensor:
         with autocast(self.device, precision):
-            return self._encode(images.contiguous(memory_format=torch.channels_last)).float()
+            latents = self._encode(images.contiguous(memory_format=torch.channels_last)).float()
+        if isinstance(self._codes, Discrete):
+            return self._codes.tokens(latents)[:, None].float()
+        return latents
 
 
 class BatchSplitter:

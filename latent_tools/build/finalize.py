@@ -63,11 +63,11 @@ def finalize(folder: Path, plan: Plan | None = None) -> Manifest:
         CacheError: When a commit is missing, or does not hold exactly its unit's planned samples.
     """
     manifest, plan = Manifest.load(folder), plan if plan is not None else Plan.load(folder)
-    totals = _Totals(manifest.first_stage["latent_channels"])
+    totals = _Totals(manifest.tensor_channels)
 
     def add_all(add: Callable[[dict[str, Any]], None]) -> None:
         nonlocal totals
-        totals = _Totals(manifest.first_stage["latent_channels"])
+        totals = _Totals(manifest.tensor_channels)
         for commit in _commits(folder, plan):
             add(commit)
             totals.add(commit)

@@ -117,7 +117,10 @@ def precompute(
     say = say if process.rank == 0 else _silent
     folder = Path(output)
     first_stage = as_first_stage(autoencoder, name)
-    encoder = LatentEncoder(first_stage, process.device, options.precision, options.compile)
+    encoder = LatentEncoder(
+        first_stage, process.device, options.precision, options.compile,
+        tokens=options.representation == "tokens",
+    )  # fmt: skip
     if encoder.is_upcast:
         say("the first stage asks for force_upcast: encoding in float32 instead of fp16")
     launch = describe_launch(source, encoder, options)
@@ -252,7 +255,7 @@ class _Work:
         portions_of = PortionEncoder(
             splitter,
             representation=self.launch.representation,
-            dtype=options.dtype,
+            dtype=self.launch.store["dtype"],
             flip=options.flip,
             seed=options.seed,
         )
@@ -271,7 +274,7 @@ class _Work:
         # starts: a fork beside a running thread could inherit a lock that it holds.
         portions = itertools.chain([next(portions)], portions)
         with UnitWriter(
-            self.folder, self.options.dtype, self.launch.first_stage["latent_channels"],
+            self.folder, self.launch.store["dtype"], self.launch.tensor_channels,
             self._written,
         ) as writer:  # fmt: skip
             for encoded in _encoded(portions, encoder, progress):

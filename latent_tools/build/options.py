@@ -17,7 +17,8 @@ class EncodingOptions:
     """Revision of the first stage on the hub."""
     representation: Representation | None = None
     """What is stored: the posterior's moments (mean and log-variance), its mean, or one sample;
-    null: moments, or the latents of a first stage without a posterior."""
+    null: moments, or the latents of a first stage without a posterior. tokens: the numbers of the
+    codes of a first stage with a codebook, as uint16 or uint32; mean: its latents before."""
     dtype: Dtype = "float16"
     """What it is stored as. uint8 spreads 256 levels over each sample's and channel's range; the
     error is measured and stands in the manifest."""

@@ -13,6 +13,7 @@ import torch
 from first_stage.config.types import misfits
 from first_stage.data import Reading, Source
 from first_stage.files import TEMPORARY
+from first_stage.models.codebooks import Discrete
 from latent_tools.build.encoder import LatentEncoder
 from latent_tools.build.follow import first_free_unit, follow, trim
 from latent_tools.build.options import CacheOptions
@@ -36,12 +37,20 @@ from latent_tools.format.plan import (
     nearest_bucket,
     parse_buckets,
 )
-from latent_tools.format.shards import COMMITS, SHARDS, commit_path, read_commit
+from latent_tools.format.shards import (
+    COMMITS,
+    SHARDS,
+    Dtype,
+    TokenDtype,
+    commit_path,
+    read_commit,
+    token_dtype,
+)
 
 _CARRIED = ("label", "labels", "cls", "class", "caption", "captions", "text", "txt", "prompt")
 _SHARD_BYTES = 256 * 2**20
 _LARGEST_UNIT = 1024
-_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1}
+_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1, "uint16": 2, "uint32": 4}
 
 
 def source_ids(source: Source) -> pa.Array:
@@ -67,6 +76,10 @@ def describe_launch(source: Source, encoder: LatentEncoder, options: CacheOption
     representation = options.representation
     if representation is None:
         representation = "moments" if encoder.has_posterior else "mean"
+    dtype: Dtype | TokenDtype = options.dtype
+    bottleneck = encoder.first_stage.bottleneck
+    if representation == "tokens" and isinstance(bottleneck, Discrete):
+        dtype = token_dtype(len(bottleneck.usage))
     return Manifest(
         first_stage=describe_first_stage(encoder.first_stage, options.revision),
         preprocessing=describe_preprocessing(
@@ -77,7 +90,7 @@ def describe_launch(source: Source, encoder: LatentEncoder, options: CacheOption
         ),
         store={
             "representation": representation,
-            "dtype": options.dtype,
+            "dtype": dtype,
             "flip": options.flip,
             "columns": list(_columns(source, options.columns)),
             "precision": encoder.precision,
@@ -298,7 +311,7 @@ def _committed_classes(folder: Path) -> list[str]:
 def _unit_size(launch: Manifest, shapes: np.ndarray) -> int:
     factor = launch.first_stage["downsample_factor"]
     per_sample = (
-        launch.first_stage["latent_channels"]
+        launch.tensor_channels
         * (2 if launch.representation == "moments" else 1)
         * (2 if launch.store["flip"] else 1)
         * _BYTES[launch.store["dtype"]]

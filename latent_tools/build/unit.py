@@ -23,6 +23,7 @@ from latent_tools.format.shards import (
     LABEL_COLUMNS,
     SHARDS,
     Dtype,
+    TokenDtype,
     commit_path,
     pack,
     shard_name,
@@ -56,7 +57,7 @@ class EncodedPortion:
     Attributes:
         unit: The unit's number.
         shape: (height, width) of the pixels.
-        name: `moments` or `latents`.
+        name: `moments`, `latents` or `tokens`.
         latents: Of the images, and of the flipped ones when asked for: `(N, K, h, w)` float32 each,
             in the order of `records`; empty when every sample failed.
         records: The encoded samples.
@@ -122,10 +123,10 @@ class OpenUnit:
     Args:
         number: Its number.
         dtype: What latents are stored as.
-        channels: Latent channels C.
+        channels: Latent channels C; 1 for tokens, of which no statistics are kept.
     """
 
-    def __init__(self, number: int, dtype: Dtype, channels: int):
+    def __init__(self, number: int, dtype: Dtype | TokenDtype, channels: int):
         self.number, self.dtype, self.channels = number, dtype, channels
         self.sums = ChannelMoments(channels)
         self.storage, self.precision = Deviation(channels), Deviation(channels)
@@ -146,7 +147,7 @@ class OpenUnit:
             packed = pack(latents, self.dtype, name)
             for key, tensor in packed.items():
                 self.tensors.setdefault(key, []).append(tensor)
-            if number == 0:
+            if number == 0 and name != "tokens":
                 scales = (packed.get(f"{name}_{part}") for part in ("scale", "offset"))
                 kept = unpack(packed[name], *scales)
                 self.storage.add(latents, kept)
@@ -267,14 +268,16 @@ def _trimmed_shard(folder: Path, commit: dict[str, Any], rows: list[int]) -> dic
     stem, _, number = commit["shard"].removesuffix(".safetensors").partition(".")
     name = f"{stem}.{int(number or 0) + 1}.safetensors"
     write_bytes(folder / SHARDS / name, content)
-    main = "moments" if "moments" in tensors else "latents"
-    channels = len(commit["sums"]["mean"])
-    return {
+    written = {
         "shard": name,
         "sha256": hashlib.sha256(content).hexdigest(),
         "bytes": len(content),
-        "sums": _moments_of(tensors, main, channels).to_json(),
     }
+    if "tokens" in tensors:  # of which no statistics are kept
+        return written
+    main = "moments" if "moments" in tensors else "latents"
+    sums = _moments_of(tensors, main, len(commit["sums"]["mean"]))
+    return {**written, "sums": sums.to_json()}
 
 
 def _moments_of(tensors: dict[str, Tensor], name: str, channels: int) -> ChannelMoments:

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from latent_tools.build.unit import EncodedPortion, OpenUnit
-from latent_tools.format.shards import Dtype
+from latent_tools.format.shards import Dtype, TokenDtype
 
 
 class UnitWriter:
@@ -24,7 +24,7 @@ class UnitWriter:
     Args:
         folder: The cache.
         dtype: What latents are stored as.
-        channels: Latent channels C.
+        channels: Latent channels C; 1 for tokens.
         written: Called with each commit, in the thread.
         waiting: How many portions may wait; more make `put` block, which bounds the memory.
     """
@@ -32,7 +32,7 @@ class UnitWriter:
     def __init__(
         self,
         folder: Path,
-        dtype: Dtype,
+        dtype: Dtype | TokenDtype,
         channels: int,
         written: Callable[[dict[str, Any]], None],
         waiting: int = 8,

@@ -104,6 +104,29 @@ class DcAeWriter:
         """Nothing is left to do."""
 
 
+class NpyWriter:
+    """`<id without its extension>.npy` per image: tokens [h, w] uint16 or uint32; latents [C, h, w]
+    float32, raw.
+    """
+
+    def __init__(self, cache: ExportCache, output: Path):
+        self.cache, self.output = cache, output
+        paths = [relative_path(sample) for sample in cache.ids]
+        self.paths = [str(path.with_name(f"{_stem(path)}.npy")) for path in paths]
+        _refuse_duplicates(self.paths, cache.ids)
+        self._files = SmallFiles()
+
+    def write_unit(self, unit: int, places: np.ndarray) -> None:
+        """Write a unit; see `Writer`."""
+        values = self.cache.tokens if self.cache.manifest.holds_tokens else self.cache.latents
+        for place in places.tolist():
+            self._files.put(self.output / self.paths[place], npy(values(place)))
+        self._files.sync()
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
 class KohyaWriter:
     """`<stem>_{W:04d}x{H:04d}_sd.npz` beside each image, W x H its original size; or `_sdxl`.
 

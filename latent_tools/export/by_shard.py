@@ -17,6 +17,7 @@ from first_stage.files import write_atomic, write_text
 from latent_tools.export.cache import ExportCache
 from latent_tools.export.writer import npy
 from latent_tools.format.files import CacheError, write_bytes
+from latent_tools.read.dataset import array_feature
 
 
 class LightningDitWriter:
@@ -74,7 +75,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 class WebDatasetWriter:
-    """`.tar` shards of `{id}.npy` [C, h, w] float16, scaled, and `{id}.json`.
+    """`.tar` shards of `{id}.npy` [C, h, w] float16, scaled, and `{id}.json`; of tokens [h, w].
 
     A reader takes a member's name up to the first dot of its last part for the key, so dots in ids
     are written as `%2E` (and a percent sign as `%25`); the JSON has the id as it is.
@@ -98,6 +99,8 @@ class WebDatasetWriter:
                 _add(tar, f"{key}.json", about.encode())
 
     def _scaled(self, place: int) -> np.ndarray:
+        if self.cache.manifest.holds_tokens:
+            return self.cache.tokens(place)
         scaled = self.cache.latents(place) * np.float32(self.cache.scaling_factor)
         half = scaled.astype(np.float16)
         if not np.isfinite(half).all():
@@ -115,8 +118,11 @@ class WebDatasetWriter:
             "height": row["original_height"],
             "latents_of": [row["height"], row["width"]],
             "crop_top_left": [row["crop_top"], row["crop_left"]],
-            "scaling_factor": self.cache.scaling_factor,
         }
+        if self.cache.manifest.holds_tokens:
+            about["codes"] = self.cache.manifest.first_stage["codes"]
+        else:
+            about["scaling_factor"] = self.cache.scaling_factor
         carried = {name: row[name] for name in self.cache.dataset.column_names}
         return about | {name: v for name, v in carried.items() if name not in about}
 
@@ -134,13 +140,13 @@ class DatasetsWriter:
     """A folder of parquet files that `datasets.load_dataset` reads; a configuration per shape.
 
     What is stored, raw: `moments` or `latents` (and `..._flip`) as `Array3D`, float16 where the
-    cache stores that, beside `id`, `original_size` (height, width), `crop` (top, left) and the
-    carried columns. Scaling and shift stand in the data card.
+    cache stores that, or `tokens` as `Array2D`, beside `id`, `original_size` (height, width),
+    `crop` (top, left) and the carried columns. Scaling and shift stand in the data card.
     """
 
     def __init__(self, cache: ExportCache, output: Path):
         self.cache, self.output = cache, output
-        self._dtype = "float16" if cache.manifest.store["dtype"] == "float16" else "float32"
+        self._array, self._dtype = array_feature(cache.manifest)
         self._names = [cache.manifest.tensor_name]
         if cache.has_flips:
             self._names.append(f"{self._names[0]}_flip")
@@ -171,7 +177,7 @@ class DatasetsWriter:
 
         carried = self.cache.index.select(self.cache.dataset.column_names).schema
         pair = datasets.Sequence(datasets.Value("int64"), 2)
-        arrays = {n: datasets.Array3D(v.shape[1:], self._dtype) for n, v in stored.items()}
+        arrays = {n: self._array(v.shape[1:], self._dtype) for n, v in stored.items()}
         return datasets.Features(
             {
                 **arrays,
@@ -189,14 +195,23 @@ class DatasetsWriter:
             f'- config_name: "{name}"\n  data_files: "{name}/*.parquet"\n' for name in buckets
         )
         stage = self.cache.manifest.first_stage
+        if self.cache.manifest.holds_tokens:
+            use = (
+                f"`tokens` number its {stage['codes']:,} codes (codebook "
+                f"{stage['codebook_sha256'][:16]}).\n"
+            )
+        else:
+            use = (
+                f"- scaling_factor: {self.cache.scaling_factor!r}\n"
+                f"- shift_factor: {self.cache.shift_factor!r}\n\n"
+                "A diffusion model trains on `(z - shift_factor) * scaling_factor`. `moments` hold "
+                "the posterior's mean and then its log-variance: `z = mean + exp(logvar / 2) * "
+                "noise`.\n"
+            )
         card = (
             f"---\nconfigs:\n{configs}---\n\nLatents as `{stage['class']}` "
             f"{stage['encoder_sha256'][:16]} gives them (f{stage['downsample_factor']}, "
-            f"{stage['latent_channels']} channels), raw.\n\n"
-            f"- scaling_factor: {self.cache.scaling_factor!r}\n"
-            f"- shift_factor: {self.cache.shift_factor!r}\n\n"
-            "A diffusion model trains on `(z - shift_factor) * scaling_factor`. `moments` hold the "
-            "posterior's mean and then its log-variance: `z = mean + exp(logvar / 2) * noise`.\n"
+            f"{stage['latent_channels']} channels), raw.\n\n{use}"
         )
         write_text(self.output / "README.md", card)
 

@@ -47,6 +47,10 @@ class ExportCache:
         stored = self.manifest.representation
         if stored == "moments":
             return draw or "posterior"
+        if stored == "tokens" and draw is not None:
+            raise CacheError(
+                f"draw is {draw!r}, but {str(self.path)!r} stores tokens: leave --draw out"
+            )
         if draw is not None and {"posterior": "sample", "mean": "mean"}[draw] != stored:
             raise CacheError(
                 f"draw is {draw!r}, but {str(self.path)!r} stores each posterior's {stored} alone: "
@@ -113,6 +117,11 @@ class ExportCache:
         draw = generator(self.seed, Purpose.LATENT, 0, key, int(flipped))
         noise = torch.from_numpy(draw.standard_normal(mean.shape, dtype=np.float32))
         return (mean + torch.exp(0.5 * logvar) * noise).numpy()
+
+    def tokens(self, place: int, flipped: bool = False) -> np.ndarray:
+        """Numbers of codes `(h, w)`, uint16 or uint32 as they are stored."""
+        stored = self.dataset.stored(place, flipped).numpy()
+        return stored.astype(self.manifest.store["dtype"])
 
     def row(self, place: int) -> dict[str, Any]:
         """The index's entry of a sample: id, sizes, crop, carried columns."""

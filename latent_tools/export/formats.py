@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latent_tools.export.by_number import Edm2Writer, FastDitWriter
-from latent_tools.export.by_sample_name import DcAeWriter, KohyaWriter, MarWriter
+from latent_tools.export.by_sample_name import DcAeWriter, KohyaWriter, MarWriter, NpyWriter
 from latent_tools.export.by_shard import DatasetsWriter, LightningDitWriter, WebDatasetWriter
 from latent_tools.export.cache import ExportCache
 from latent_tools.export.writer import Writer
@@ -27,6 +27,7 @@ class Format:
         is_scaled: Its values are multiplied with the scaling factor; its trainers know no shift.
         pixel_range: Range of the pixels in which its trainers encode and decode.
         layout: Downsample factor and latent channels that its trainers have built in.
+        takes_tokens: It can hold numbers of codes.
     """
 
     name: str
@@ -39,56 +40,70 @@ class Format:
     is_scaled: bool = False
     pixel_range: tuple[int, int] = (-1, 1)
     layout: tuple[int, int] | None = None
+    takes_tokens: bool = False
 
 
-FORMATS = {
-    form.name: form
-    for form in (
-        Format(
-            "lightningdit", LightningDitWriter, "data.data_path: {output}",
-            needs_flips=True, needs_labels=True,
-        ),
-        Format(
-            "mar", MarWriter, "--use_cached --cached_path {output}",
-            needs_posterior=True, needs_flips=True, needs_labels=True,
-        ),
-        Format(
-            "fast-dit", FastDitWriter, "--feature-path {output}",
-            needs_labels=True, is_scaled=True,
-        ),
-        Format(
-            "edm2", Edm2Writer, "--data={output}",
-            needs_posterior=True, needs_labels=True, pixel_range=(0, 1),
-        ),
-        Format(
-            "repa", lambda cache, output: Edm2Writer(cache, output, "vae-sd", by_name=True),
-            "--data-dir={output} (it reads the pictures from {output}/images, in the same order)",
-            needs_posterior=True, needs_labels=True,
-        ),
-        Format(
-            "dc-ae", DcAeWriter, "the latent data set's data_dir: {output}",
-            needs_labels=True, is_scaled=True,
-        ),
-        Format(
-            "kohya-sd", lambda cache, output: KohyaWriter(cache, output, "sd"),
-            "train_data_dir = {output}, with --cache_latents_to_disk",
-            needs_square=False, layout=(8, 4),
-        ),
-        Format(
-            "kohya-sdxl", lambda cache, output: KohyaWriter(cache, output, "sdxl"),
-            "train_data_dir = {output}, with --cache_latents_to_disk",
-            needs_square=False, layout=(8, 4),
-        ),
-        Format(
-            "webdataset", WebDatasetWriter, "webdataset.WebDataset over {output}/*.tar",
-            needs_square=False, is_scaled=True,
-        ),
-        Format(
-            "datasets", DatasetsWriter, 'datasets.load_dataset("{output}")',
-            needs_square=False,
-        ),
-    )
-}  # fmt: skip
+FORMATS: dict[str, Format] = {}
+"""The formats by name; `register_format` adds one."""
+
+
+def register_format(form: Format) -> None:
+    """Make a format known to `export_cache` and to `export --format`."""
+    FORMATS[form.name] = form
+
+
+_BUILT_IN = (
+    Format(
+        "lightningdit", LightningDitWriter, "data.data_path: {output}",
+        needs_flips=True, needs_labels=True,
+    ),
+    Format(
+        "mar", MarWriter, "--use_cached --cached_path {output}",
+        needs_posterior=True, needs_flips=True, needs_labels=True,
+    ),
+    Format(
+        "fast-dit", FastDitWriter, "--feature-path {output}",
+        needs_labels=True, is_scaled=True,
+    ),
+    Format(
+        "edm2", Edm2Writer, "--data={output}",
+        needs_posterior=True, needs_labels=True, pixel_range=(0, 1),
+    ),
+    Format(
+        "repa", lambda cache, output: Edm2Writer(cache, output, "vae-sd", by_name=True),
+        "--data-dir={output} (it reads the pictures from {output}/images, in the same order)",
+        needs_posterior=True, needs_labels=True,
+    ),
+    Format(
+        "dc-ae", DcAeWriter, "the latent data set's data_dir: {output}",
+        needs_labels=True, is_scaled=True,
+    ),
+    Format(
+        "kohya-sd", lambda cache, output: KohyaWriter(cache, output, "sd"),
+        "train_data_dir = {output}, with --cache_latents_to_disk",
+        needs_square=False, layout=(8, 4),
+    ),
+    Format(
+        "kohya-sdxl", lambda cache, output: KohyaWriter(cache, output, "sdxl"),
+        "train_data_dir = {output}, with --cache_latents_to_disk",
+        needs_square=False, layout=(8, 4),
+    ),
+    Format(
+        "npy", NpyWriter, "numpy.load of {output}/<id>.npy",
+        needs_square=False, takes_tokens=True,
+    ),
+    Format(
+        "webdataset", WebDatasetWriter, "webdataset.WebDataset over {output}/*.tar",
+        needs_square=False, is_scaled=True, takes_tokens=True,
+    ),
+    Format(
+        "datasets", DatasetsWriter, 'datasets.load_dataset("{output}")',
+        needs_square=False, takes_tokens=True,
+    ),
+)  # fmt: skip
+
+for _form in _BUILT_IN:
+    register_format(_form)
 
 
 def check(form: Format, cache: ExportCache, ignores_pixel_range: bool) -> None:
@@ -99,6 +114,12 @@ def check(form: Format, cache: ExportCache, ignores_pixel_range: bool) -> None:
     """
     where = repr(str(cache.path))
     manifest = cache.manifest
+    if manifest.holds_tokens and not form.takes_tokens:
+        takers = ", ".join(name for name, other in FORMATS.items() if other.takes_tokens)
+        raise CacheError(
+            f"{form.name} holds latents, but {where} stores tokens: export them as {takers}, or "
+            "make the cache with --representation mean"
+        )
     if form.needs_posterior and not cache.has_posterior:
         raise CacheError(
             f"{form.name} holds the posterior's mean and spread, but {where} stores "

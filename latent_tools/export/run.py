@@ -151,11 +151,14 @@ def _refuse_strangers(folder: Path) -> None:
 
 def _report(form: Format, cache: ExportCache, folder: Path) -> list[str]:
     lines = [f"{len(cache.ids)} samples as {form.name}: {folder}"]
-    if not form.needs_posterior and form.name != "datasets":
+    if cache.manifest.holds_tokens:
+        stage = cache.manifest.first_stage
+        lines.append(f"values    tokens of {stage['codes']:,} codes")
+    elif not form.needs_posterior and form.name != "datasets":
         drawn = f"one draw from each posterior (seed {cache.seed})"
         what = {"posterior": drawn, "mean": "each posterior's mean", "sample": "the stored draws"}
         lines.append(f"values    {what[cache.draw]}")
-    if form.is_scaled:
+    if form.is_scaled and not cache.manifest.holds_tokens:
         lines.append(f"scale     multiplied with scaling_factor {cache.scaling_factor:.6g}")
         if cache.shift_factor:
             lines.append(

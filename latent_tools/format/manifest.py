@@ -27,8 +27,9 @@ FILE = "manifest.json"
 FORMAT = "first-stage latent cache"
 VERSION = 1
 
-Representation = Literal["moments", "mean", "sample"]
-"""What is stored: mean and log-variance of the posterior, its mean, or one draw from it."""
+Representation = Literal["moments", "mean", "sample", "tokens"]
+"""What is stored: mean and log-variance of the posterior, its mean, or one draw from it; of a first
+stage with a codebook the numbers of its codes, or, as `mean`, its latents before quantization."""
 
 # What an autoencoder uses after the latents: changing it changes no latent. A codebook is among
 # them because `VQModel.encode` gives the latents before they are quantised.
@@ -87,6 +88,11 @@ def latent_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def tensor_name(representation: Representation) -> str:
+    """Name of the shards' main tensor."""
+    return representation if representation in ("moments", "tokens") else "latents"
+
+
 @dataclass
 class Manifest:
     """`manifest.json`.
@@ -120,7 +126,17 @@ class Manifest:
     @property
     def tensor_name(self) -> str:
         """Name of the shards' main tensor."""
-        return "moments" if self.representation == "moments" else "latents"
+        return tensor_name(self.representation)
+
+    @property
+    def tensor_channels(self) -> int:
+        """Channels of which statistics are kept: the latents', or one of tokens."""
+        return 1 if self.holds_tokens else int(self.first_stage["latent_channels"])
+
+    @property
+    def holds_tokens(self) -> bool:
+        """Whether the shards hold numbers of codes."""
+        return self.representation == "tokens"
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` atomically."""
@@ -176,6 +192,7 @@ def describe_first_stage(first_stage: "FirstStage", revision: str | None) -> dic
         "downsample_factor": first_stage.downsample_factor,
         **pipeline_statistics(first_stage),
         "encoder_tensors": weights.tensors,
+        **describe_codebook(autoencoder),
     }
 
 
@@ -196,6 +213,18 @@ def pipeline_statistics(first_stage: "FirstStage") -> dict[str, Any]:
         **{name: None if v is None else [float(x) for x in v] for name, v in lists.items()},
         "batch_norm": getattr(getattr(model, "bn", None), "running_mean", None) is not None,
     }
+
+
+def describe_codebook(autoencoder: nn.Module) -> dict[str, Any]:
+    """Number of codes, and SHA-256 of the codebook's shape and float32 bytes; empty without one."""
+    weight = getattr(getattr(getattr(autoencoder, "quantize", None), "embedding", None), "weight",
+                     None)  # fmt: skip
+    if not isinstance(weight, torch.Tensor):
+        return {}
+    table = weight.detach().float().cpu().contiguous()
+    digest = hashlib.sha256(f"{tuple(table.shape)} ".encode())
+    digest.update(table.flatten().view(torch.uint8).numpy().tobytes())
+    return {"codes": len(table), "codebook_sha256": digest.hexdigest()}
 
 
 def describe_preprocessing(
@@ -234,6 +263,8 @@ def mismatches(cache: Manifest, launch: Manifest) -> list[str]:
     one, other = cache.first_stage, launch.first_stage
     if one["encoder_sha256"] != other["encoder_sha256"]:
         found.append(_weights_phrase(one, other))
+    if cache.holds_tokens and one.get("codebook_sha256") != other.get("codebook_sha256"):
+        found.append(_codebook_phrase(one, other))
     pairs = [
         ("first_stage class", one["class"], other["class"]),
         *_entries("first_stage config", one["config"], other["config"]),
@@ -257,12 +288,24 @@ def check_weights(cache: Manifest, autoencoder: nn.Module, folder: Path) -> None
             f"{str(folder)!r} was encoded by another first stage: "
             f"{_weights_phrase(cache.first_stage, now)}"
         )
+    now = describe_codebook(autoencoder)
+    there = cache.first_stage
+    if cache.holds_tokens and there["codebook_sha256"] != now.get("codebook_sha256"):
+        raise CacheError(
+            f"the tokens in {str(folder)!r} number other codes: {_codebook_phrase(there, now)}"
+        )
 
 
 def _entries(
     name: str, one: Mapping[str, Any], other: Mapping[str, Any]
 ) -> list[tuple[str, Any, Any]]:
     return [(f"{name}.{k}", one.get(k), other.get(k)) for k in sorted({*one, *other})]
+
+
+def _codebook_phrase(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    there, here = (str(x.get("codebook_sha256"))[:16] for x in (one, other))
+    counts = f"{one.get('codes')} and {other.get('codes')} codes"
+    return f"codebook: cache {there}, now {here} ({counts})"
 
 
 def _weights_phrase(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:

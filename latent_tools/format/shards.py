@@ -4,6 +4,7 @@ A shard holds N samples that could be encoded, in the plan's order:
 
 - `moments` `(N, 2C, h, w)`, the posterior's mean and then its log-variance (natural logarithm,
   clamped to [-30, 20]), or `latents` `(N, C, h, w)`; raw, as the encoder gives them;
+- or `tokens` `(N, h, w)`, the numbers of a codebook's codes, uint16 or uint32;
 - the same of the flipped pixels as `moments_flip` or `latents_flip`, when asked for;
 - `labels` `(N,)` int64, when the data has an integer label;
 - for `uint8`, also `..._scale` and `..._offset` `(N, channels)` float32:
@@ -30,15 +31,19 @@ SHARDS, COMMITS = "shards", "commits"
 LABEL_COLUMNS = ("label", "labels", "cls")
 Dtype = Literal["float16", "bfloat16", "float32", "uint8"]
 """What latents are stored as."""
+TokenDtype = Literal["uint16", "uint32"]
+"""What tokens are stored as: the smaller one that holds them."""
 ERRORS = ("storage_error", "storage_error_logvar", "precision_error", "precision_error_logvar")
 """Of a commit and of the statistics: what rounding to the stored type, and encoding in less than
 float32, changed; log-variances apart, whose unit is another."""
 _SHARD_NAME = re.compile(r"b\d+x\d+-u(\d+)(\.\d+)?\.safetensors")
-DTYPES: dict[Dtype, torch.dtype] = {
+DTYPES: dict[Dtype | TokenDtype, torch.dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "uint8": torch.uint8,
+    "uint16": torch.uint16,
+    "uint32": torch.uint32,
 }
 
 
@@ -58,18 +63,25 @@ def commit_path(folder: Path, unit: int) -> Path:
     return folder / COMMITS / f"u{unit:06d}.json"
 
 
-def pack(values: Tensor, dtype: Dtype, name: str) -> dict[str, Tensor]:
+def token_dtype(codes: int) -> TokenDtype:
+    """What the numbers of so many codes are stored as."""
+    return "uint16" if codes <= 2**16 else "uint32"
+
+
+def pack(values: Tensor, dtype: Dtype | TokenDtype, name: str) -> dict[str, Tensor]:
     """Latents as they are stored.
 
     Args:
         values: `(N, K, h, w)` float32.
         dtype: A key of `DTYPES`. `uint8` spreads 256 levels over each sample's and channel's own
-            range.
+            range; `uint16` and `uint32` hold tokens `(N, 1, h, w)` as `(N, h, w)`.
         name: Name of the tensor in the shard.
 
     Returns:
         The shard's tensors.
     """
+    if dtype in ("uint16", "uint32"):
+        return {name: values[:, 0].long().to(DTYPES[dtype]).contiguous()}
     if dtype != "uint8":
         return {name: values.to(DTYPES[dtype]).contiguous()}
     low, high = values.amin((2, 3)), values.amax((2, 3))

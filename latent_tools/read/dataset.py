@@ -44,8 +44,9 @@ class LatentDataset(Dataset[dict[str, Any]]):
     Args:
         path: The cache.
         sample: `posterior` draws mean + std * noise anew in every epoch; `mean` takes the mean;
-            `raw` gives what is stored, not normalized. A cache without posteriors gives its latents
-            for `posterior` and `mean` alike.
+            `raw` gives what is stored, not normalized; `tokens` gives the numbers of codes
+            `(h, w)` int64, as the item's `tokens`, of a cache that stores them. A cache without
+            posteriors gives its latents for `posterior` and `mean` alike.
         normalize: `scale_shift` gives what diffusers' pipelines expect by the first stage's config:
             (z - shift_factor) * scaling_factor, or, where it has the lists,
             (z - latents_mean) * scaling_factor / latents_std; `channel` gives zero mean and unit
@@ -110,11 +111,21 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     def _check_choices(self) -> None:
         for name, value, known in (
-            ("sample", self.sample, ("posterior", "mean", "raw")),
+            ("sample", self.sample, ("posterior", "mean", "raw", "tokens")),
             ("normalize", self.normalize, ("scale_shift", "channel", "none")),
         ):
             if value not in known:
                 raise CacheError(f"{name} is {value!r}; it can be {', '.join(known)}")
+        if (self.sample == "tokens") != self.manifest.holds_tokens and self.sample != "raw":
+            stored = self.manifest.representation
+            remedy = (
+                "use sample='tokens', or make the cache with --representation mean for latents"
+                if self.manifest.holds_tokens
+                else "make the cache with --representation tokens, of a first stage with a codebook"
+            )
+            raise CacheError(
+                f"sample is {self.sample!r}, but {str(self.path)!r} stores {stored}: {remedy}"
+            )
         if self.sample == "mean" and self.manifest.representation == "sample":
             raise CacheError(
                 f"{str(self.path)!r} stores samples, from which the mean cannot be had: make the "
@@ -210,7 +221,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
             flipped: Of the flipped image.
 
         Returns:
-            `(2C, h, w)`, mean and then log-variance, or latents `(C, h, w)`.
+            `(2C, h, w)`, mean and then log-variance, or latents `(C, h, w)`, or tokens `(h, w)`.
         """
         return self._stored([index], [flipped])[0]
 
@@ -278,7 +289,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         stored = self._stored(indices, flipped, wanted)
         sizes = torch.from_numpy(self._index.sizes(indices))
         fields = {
-            "latents": stored if self.sample == "raw" else self._drawn(stored, bits[:, 1]),
+            **self._values(stored, bits[:, 1]),
             "id": names,
             "flipped": flipped,
             "original_size": sizes[:, :2],
@@ -287,6 +298,12 @@ class LatentDataset(Dataset[dict[str, Any]]):
         }
         rows = [x.unbind() if isinstance(x, Tensor) else x for x in fields.values()]
         return [dict(zip(fields, row, strict=True)) for row in zip(*rows, strict=True)]
+
+    def _values(self, stored: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
+        """The items' tensor under its name."""
+        if self.manifest.holds_tokens:
+            return {"tokens": stored.long()}
+        return {"latents": stored if self.sample == "raw" else self._drawn(stored, seeds)}
 
     def _drawn(self, stored: Tensor, seeds: np.ndarray) -> Tensor:
         """Normalised latents `(N, C, h, w)` of what is stored; a draw each, if draws are wanted."""
@@ -312,7 +329,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def decode_preview(
         self, ids: Sequence[str], first_stage: nn.Module | str | None = None
     ) -> list[Tensor]:
-        """Decode the means (or stored latents) of some samples.
+        """Decode the means (or stored latents, or tokens) of some samples.
 
         Args:
             ids: Their ids.
@@ -331,8 +348,12 @@ class LatentDataset(Dataset[dict[str, Any]]):
         stage = as_first_stage(autoencoder, "first_stage")
         images = []
         for name in ids:
-            latents = self.stored(self.index_of(name))[None, :channels].to(stage.device)
-            images.append(stage.decode(latents)[0].cpu())
+            stored = self.stored(self.index_of(name))[None].to(stage.device)
+            if self.manifest.holds_tokens:
+                decoded = stage.decode_tokens(stored.long())
+            else:
+                decoded = stage.decode(stored[:, :channels])
+            images.append(decoded[0].cpu())
         return images
 
     def to_datasets(self, shape: Shape | None = None) -> Any:
@@ -345,8 +366,8 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
         Returns:
             A data set with the column `moments` or `latents` (`Array3D`, float16 when that is what
-            the cache stores), `moments_flip` or `latents_flip` when there are flips, `id`,
-            `original_size`, `crop`, and the carried columns.
+            the cache stores) or `tokens` (`Array2D`, uint16 or uint32), the same with `_flip` when
+            there are flips, `id`, `original_size`, `crop`, and the carried columns.
 
         Raises:
             CacheError: When there are several buckets and none was named.
@@ -355,12 +376,12 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
         chosen = self.of_shape(shape)
         first = self.stored(int(chosen[0]))
-        dtype = "float16" if self.manifest.store["dtype"] == "float16" else "float32"
+        array, dtype = array_feature(self.manifest)
         names = [self.manifest.tensor_name]
         if self.manifest.store["flip"]:
             names.append(f"{names[0]}_flip")
         features = datasets.Features(
-            {name: datasets.Array3D(tuple(first.shape), dtype) for name in names}
+            {name: array(tuple(first.shape), dtype) for name in names}
             | {"id": datasets.Value("string")}
             | {
                 name: datasets.Sequence(datasets.Value("int64"), 2)
@@ -412,3 +433,13 @@ class LatentDataset(Dataset[dict[str, Any]]):
             names = ", ".join(f"({h}, {w})" for h, w in there) or "none"
             raise CacheError(f"shape is {shape}; {str(self.path)!r} has the shapes {names}")
         return np.flatnonzero((table.shapes == shape).all(1))
+
+
+def array_feature(manifest: Manifest) -> tuple[Any, str]:
+    """The kind of a `datasets` column that holds what a cache stores, and its type."""
+    import datasets
+
+    stored = manifest.store["dtype"]
+    if manifest.holds_tokens:
+        return datasets.Array2D, stored
+    return datasets.Array3D, "float16" if stored == "float16" else "float32"

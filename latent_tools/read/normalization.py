@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest, pipeline_statistics
 
-Sampling = Literal["posterior", "mean", "raw"]
+Sampling = Literal["posterior", "mean", "raw", "tokens"]
 Normalization = Literal["scale_shift", "channel", "none"]
 
 
@@ -31,6 +31,8 @@ def normalization(
         CacheError: When the cache has no samples to normalize by, or its first stage normalizes in
             a way that is not one number per channel.
     """
+    if manifest.holds_tokens:  # numbers of codes, which nothing scales
+        return torch.zeros(1, 1, 1), torch.ones(1, 1, 1)
     channels = manifest.first_stage["latent_channels"]
     if normalize == "none":
         offset, scale = torch.zeros(channels), torch.ones(channels)

@@ -235,7 +235,7 @@ def test_small_images_are_skipped_and_counted(everywhere, tmp_path):
 def test_rectangular_crops(everywhere, tmp_path):
     put(tmp_path / "d", "a.png", "b.png", "c.png")
     everywhere.train(tmp_path / "d", **{"data.crop_shape": "[12,20]", "data.flip": "both"})
-    frames = sorted((tmp_path / "out" / "run" / "pictures").glob("*.png"))
+    frames = sorted((tmp_path / "out" / "run" / "pictures").glob("step-*.png"))
     width, height = Image.open(frames[0]).size
     assert (width - 4) % 24 == 0
     assert height == 2 * (12 + 4) + 4

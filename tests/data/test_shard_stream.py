@@ -15,6 +15,7 @@ from shards import folder as folder  # a fixture
 
 from first_stage.config import parse_config
 from first_stage.data import shards, start_loader, tar
+from first_stage.data.find_shards import find_shards
 from first_stage.data.images import View
 from first_stage.data.shard_stream import (
     ShardLoader,
@@ -23,7 +24,7 @@ from first_stage.data.shard_stream import (
     StreamSource,
     split_stream,
 )
-from first_stage.data.shards import ShardedRows, count_rows, find_shards
+from first_stage.data.shards import ShardedRows, count_rows
 from first_stage.data.sources import open_source
 from first_stage.data.stream import StepSampler
 from first_stage.errors import DataError, UserError

@@ -109,7 +109,7 @@ def test_what_is_not_there_is_told_in_one_line(tmp_path):
 
 def test_the_built_in_sets():
     photos = {split: open_source("photos", split=split) for split in ("train", "validation", "all")}
-    assert [len(p) for p in photos.values()] == [4, 2, 6]
+    assert [len(p) for p in photos.values()] == [24, 2, 26]
     trained_on = {photos["train"].id(i) for i in range(4)}
     assert not trained_on & {photos["validation"].id(i) for i in range(2)}
     assert all(min(size) == 256 for size in sizes(photos["all"]))

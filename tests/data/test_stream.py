@@ -20,7 +20,7 @@ from first_stage.data import (
     training_loader,
 )
 from first_stage.data import (
-    stream as loader,
+    workers as loader,
 )
 from first_stage.errors import DataError
 

@@ -10,8 +10,9 @@ from conftest import picture
 
 from first_stage.data import BrokenImage, open_image, open_source, tar
 from first_stage.data.decode import Reading
+from first_stage.data.find_shards import find_shards
 from first_stage.data.retry import WAITS, with_retries
-from first_stage.data.shards import ShardedRows, count_rows, find_shards
+from first_stage.data.shards import ShardedRows, count_rows
 from first_stage.errors import DataError
 
 

@@ -15,7 +15,8 @@ from pipelines import sample, stable_diffusion_xl
 from first_stage.commands import export
 from first_stage.data import open_source
 from first_stage.distributed.processes import Processes
-from first_stage.handover.export import measure_latents, write_export
+from first_stage.handover.export import write_export
+from first_stage.handover.statistics import measure_latents
 from latent_tools import CacheOptions, precompute
 from latent_tools.__main__ import main as latent_tools_main
 

@@ -17,7 +17,7 @@ from first_stage.data import Sample
 from first_stage.data.sources import ListSource
 from first_stage.errors import ConfigError, UserError
 from first_stage.models.critic import PatchCritic
-from first_stage.training.step import make_first_stage
+from first_stage.training.players import make_first_stage
 
 TINY = Budget(2, 30, 0, 2, 16, (16, 16), 4, 1e-3)
 

@@ -11,7 +11,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from first_stage.distributed.processes import Processes
-from first_stage.handover.export import measure_latents, model_card, write_export
+from first_stage.handover.card import model_card
+from first_stage.handover.export import write_export
+from first_stage.handover.statistics import measure_latents
 
 STOCK = ROOT / "tests" / "helpers" / "stock_diffusers.py"
 
@@ -33,7 +35,7 @@ def tiny_vae(**overrides):
 
 def exported(vae, folder, images):
     statistics = measure_latents(vae, images.split(3), Processes())
-    card = model_card(statistics, "data", "seed: 0", {"psnr": 20.0}, 5, 20, 2, None)
+    card = model_card(vae, statistics, "data", "seed: 0", {"psnr": 20.0}, 5, 20, None)
     write_export(vae, statistics, folder, {"README.md": card})
     return statistics
 

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 
 from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
-from first_stage.handover.export import measure_latents
 from first_stage.handover.folding import fold_statistics
+from first_stage.handover.statistics import measure_latents
 
 MEAN, STD = [0.5, -3.0, 0.0, 20.0], [2.0, 0.1, 1.0, 7.0]
 

@@ -6,7 +6,7 @@ be the decoder's of exactly the latents that its rule of scaling and shift gives
 
 import pytest
 import torch
-from autoencoders import build_autoencoder
+from autoencoders import build_autoencoder, tiny_kl
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -22,8 +22,10 @@ from diffusers import (
 )
 from pipelines import STEPS, sample, stable_diffusion_xl, unet
 
-from first_stage.handover.export import LatentStatistics, model_card, write_export
+from first_stage.handover.card import model_card
+from first_stage.handover.export import write_export
 from first_stage.handover.folding import fold_statistics
+from first_stage.handover.statistics import LatentStatistics
 
 MEAN, STD = [0.5, -1.0, 0.25, 2.0], [0.5, 2.0, 1.0, 3.0]
 STATISTICS = LatentStatistics(MEAN, STD, 0.4375, 2.0, images=8, largest_activation=1.0)
@@ -160,8 +162,8 @@ def test_dit(kind, request):
 
 def test_the_card_warns_of_the_pipelines_that_ignore_the_shift():
     card = model_card(
-        STATISTICS, data="photos", recipe="seed: 0", metrics={"psnr": 30.0}, steps=1,
-        images_seen=1, downsample_factor=2, picture=None,
+        tiny_kl(), STATISTICS, data="photos", recipe="seed: 0", metrics={"psnr": 30.0}, steps=1,
+        images_seen=1, picture=None,
     )  # fmt: skip
     warning = card[card.index("ignore") :]
     for name in (StableDiffusionPipeline, StableDiffusionXLPipeline, DiTPipeline):

@@ -35,9 +35,10 @@ def samples_of(trainer, batches):
     ]
 
 
-def weights(parameters):
-    """Stands in for a model in `Trainer.restore`, which only asks for the parameters."""
-    kept = list(parameters)
+def averages(trainer):
+    """Stands in for the model of averaged weights in `Trainer.restore`, which asks for them."""
+    count = len(list(trainer.first_stage.network.model.parameters()))
+    kept = [p.clone() for p in trainer.ema.shadow_params[:count]]
     return SimpleNamespace(parameters=lambda: kept)
 
 
@@ -69,9 +70,9 @@ class Recorder:
         if self.reference is not None and step > 0:
             self.kind = f"{step}.forced"
             own = copy.deepcopy(trainer.snapshot(step))
-            average = weights(p.clone() for p in trainer.ema.shadow_params)
+            average = averages(trainer)
             theirs = load_checkpoint(checkpoint_folder(Path(self.reference), step))
-            trainer.restore(theirs, weights(trainer.ema.shadow_params))
+            trainer.restore(theirs, averages(trainer))
             original(trainer, step, batches)
             trainer.restore(own, average)
         self.kind = f"{step}.free"

@@ -23,7 +23,7 @@ def manifest(vae, **changes):
             "color": "srgb",
             "upright": True,
         },
-        store={"dtype": changes.get("dtype", "float16")},
+        store={"dtype": changes.get("dtype", "float16"), "representation": "moments"},
         source={},
         made_with={},
         command="",

@@ -15,7 +15,6 @@ from first_stage.models import loading
 from first_stage.models.loading import (
     fingerprint_weights,
     load_autoencoder,
-    require_kl,
     training_resolution,
 )
 
@@ -37,8 +36,6 @@ def test_loading_a_folder_a_pipeline_and_other_kinds(tmp_path):
     small.save_pretrained(tmp_path / "tiny")
     loaded = load_autoencoder(str(tmp_path / "tiny"))
     assert isinstance(loaded, AutoencoderTiny)
-    with pytest.raises(UserError, match="AutoencoderTiny; this works on AutoencoderKL"):
-        require_kl(loaded, "tiny")
 
 
 def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path):

@@ -184,7 +184,7 @@ def test_what_blows_up_stops_the_run_by_name_and_saves_nothing(tiny, tmp_path):
         assert all(t.isfinite().all() for t in load_file(state).values())
 
 
-def test_broken_files_are_listed_and_too_many_stop_the_run(tiny, images, tmp_path):
+def test_broken_files_are_listed_and_too_many_stop_the_run(tiny, images, tmp_path, capsys):
     (images / "90.png").write_bytes(b"rubbish")
     held_out = tmp_path / "held-out"
     held_out.mkdir()
@@ -193,6 +193,9 @@ def test_broken_files_are_listed_and_too_many_stop_the_run(tiny, images, tmp_pat
     assert train(config).finished
     lines = (tmp_path / "run/broken_files.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == ["90.png"]
+    assert "1 sample could not be decoded and was skipped (" in capsys.readouterr().out
+    report = (tmp_path / "run/report.html").read_text()
+    assert "1 sample could not be decoded and was skipped, such as 90.png" in report
     with pytest.raises(DataError, match=r"more than data.max_broken \(0.0\) allows"):
         train(tiny(data__validation_path=held_out, data__max_broken=0.0, overwrite=True))
 

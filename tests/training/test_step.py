@@ -12,7 +12,8 @@ from torch import nn
 from first_stage.config.schema import TrainConfig
 from first_stage.data import Batch, images_from_pixels
 from first_stage.metrics.training import derived
-from first_stage.training.step import Trainer, learning_rate_share
+from first_stage.training.players import learning_rate_share
+from first_stage.training.step import Trainer
 
 
 def reference(trainer: Trainer, batch: Batch) -> dict[str, list]:

@@ -1,0 +1,163 @@
+"""The export's card: what it is, how to load it, how good it is, what made it."""
+
+from typing import Any
+
+from first_stage.handover.statistics import LatentStatistics
+from first_stage.models.codebooks import Discrete
+from first_stage.models.first_stage import FirstStage, as_first_stage
+
+
+def load_snippet(first_stage: FirstStage, folder: str) -> str:
+    """The lines of Python that load an export with diffusers alone, and encode and decode."""
+    family, name = first_stage.family, type(first_stage.model).__name__
+    encoded, decoded = f"vae.encode(images).{family.encoded_as}", ""
+    if family.carrier.carries_shift:
+        encoded, decoded = f"({encoded} - vae.config.shift_factor)", " + vae.config.shift_factor"
+    lines = [
+        f"from diffusers import {name}",
+        f'vae = {name}.from_pretrained("{folder}")',
+        f"latents = {encoded} * vae.config.scaling_factor",
+        f"images = vae.decode(latents / vae.config.scaling_factor{decoded}).sample",
+    ]
+    if isinstance(first_stage.bottleneck, Discrete):
+        lines += [
+            "tokens = vae.quantize(vae.encode(images).latents)[2][2].view(len(images), h, w)",
+            "images = vae.decode(vae.quantize.embedding(tokens).movedim(3, 1)).sample",
+        ]
+    return "\n".join(lines)
+
+
+def model_card(
+    first_stage: FirstStage | Any,
+    statistics: LatentStatistics,
+    data: str,
+    recipe: str,
+    metrics: dict[str, float],
+    steps: int,
+    images_seen: int,
+    picture: str | None,
+    kept: tuple[float, float] | None = None,
+    force_upcast: bool | None = None,
+) -> str:
+    """The export's README: what it is, how to load it, how good it is, what made it.
+
+    Args:
+        first_stage: What is handed over, or a loaded diffusers autoencoder.
+        statistics: Of the latents.
+        data: What it was trained on, as the user named it.
+        recipe: The configuration as YAML.
+        metrics: Name to value, on held-out images.
+        steps: Updates of the autoencoder.
+        images_seen: Images it was trained on, repeats counted.
+        picture: File name of the grid beside the README.
+        kept: Scaling and shift of the first stage whose encoder it kept; `None`: as measured.
+        force_upcast: What the config says; `None`: as measured.
+
+    Returns:
+        Markdown.
+    """
+    stage = as_first_stage(first_stage)
+    ranges = "\n".join(
+        f"| {channel} | {mean:.4f} | {std:.4f} |"
+        for channel, (mean, std) in enumerate(zip(statistics.mean, statistics.std, strict=True))
+    )
+    table = "\n".join(f"| {name} | {value:.4f} |" for name, value in metrics.items())
+    shown = f"\n![Originals above, reconstructions below]({picture})\n" if picture else ""
+    name = type(stage.model).__name__
+    article = "An" if name.startswith("A") else "A"
+    return f"""---
+library_name: diffusers
+tags: [autoencoder, latent-diffusion, first-stage]
+---
+
+# First stage f{stage.downsample_factor}, {len(statistics.mean)} latent channels
+
+{article} `{name}` trained on `{data}` for {steps:,} steps ({images_seen:,} images, repeats
+counted) with a patch critic and the perceptual distance that the critic learned.
+{shown}
+## Use
+
+```python
+{load_snippet(stage, "this-folder")}
+```
+
+Images are in [-1, 1]. {_origin(stage, statistics, kept)}
+{_codes(stage, metrics)}
+Per channel (also in `latent_statistics.json`):
+
+| channel | mean | std |
+|---|---|---|
+{ranges}
+{_upcast(stage, statistics, force_upcast)}
+## Held-out images
+
+| metric | value |
+|---|---|
+{table}
+
+## Recipe
+
+```yaml
+{recipe.rstrip()}
+```
+"""
+
+
+def _origin(
+    stage: FirstStage, statistics: LatentStatistics, kept: tuple[float, float] | None
+) -> str:
+    """Where scaling and shift come from, and which pipelines ignore a shift."""
+    scaling, shift = kept or statistics.scaling_and_shift
+    if not stage.family.carrier.carries_shift:
+        return (
+            f"`scaling_factor` {scaling:.6f} is one over the standard deviation of the\nlatents of "
+            f"{statistics.images:,} training images. Their mean is {shift:.6f}, for which the "
+            f"config of\n`{type(stage.model).__name__}` has no place: pipelines do not subtract it."
+            "\n"
+        )
+    if kept is None:
+        origin = (
+            f"`scaling_factor` {scaling:.6f} is one over the standard deviation of the\nlatents of "
+            f"{statistics.images:,} training images, `shift_factor` {shift:.6f} their mean."
+        )
+    else:
+        origin = (
+            "Only the decoder was trained: latents are those of the first\nstage it was made from, "
+            f"and so are `scaling_factor` {scaling:.6f} and `shift_factor` {shift:.6f}."
+        )
+    return f"""{origin}
+
+**Pipelines that ignore `shift_factor`**: `StableDiffusionPipeline` (1.x, 2.x),
+`StableDiffusionXLPipeline` and `DiTPipeline` use `scaling_factor` only, so their diffusion model
+works on latents that lie {shift * scaling:.4f} higher. `StableDiffusion3Pipeline` and
+`FluxPipeline` use both. Train by the rule of the pipeline that will decode, or fold the statistics
+into the weights (`first-stage export --fold_statistics`), after which every pipeline is right.
+"""
+
+
+def _codes(stage: FirstStage, metrics: dict[str, float]) -> str:
+    """What a discrete first stage's codes are, and how they are used."""
+    if not isinstance(stage.bottleneck, Discrete):
+        return ""
+    count, dimensions = stage.bottleneck.table().shape
+    text = (
+        f"\n## Codes\n\n{count:,} codes of {dimensions} dimensions. `encode` gives latents before "
+        "they are quantized, which a diffusion\nmodel trains on; `decode` quantizes."
+    )
+    if "codes_used" in metrics:
+        text += (
+            f" On the held-out images {metrics['codes_used']:.1%} of the codes are\nused, as many "
+            f"as {metrics['codes_perplexity']:,.0f} equally frequent ones would be (perplexity); "
+            f"the most frequent one\nhas {metrics['codes_most_frequent']:.1%} of the tokens."
+        )
+    return text + "\n"
+
+
+def _upcast(stage: FirstStage, statistics: LatentStatistics, force_upcast: bool | None) -> str:
+    if "force_upcast" not in stage.model.config:
+        return ""
+    upcast = statistics.needs_float32 if force_upcast is None else force_upcast
+    return f"""
+`force_upcast` is {str(upcast).lower()}: the largest activation measured was
+{statistics.largest_activation:.1f}, and float16 ends at 65,504.
+"""

@@ -1,0 +1,106 @@
+"""The two networks that train against each other, and how they are made from a recipe."""
+
+import math
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import nn
+
+from first_stage.config.losses import CriticConfig
+from first_stage.config.schema import ModelConfig, TrainConfig
+from first_stage.errors import ConfigError
+from first_stage.models.critic import Critic, make_critic
+from first_stage.models.families import family_named, trainable_family_of
+from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import load_autoencoder
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+@dataclass
+class Player(Generic[Network]):
+    """One of the two networks that train against each other.
+
+    Attributes:
+        network: The module itself; its weights are what is saved.
+        module: The same, wrapped by accelerate: the one to call.
+        optimizer: AdamW over its parameters.
+        learning_rate: Its peak.
+    """
+
+    network: Network
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    learning_rate: float
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer holds."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def learning_rate_share(step: int, config: TrainConfig) -> float:
+    """The share of the peak learning rate that a step uses: warm-up, plateau, cosine decay.
+
+    A function of the step alone, so it is the same on any number of processes and needs no state.
+    """
+    warm = min((step + 1) / config.warmup_steps, 1.0) if config.warmup_steps else 1.0
+    decay_start = config.max_steps - config.decay_steps
+    if step < decay_start:
+        return warm
+    progress = (step - decay_start + 1) / config.decay_steps
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
+    return warm * (config.final_rate + (1.0 - config.final_rate) * cosine)
+
+
+def make_first_stage(config: ModelConfig, resolution: int) -> FirstStage:
+    """The first stage to train: a new one, or the pretrained one that is named.
+
+    Args:
+        config: Its family and layout.
+        resolution: Side of the training crops, in pixels.
+
+    Raises:
+        ConfigError: When the pretrained one is of no family that can be trained, or has another
+            number of image channels.
+    """
+    if config.pretrained is None:
+        family = family_named(config.family)
+        stage = FirstStage(model := family.build(config, resolution), family,
+                           family.bottleneck(model, config))  # fmt: skip
+    else:
+        stage = _pretrained(config, config.pretrained)
+    if config.gradient_checkpointing:
+        if (problem := stage.family.checkpointing_problem) is not None:
+            raise ConfigError(
+                f"model.gradient_checkpointing is true, but {problem}: set it to false"
+            )
+        stage.model.enable_gradient_checkpointing()
+    # Nothing in it acts otherwise in training mode (no dropout, no batch norm), in which diffusers'
+    # residual blocks copy their largest inputs out of the channels-last layout: 8 % of a step.
+    return stage.eval()
+
+
+def build_critic(config: CriticConfig, first_stage: FirstStage) -> Critic:
+    """The critic of a recipe, for the images of a first stage."""
+    return make_critic(
+        first_stage.in_channels,
+        config.width,
+        config.layers,
+        config.norm,
+        config.antialias,
+        config.scales,
+    )
+
+
+def _pretrained(config: ModelConfig, name: str) -> FirstStage:
+    model = load_autoencoder(name, field="model.pretrained")
+    family = trainable_family_of(model, name, config.family)
+    stage = FirstStage(model, family, family.bottleneck(model, config), name)
+    if stage.in_channels != config.in_channels:
+        raise ConfigError(
+            f"model.in_channels is {config.in_channels}, but model.pretrained {name!r} takes "
+            f"{stage.in_channels} channels"
+        )
+    return stage

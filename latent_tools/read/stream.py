@@ -129,12 +129,13 @@ class LatentStream(IterableDataset[dict[str, Any]]):
         return self._read(epoch, taken, worker, workers)
 
     def _read(self, epoch: int, taken: int, worker: int, workers: int) -> Iterator[dict[str, Any]]:
+        name = "tokens" if self.dataset.manifest.holds_tokens else "latents"
         for rows in self._rows(epoch, taken, worker, workers):
             for item in self.dataset.items(rows, epoch):
                 taken += 1
                 self._place = (epoch, taken)
                 # Not a view: whoever keeps an item, or sends it on, means this one alone.
-                yield {**item, "latents": item["latents"].clone()}
+                yield {**item, name: item[name].clone()}
 
     def _share(self, worker: int, workers: int) -> tuple[int, int]:
         """Where a reader's stretch of the epoch begins, and how many samples it has."""

@@ -26,7 +26,14 @@ from first_stage.data.sources import (
     open_source,
     split_source,
 )
-from first_stage.data.stream import Batch, StepSampler, TrainingStream, collate, fingerprint
+from first_stage.data.stream import (
+    Batch,
+    StepSampler,
+    TrainingStream,
+    collate,
+    earlier_fingerprint,
+    fingerprint,
+)
 from first_stage.data.workers import spare_workers, start_loader, training_loader
 
 __all__ = [
@@ -48,6 +55,7 @@ __all__ = [
     "View",
     "collate",
     "displayed",
+    "earlier_fingerprint",
     "fingerprint",
     "fixed_images",
     "images_from_pixels",

@@ -84,6 +84,13 @@ class StreamSource(RowSource):
             f"{self.every} {self.held_out} {super().fingerprint()}".encode()
         ).hexdigest()[:16]
 
+    def earlier_fingerprint(self) -> str:
+        """As checkpoints of version 0.1 hold it."""
+        digest = hashlib.sha256(f"{self.every} {self.held_out}\n".encode())
+        for shard in self.rows.shards:
+            digest.update(f"{shard.name} {shard.size} {shard.rows}\n".encode())
+        return digest.hexdigest()[:16]
+
 
 def split_stream(rows: ShardedRows, share: float) -> tuple[StreamSource, StreamSource | None]:
     """Hold rows out, spread evenly over the shards.

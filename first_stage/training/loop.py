@@ -371,7 +371,7 @@ class Run:
             snapshot,
             checkpoint=str(path),
             fingerprint=self.fingerprint,
-            samples=len(self.source),
+            source=self.source,
         )
         if changes:
             self._say(f"changed since the checkpoint was written:\n{changes}")

@@ -11,6 +11,7 @@ import yaml
 from first_stage.config.parsing import to_dict
 from first_stage.config.schema import Config
 from first_stage.config.types import changeable
+from first_stage.data import Source, earlier_fingerprint
 from first_stage.distributed.processes import Processes, on_main
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.models.families import LAYOUT
@@ -21,6 +22,8 @@ MAY_CHANGE = tuple(changeable(Config))
 """Fields, and sections, that a run may go on with at another value; the schema marks them."""
 _SILENT = ("output_dir", "overwrite", "plan", "resume")
 _ABSENT = object()
+_ONCE = {"data": {"color": "keep"}}
+"""What was done before a field existed, where that is not the field's default."""
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -93,7 +96,7 @@ def recipe(config: Config) -> str:
 
 
 def check_resumable(
-    config: Config, snapshot: Snapshot, *, checkpoint: str, fingerprint: str, samples: int
+    config: Config, snapshot: Snapshot, *, checkpoint: str, fingerprint: str, source: Source
 ) -> str:
     """Whether a run is the one that a checkpoint belongs to.
 
@@ -102,7 +105,7 @@ def check_resumable(
         snapshot: The checkpoint's contents.
         checkpoint: Where it lies, for messages.
         fingerprint: Of the run's data.
-        samples: How many there are to train on.
+        source: What there is to train on.
 
     Returns:
         What has changed and may change, one line per field; empty when nothing has.
@@ -118,11 +121,13 @@ def check_resumable(
         # The layout is that of the weights, whatever the recipe says of it.
         same = {name: now["model"][name] for name in (*LAYOUT, "pretrained")}
         before = {**before, "model": {**before["model"], **same}}
-    changes = changed_fields(before, now, to_dict(type(config)()), checkpoint)
-    if state["data_fingerprint"] != fingerprint:
+    defaults = _filled(_ONCE, to_dict(type(config)()))
+    changes = changed_fields(before, now, defaults, checkpoint)
+    known = state["data_fingerprint"]
+    if known != fingerprint and known != earlier_fingerprint(source):
         raise DataError(
             f"the data set {config.data.path!r} has changed since the checkpoint {checkpoint}: "
-            f"{state['samples']:,} samples to train on then, {samples:,} now, fingerprint "
+            f"{state['samples']:,} samples to train on then, {len(source):,} now, fingerprint "
             f"{state['data_fingerprint']} then, {fingerprint} now. Put it back as it was, or begin "
             f"a new run in another output_dir (--model.pretrained {checkpoint}/ema starts it from "
             "these weights)"

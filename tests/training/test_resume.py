@@ -13,10 +13,12 @@ from autoencoders import tiny_kl
 from conftest import arguments, picture
 
 from first_stage.config import Config, parse_config, to_dict
+from first_stage.data import fingerprint, open_source
 from first_stage.errors import UserError
 from first_stage.training import checkpoint
+from first_stage.training.checkpoint import Snapshot
 from first_stage.training.loop import train
-from first_stage.training.resume import MAY_CHANGE, changed_fields, differences
+from first_stage.training.resume import MAY_CHANGE, changed_fields, check_resumable, differences
 from first_stage.training.step import Trainer
 
 STEPS = 7
@@ -323,3 +325,28 @@ def test_a_checkpoint_is_hashed_once(tmp_path, images, fields, monkeypatch):
     train_until(parse_config(["--config", "run/config.yaml", "--resume", "latest"]), 4)
     before = [str(file) for file in hashed if "step-000003" in str(file)]
     assert len(before) == len(set(before)) > 4
+
+
+def of_version_0_1(config: Config, **changes) -> Snapshot:
+    """A checkpoint as the first version wrote it: other fingerprints, fewer fields."""
+    saved = to_dict(config)
+    del saved["data"]["color"], saved["model"]["family"], saved["train"]["profile_steps"]
+    source = open_source(config.data.path)
+    digest = hashlib.sha256(b"".join(source.id(k).encode() + b"\n" for k in range(len(source))))
+    for k in range(len(source)):
+        digest.update(hashlib.sha256(Path(source.read(k).image).read_bytes()).digest())
+    state = {"config": saved, "samples": len(source), "data_fingerprint": digest.hexdigest()[:16]}
+    return Snapshot(1, {}, state | changes)
+
+
+def test_a_checkpoint_of_the_first_version_goes_on(tmp_path, images, fields):
+    config = parse_config(arguments(tmp_path, images, **fields, data__color="keep"))
+    source = open_source(config.data.path)
+    known = {"checkpoint": "c", "fingerprint": fingerprint(source), "source": source}
+    assert check_resumable(config, of_version_0_1(config), **known) == ""
+    with pytest.raises(UserError, match="has changed"):
+        check_resumable(config, of_version_0_1(config, data_fingerprint="0" * 16), **known)
+    # It took the numbers in files as they are; profiles are converted by default since then.
+    converted = parse_config(arguments(tmp_path, images, **fields))
+    with pytest.raises(UserError, match=r'data.color \("keep" -> "srgb"\)'):
+        check_resumable(converted, of_version_0_1(converted), **known)

@@ -11,7 +11,7 @@ from torch import nn
 from first_stage.data import Source, images_from_pixels
 from first_stage.models.first_stage import as_first_stage
 from latent_tools.build.encoder import LatentEncoder
-from latent_tools.build.images import PortionReader, Preprocessing
+from latent_tools.build.images import ChunkReader, Preprocessing
 from latent_tools.build.launch import Process, precompute
 from latent_tools.build.options import CacheOptions
 
@@ -61,7 +61,7 @@ def cache_rates(
     stage = as_first_stage(autoencoder, "benchmark")
     encoder = LatentEncoder(stage, device, options.precision, options.compile)
     shape = (options.resolution, options.resolution)
-    reader = PortionReader(
+    reader = ChunkReader(
         source,
         Preprocessing(stage.in_channels, options.resolution, options.resize, False, ()),
     )

@@ -27,7 +27,7 @@ from first_stage.data import (
 from first_stage.errors import UserError
 from first_stage.files import TEMPORARY, sha256, write_atomic
 from latent_tools.build.follow import changed_ids, notice
-from latent_tools.build.images import PortionReader, Preprocessing
+from latent_tools.build.images import ChunkReader, Preprocessing
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.build.prepare import source_ids
 from latent_tools.format.files import CacheError, LaunchLock
@@ -268,7 +268,7 @@ def _originals(
             raise
         return []
     where = {source.id(place): place for place in range(len(source))}
-    reader = PortionReader(
+    reader = ChunkReader(
         source,
         Preprocessing(
             _reading(seen), seen["resolution"], seen["resize"], seen["buckets"] is not None, ()

@@ -135,7 +135,7 @@ class Objective:
             return False
         return term.strength(step) > 0
 
-    def direct_loss(self, inputs: Inputs, code: Code) -> tuple[Tensor, dict[str, Tensor]]:
+    def latent_loss(self, inputs: Inputs, code: Code) -> tuple[Tensor, dict[str, Tensor]]:
         """The losses that do not pass through the pixels: of the latents, and of terms' own parts.
 
         Args:

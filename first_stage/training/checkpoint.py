@@ -6,7 +6,7 @@
     ema/                      their moving average, as a diffusers folder
     critic.safetensors        when there is a critic
     bottleneck.safetensors    what the bottleneck has learned, and bottleneck_ema its average
-    critic_ema.safetensors    its average, when that is the yardstick of the learned distance
+    critic_ema.safetensors    its average, when the learned distance is measured in it
     optimizers.safetensors    AdamW's moments of both players
     means.safetensors         what the objective's balance and the log have averaged so far
     state.json                step, counters, configuration, versions

@@ -121,9 +121,9 @@ class Trainer:
                     gradient = self.objective.gradient(
                         inputs, output.images, self.first_stage.network.last_layer
                     )
-                    direct, direct_log = self.objective.direct_loss(inputs, output.code)
+                    latent, latent_log = self.objective.latent_loss(inputs, output.code)
                 # d(loss)/d(weights) = <d(loss)/d(pixels), d(pixels)/d(weights)>.
-                surrogate = (output.images * gradient.decoder).sum() + direct
+                surrogate = (output.images * gradient.decoder).sum() + latent
                 if gradient.encoder is not None and encoder_learns:  # the graph does not reach it
                     at_latents = self._at_latents(output.images, output.latents, gradient.encoder)
                     surrogate = surrogate + (output.code.latents * at_latents).sum()
@@ -143,7 +143,7 @@ class Trainer:
                     with span("critic backward"):
                         parameters = critic.parameters
                         self.accelerator.backward(loss / len(batches), inputs=parameters)
-            log = gradient.log | direct_log | critic_log
+            log = gradient.log | latent_log | critic_log
             self.meter.add(step, log, share=1 / len(batches))
         with span("update"):
             self._update(step, players)

@@ -1,6 +1,6 @@
-"""From decoded portions to encoded ones: the passes through the encoder and what they give.
+"""From decoded chunks to encoded ones: the passes through the encoder and what they give.
 
-A portion's pass is started before the one before it is read back, so that the device has work while
+A chunk's pass is started before the one before it is read back, so that the device has work while
 results are checked. Each pass sends its results to page-locked memory itself: reading one back then
 waits for its own copy, not for the pass that was started behind it.
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 from first_stage.data import images_from_pixels
 from first_stage.seeding import Purpose, generator
 from latent_tools.build.encoder import BatchSplitter
-from latent_tools.build.images import DecodedPortion
-from latent_tools.build.unit import EncodedPortion
+from latent_tools.build.images import DecodedChunk
+from latent_tools.build.unit import EncodedChunk
 from latent_tools.format.manifest import Representation, tensor_name
 from latent_tools.format.shards import DTYPES, Dtype, TokenDtype
 
@@ -33,15 +33,15 @@ def sample_key(name: str) -> int:
 
 @dataclass
 class Pass:
-    """A portion on its way through the encoder.
+    """A chunk on its way through the encoder.
 
     Attributes:
-        portion: The decoded portion.
+        chunk: The decoded chunk.
         images: `(B, C_in, H, W)` in [-1, 1] on the device; `None` when nothing could be decoded.
         outputs: Of the images and, when asked for, of the flipped ones: `(B, K, h, w)` each.
     """
 
-    portion: DecodedPortion
+    chunk: DecodedChunk
     images: Tensor | None
     outputs: list["Readback"]
 
@@ -69,8 +69,8 @@ class Readback:
         return self._value.cpu()
 
 
-class PortionEncoder:
-    """Encodes portions, in order.
+class ChunkEncoder:
+    """Encodes chunks, in order.
 
     Args:
         splitter: The encoder, in batches that fit.
@@ -93,31 +93,31 @@ class PortionEncoder:
         self.representation, self.dtype, self.flip, self.seed = representation, dtype, flip, seed
         self._checked: set[int] = set()
 
-    def start(self, portion: DecodedPortion) -> Pass:
-        """Send a portion through the encoder, without waiting for the device."""
-        if portion.pixels is None:
-            return Pass(portion, None, [])
-        pixels = portion.pixels.to(self.encoder.device, non_blocking=True)
+    def start(self, chunk: DecodedChunk) -> Pass:
+        """Send a chunk through the encoder, without waiting for the device."""
+        if chunk.pixels is None:
+            return Pass(chunk, None, [])
+        pixels = chunk.pixels.to(self.encoder.device, non_blocking=True)
         images = images_from_pixels(pixels)
         outputs = [Readback(self.splitter(images))]
         if self.flip:
             outputs.append(Readback(self.splitter(images.flip(3))))
-        return Pass(portion, images, outputs)
+        return Pass(chunk, images, outputs)
 
-    def finish(self, started: Pass) -> EncodedPortion:
-        """Read a portion's latents back."""
-        portion = started.portion
-        encoded = EncodedPortion(
-            portion.unit, portion.shape, tensor_name(self.representation), [], [],
-            list(portion.failures), is_last=portion.is_last,
+    def finish(self, started: Pass) -> EncodedChunk:
+        """Read a chunk's latents back."""
+        chunk = started.chunk
+        encoded = EncodedChunk(
+            chunk.unit, chunk.shape, tensor_name(self.representation), [], [],
+            list(chunk.failures), is_last=chunk.is_last,
             batch_size=self.splitter.batch_size,
         )  # fmt: skip
         if started.images is not None:
             self._read_back(started.images, started, encoded)
         return encoded
 
-    def _read_back(self, images: Tensor, started: Pass, encoded: EncodedPortion) -> None:
-        records = started.portion.records
+    def _read_back(self, images: Tensor, started: Pass, encoded: EncodedChunk) -> None:
+        records = started.chunk.records
         ids = [record.id for record in records]
         latents = [
             self._represent(output.get(), ids, flipped)
@@ -161,7 +161,7 @@ class PortionEncoder:
         return torch.stack(finite).all(0)
 
     def _mend(
-        self, encoded: EncodedPortion, images: Tensor, latents: list[Tensor], row: int, name: str
+        self, encoded: EncodedChunk, images: Tensor, latents: list[Tensor], row: int, name: str
     ) -> str | None:
         """Encode a sample that is not finite again in float32; why it cannot be stored, if so."""
         is_finite = all(part[row].isfinite().all() for part in latents)

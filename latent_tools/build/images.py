@@ -39,7 +39,7 @@ _NOT_THERE = "no longer in the data"
 
 
 @dataclass(frozen=True)
-class Portion:
+class Chunk:
     """Some samples of one unit, to be decoded together.
 
     Attributes:
@@ -47,7 +47,7 @@ class Portion:
         shape: (height, width) of the pixels.
         ids: Ids of the samples.
         places: Their places in the source; -1 for a sample that is no longer there.
-        is_last: Whether it is the unit's last portion.
+        is_last: Whether it is the unit's last chunk.
     """
 
     unit: int
@@ -58,8 +58,8 @@ class Portion:
 
 
 @dataclass
-class DecodedPortion:
-    """A decoded portion.
+class DecodedChunk:
+    """A decoded chunk.
 
     Attributes:
         unit: The unit's number.
@@ -68,7 +68,7 @@ class DecodedPortion:
             could.
         records: Those samples.
         failures: Id and reason of the others.
-        is_last: Whether it is the unit's last portion.
+        is_last: Whether it is the unit's last chunk.
         fault: Why the launch cannot go on, if so: what a worker raises would arrive with a whole
             traceback for its message.
     """
@@ -81,7 +81,7 @@ class DecodedPortion:
     is_last: bool = False
     fault: str | None = None
 
-    def pin_memory(self) -> "DecodedPortion":
+    def pin_memory(self) -> "DecodedChunk":
         """Called by the `DataLoader`'s pinning thread."""
         if self.pixels is not None:
             self.pixels = self.pixels.pin_memory()
@@ -111,8 +111,8 @@ class Preprocessing:
         return View(self.resolution, self.resize, shape if self.has_buckets else None)
 
 
-class PortionReader(Dataset[DecodedPortion]):
-    """Decodes portions; runs in the decode workers.
+class ChunkReader(Dataset[DecodedChunk]):
+    """Decodes chunks; runs in the decode workers.
 
     Args:
         source: The samples.
@@ -122,13 +122,13 @@ class PortionReader(Dataset[DecodedPortion]):
     def __init__(self, source: Source, preprocessing: Preprocessing):
         self.source, self.preprocessing = source, preprocessing
 
-    def __getitem__(self, portion: Portion) -> DecodedPortion:
-        """Decode a portion; a sample that cannot be decoded is listed with its reason."""
-        result = DecodedPortion(portion.unit, portion.shape, None, [], is_last=portion.is_last)
+    def __getitem__(self, chunk: Chunk) -> DecodedChunk:
+        """Decode a chunk; a sample that cannot be decoded is listed with its reason."""
+        result = DecodedChunk(chunk.unit, chunk.shape, None, [], is_last=chunk.is_last)
         arrays: list[np.ndarray] = []
-        for name, place in zip(portion.ids, portion.places, strict=True):
+        for name, place in zip(chunk.ids, chunk.places, strict=True):
             try:
-                record, pixels = self.read(name, place, portion.shape)
+                record, pixels = self.read(name, place, chunk.shape)
             except (MachineFault, UserError) as error:
                 result.fault = str(error)
                 return result
@@ -226,61 +226,61 @@ def plain_value(value: Any, column: str) -> Any:
     )
 
 
-def portions(
+def chunks(
     plan: Plan, units: Sequence[Unit], places: np.ndarray, batch_size: int, lanes: int = 1
-) -> Iterator[Portion]:
-    """The units cut into portions, each unit's in order.
+) -> Iterator[Chunk]:
+    """The units cut into chunks, each unit's in order.
 
     Args:
         plan: The plan.
         units: The units to do.
         places: Where each planned sample stands in the source, -1 where it does not.
-        batch_size: Samples per portion.
+        batch_size: Samples per chunk.
         lanes: How many units are open at a time, taking turns. A `DataLoader` deals its workers
-            portions in turn, so with as many lanes as workers each worker reads whole units, and
+            chunks in turn, so with as many lanes as workers each worker reads whole units, and
             those that lie side by side.
     """
     cuts = [len(units) * lane // lanes for lane in range(lanes + 1)]
     each = [_lane(plan, units[a:b], places, batch_size) for a, b in itertools.pairwise(cuts)]
     while each:
         for lane in list(each):
-            portion = next(lane, None)
-            if portion is None:
+            chunk = next(lane, None)
+            if chunk is None:
                 each.remove(lane)
             else:
-                yield portion
+                yield chunk
 
 
 def _lane(
     plan: Plan, units: Sequence[Unit], places: np.ndarray, batch_size: int
-) -> Iterator[Portion]:
+) -> Iterator[Chunk]:
     for unit in units:
         ids = plan.ids(unit)
         where = places[unit.start : unit.stop].tolist()
         for start in range(0, len(ids), batch_size):
             part = slice(start, start + batch_size)
             is_last = start + batch_size >= len(ids)
-            yield Portion(unit.number, unit.shape, ids[part], where[part], is_last)
+            yield Chunk(unit.number, unit.shape, ids[part], where[part], is_last)
 
 
-class _Portions:
-    """The sampler: makes each portion when it is asked for."""
+class _Chunks:
+    """The sampler: makes each chunk when it is asked for."""
 
     def __init__(
         self, plan: Plan, units: Sequence[Unit], places: np.ndarray, batch_size: int, lanes: int
     ):
         self.arguments = (plan, units, places, batch_size, lanes)
 
-    def __iter__(self) -> Iterator[Portion]:
-        return portions(*self.arguments)
+    def __iter__(self) -> Iterator[Chunk]:
+        return chunks(*self.arguments)
 
     def __len__(self) -> int:
         _, units, _, batch_size, _ = self.arguments
         return sum(-(-len(unit) // batch_size) for unit in units)
 
 
-def portion_loader(
-    reader: PortionReader,
+def chunk_loader(
+    reader: ChunkReader,
     plan: Plan,
     units: Sequence[Unit],
     places: np.ndarray,
@@ -295,18 +295,18 @@ def portion_loader(
         plan: The plan.
         units: The units to do.
         places: Where each planned sample stands in the source.
-        batch_size: Samples per portion.
+        batch_size: Samples per chunk.
         workers: Worker processes; 0 decodes in this one.
         pin_memory: Copy pixels to page-locked memory, for a GPU.
 
     Returns:
-        A loader of `DecodedPortion`.
+        A loader of `DecodedChunk`.
     """
     in_order = getattr(reader.source, "reads_in_order", False)
     lanes = max(1, workers) if in_order else 1
     return DataLoader(
         reader,
-        sampler=_Portions(plan, units, places, batch_size, lanes),  # type: ignore[arg-type]
+        sampler=_Chunks(plan, units, places, batch_size, lanes),  # type: ignore[arg-type]
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,

@@ -19,15 +19,15 @@ from torch import nn
 
 from first_stage.data import Reading, Source
 from first_stage.models.first_stage import FirstStage, as_first_stage
-from latent_tools.build.encode import Pass, PortionEncoder
+from latent_tools.build.encode import ChunkEncoder, Pass
 from latent_tools.build.encoder import BatchSplitter, LatentEncoder
 from latent_tools.build.finalize import finalize, is_finished, missing_units
-from latent_tools.build.images import DecodedPortion, PortionReader, Preprocessing, portion_loader
+from latent_tools.build.images import ChunkReader, DecodedChunk, Preprocessing, chunk_loader
 from latent_tools.build.options import CacheOptions
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.build.prepare import describe_launch, prepare, source_ids
 from latent_tools.build.progress import Progress, Watch, example_failure, timed
-from latent_tools.build.unit import EncodedPortion
+from latent_tools.build.unit import EncodedChunk
 from latent_tools.build.writer import UnitWriter
 from latent_tools.format.files import CacheError, LaunchLock
 from latent_tools.format.manifest import Manifest
@@ -237,8 +237,8 @@ class _Work:
         )
         if isinstance(source, ParquetStream):
             source = source.with_columns(preprocessing.columns)
-        loader = portion_loader(
-            PortionReader(source, preprocessing),
+        loader = chunk_loader(
+            ChunkReader(source, preprocessing),
             self.plan,
             self.own,
             self.plan.places_in(ids),
@@ -252,7 +252,7 @@ class _Work:
             shapes = {unit.shape for unit in self.units}
             torch._dynamo.config.recompile_limit = 8 + 4 * len(shapes)
         splitter = BatchSplitter(encoder, options.batch_size, is_padded=options.compile)
-        portions_of = PortionEncoder(
+        chunks_of = ChunkEncoder(
             splitter,
             representation=self.launch.representation,
             dtype=self.launch.store["dtype"],
@@ -261,28 +261,28 @@ class _Work:
         )
         progress = Progress(self.watch, self.left, is_shown=self.process.rank == 0)
         try:
-            self._encode_portions(timed(loader, progress), portions_of, progress)
+            self._encode_chunks(timed(loader, progress), chunks_of, progress)
         finally:
             progress.close()
             self.outcome.waits = progress.waits
             self.outcome.batch_size = splitter.batch_size
 
-    def _encode_portions(
-        self, portions: Iterator[DecodedPortion], encoder: PortionEncoder, progress: Progress
+    def _encode_chunks(
+        self, chunks: Iterator[DecodedChunk], encoder: ChunkEncoder, progress: Progress
     ) -> None:
         # The workers are forked by the first look into the loader, before the writer's thread
         # starts: a fork beside a running thread could inherit a lock that it holds.
-        portions = itertools.chain([next(portions)], portions)
+        chunks = itertools.chain([next(chunks)], chunks)
         with UnitWriter(
             self.folder, self.launch.store["dtype"], self.launch.tensor_channels,
             self._written,
         ) as writer:  # fmt: skip
-            for encoded in _encoded(portions, encoder, progress):
+            for encoded in _encoded(chunks, encoder, progress):
                 self._count(encoded, progress)
                 with progress.waiting("disk"):
                     writer.put(encoded)
 
-    def _count(self, encoded: EncodedPortion, progress: Progress) -> None:
+    def _count(self, encoded: EncodedChunk, progress: Progress) -> None:
         samples = len(encoded.records) + len(encoded.failures)
         self.outcome.images += samples
         self.watch.count(len(encoded.failures))
@@ -316,20 +316,20 @@ def _share(left: list[Unit], process: Process, in_order: bool) -> list[Unit]:
 
 
 def _encoded(
-    portions: Iterator[DecodedPortion], encoder: PortionEncoder, progress: Progress
-) -> Iterator[EncodedPortion]:
-    """Portions through the encoder, each started before the one before it is read back.
+    chunks: Iterator[DecodedChunk], encoder: ChunkEncoder, progress: Progress
+) -> Iterator[EncodedChunk]:
+    """Chunks through the encoder, each started before the one before it is read back.
 
     Raises:
         CacheError: What a worker said that could not go on, after what was decoded before.
     """
     started: Pass | None = None
     fault: str | None = None
-    for portion in portions:
-        if (fault := portion.fault) is not None:
+    for chunk in chunks:
+        if (fault := chunk.fault) is not None:
             break
         with progress.waiting("encoder"):
-            ahead = encoder.start(portion)
+            ahead = encoder.start(chunk)
             encoded = encoder.finish(started) if started is not None else None
         started = ahead
         if encoded is not None:

@@ -1,6 +1,6 @@
-"""A unit from its encoded portions to its shard and its commit.
+"""A unit from its encoded chunks to its shard and its commit.
 
-Portions are packed into the stored type as they come, so that of a whole unit only what will be
+Chunks are packed into the stored type as they come, so that of a whole unit only what will be
 written is held.
 """
 
@@ -51,7 +51,7 @@ class SampleRecord:
 
 
 @dataclass
-class EncodedPortion:
+class EncodedChunk:
     """Some samples of one unit, encoded.
 
     Attributes:
@@ -65,7 +65,7 @@ class EncodedPortion:
         retried: Ids that were not finite at first and were encoded again in float32.
         exact: `(n, K, h, w)`, the first n samples encoded in float32, where the encoder's precision
             is less; `None` elsewhere.
-        is_last: Whether it is the unit's last portion.
+        is_last: Whether it is the unit's last chunk.
         batch_size: Samples per forward pass.
     """
 
@@ -118,7 +118,7 @@ class Deviation:
 
 
 class OpenUnit:
-    """A unit that portions are added to.
+    """A unit that chunks are added to.
 
     Args:
         number: Its number.
@@ -134,16 +134,16 @@ class OpenUnit:
         self.records: list[SampleRecord] = []
         self.failures: list[tuple[str, str]] = []
         self.retried: list[str] = []
-        self.last: EncodedPortion | None = None
+        self.last: EncodedChunk | None = None
 
-    def add(self, portion: EncodedPortion) -> None:
-        """Pack a portion's latents and sum their statistics."""
-        self.records += portion.records
-        self.failures += portion.failures
-        self.retried += portion.retried
-        self.last = portion
-        for number, latents in enumerate(portion.latents if portion.records else []):
-            name = portion.name + ("_flip" if number else "")
+    def add(self, chunk: EncodedChunk) -> None:
+        """Pack a chunk's latents and sum their statistics."""
+        self.records += chunk.records
+        self.failures += chunk.failures
+        self.retried += chunk.retried
+        self.last = chunk
+        for number, latents in enumerate(chunk.latents if chunk.records else []):
+            name = chunk.name + ("_flip" if number else "")
             packed = pack(latents, self.dtype, name)
             for key, tensor in packed.items():
                 self.tensors.setdefault(key, []).append(tensor)
@@ -152,8 +152,8 @@ class OpenUnit:
                 kept = unpack(packed[name], *scales)
                 self.storage.add(latents, kept)
                 _count(self.sums, kept, self.channels)
-        if portion.exact is not None and portion.records:
-            self.precision.add(portion.latents[0][: len(portion.exact)], portion.exact)
+        if chunk.exact is not None and chunk.records:
+            self.precision.add(chunk.latents[0][: len(chunk.exact)], chunk.exact)
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write the shard, then the commit; both atomic, in this order.
@@ -168,7 +168,7 @@ class OpenUnit:
         Returns:
             The commit.
         """
-        assert self.last is not None  # a unit has at least one portion
+        assert self.last is not None  # a unit has at least one chunk
         shape = self.last.shape
         commit: dict[str, Any] = {
             "unit": self.number,
@@ -288,7 +288,7 @@ def _moments_of(tensors: dict[str, Tensor], name: str, channels: int) -> Channel
 
 
 def _count(moments: ChannelMoments, kept: Tensor, channels: int) -> None:
-    """Add samples one after the other: however they are cut into portions, bit for bit the same."""
+    """Add samples one after the other: however they are cut into chunks, bit for bit the same."""
     has_posterior = kept.shape[1] > channels
     for sample in kept.split(1):  # a unit's latents in float64 would not be small
         moments.update(sample[:, :channels], sample[:, channels:] if has_posterior else None)

@@ -11,12 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from latent_tools.build.unit import EncodedPortion, OpenUnit
+from latent_tools.build.unit import EncodedChunk, OpenUnit
 from latent_tools.format.shards import Dtype, TokenDtype
 
 
 class UnitWriter:
-    """Puts units together from their portions and writes each when its last one is there.
+    """Puts units together from their chunks and writes each when its last one is there.
 
     Used as a context: leaving it, with or without an error, first writes the complete units that
     still wait, so that no finished work is lost.
@@ -26,7 +26,7 @@ class UnitWriter:
         dtype: What latents are stored as.
         channels: Latent channels C; 1 for tokens.
         written: Called with each commit, in the thread.
-        waiting: How many portions may wait; more make `put` block, which bounds the memory.
+        waiting: How many chunks may wait; more make `put` block, which bounds the memory.
     """
 
     def __init__(
@@ -40,33 +40,33 @@ class UnitWriter:
         self._folder, self._dtype, self._channels = folder, dtype, channels
         self._written = written
         self._open: dict[int, OpenUnit] = {}
-        self._queue: queue.Queue[EncodedPortion | None] = queue.Queue(waiting)
+        self._queue: queue.Queue[EncodedChunk | None] = queue.Queue(waiting)
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="unit-writer", daemon=True)
 
-    def put(self, portion: EncodedPortion) -> None:
-        """Hand a portion over; those of a unit in their order.
+    def put(self, chunk: EncodedChunk) -> None:
+        """Hand a chunk over; those of a unit in their order.
 
         Raises:
             OSError: What went wrong with an earlier one, such as a full disk.
         """
         self._raise()
-        self._queue.put(portion)
+        self._queue.put(chunk)
 
     def _run(self) -> None:
-        while (portion := self._queue.get()) is not None:
+        while (chunk := self._queue.get()) is not None:
             # After an error the queue is still emptied, so that `put` cannot block for ever.
             if self._error is None:
                 try:
-                    self._take(portion)
+                    self._take(chunk)
                 except BaseException as error:
                     self._error = error
 
-    def _take(self, portion: EncodedPortion) -> None:
-        number = portion.unit
+    def _take(self, chunk: EncodedChunk) -> None:
+        number = chunk.unit
         unit = self._open.setdefault(number, OpenUnit(number, self._dtype, self._channels))
-        unit.add(portion)
-        if portion.is_last:
+        unit.add(chunk)
+        if chunk.is_last:
             self._written(self._open.pop(number).write(self._folder))
 
     def _raise(self) -> None:

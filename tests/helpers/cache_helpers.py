@@ -157,17 +157,17 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess:
 
 def encode_logged(data: Path, output: Path, log: Path) -> None:
     """Precompute, writing down each unit whose pixels go into the encoder."""
-    from latent_tools.build.encode import PortionEncoder
+    from latent_tools.build.encode import ChunkEncoder
 
-    original = PortionEncoder.start
+    original = ChunkEncoder.start
 
-    def start(self, portion):
+    def start(self, chunk):
         handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(handle, f"{portion.unit}\n".encode())
+        os.write(handle, f"{chunk.unit}\n".encode())
         os.close(handle)
-        return original(self, portion)
+        return original(self, chunk)
 
-    PortionEncoder.start = start
+    ChunkEncoder.start = start
     torch.set_num_threads(1)
     # As in a launch of its own: of a server's child the workers would come from another server,
     # which imports everything anew and outlives whoever is killed.

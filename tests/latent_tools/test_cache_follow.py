@@ -115,9 +115,9 @@ def test_changed_gone_and_repaired_are_said_and_taken_in(data, tmp_path, monkeyp
 
 
 def follow_reader():
-    from latent_tools.build.images import PortionReader
+    from latent_tools.build.images import ChunkReader
 
-    return PortionReader
+    return ChunkReader
 
 
 def counted(original, encoded):

@@ -19,7 +19,7 @@ from first_stage.files import MachineError
 from latent_tools import CacheError, LatentDataset, Manifest, Process, precompute
 from latent_tools import maintenance as tools
 from latent_tools.build import launch
-from latent_tools.build.encode import PortionEncoder
+from latent_tools.build.encode import ChunkEncoder
 from latent_tools.build.sizes import image_sizes
 from latent_tools.format.files import LaunchLock
 from latent_tools.format.plan import Plan, committed_units
@@ -271,7 +271,7 @@ PROCESSES, LAG = 10, 2.0
 
 def _encode_with_lag(data, output, log, rank, barrier, numbers, answers, lost):
     """One of many processes on a directory whose listing lags behind, by rank."""
-    original_iterdir, original_start = Path.iterdir, PortionEncoder.start
+    original_iterdir, original_start = Path.iterdir, ChunkEncoder.start
 
     def iterdir(self):
         before = time.time() - LAG * (rank % 3) / 2
@@ -279,13 +279,13 @@ def _encode_with_lag(data, output, log, rank, barrier, numbers, answers, lost):
             if self.name != "commits" or path.stat().st_mtime < before:
                 yield path
 
-    def start(self, portion):
+    def start(self, chunk):
         handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(handle, f"{portion.unit}\n".encode())
+        os.write(handle, f"{chunk.unit}\n".encode())
         os.close(handle)
-        return original_start(self, portion)
+        return original_start(self, chunk)
 
-    Path.iterdir, PortionEncoder.start = iterdir, start
+    Path.iterdir, ChunkEncoder.start = iterdir, start
     launch._LAG = 3.0
 
     def hand_over(own):

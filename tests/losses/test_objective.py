@@ -91,7 +91,7 @@ def test_the_learned_noise_level_moves_to_where_it_belongs():
     code = Gaussian()(torch.zeros(2, 2, 1, 1))
     for _ in range(400):
         optimizer.zero_grad()
-        objective.direct_loss(Inputs(0, images, leaf), code)[0].backward()
+        objective.latent_loss(Inputs(0, images, leaf), code)[0].backward()
         optimizer.step()
     assert parameter.item() == pytest.approx(math.log(0.25), abs=1e-2)
     leaf.requires_grad_()
@@ -132,7 +132,7 @@ def test_the_kl_is_annealed():
     objective = Objective(LossConfig(kl_weight=1.0, kl_ramp_steps=4, **NO_CRITIC))
     images = torch.zeros(2, 3, 8, 8)
     losses = [
-        objective.direct_loss(Inputs(step, images, images), code_of(1.0, 3.0)[1])[0].item()
+        objective.latent_loss(Inputs(step, images, images), code_of(1.0, 3.0)[1])[0].item()
         for step in (0, 1, 3, 9)
     ]
     whole = (0.5 + 4.5) * 4 / images[0].numel()
@@ -145,7 +145,7 @@ def test_free_bits_leave_cheap_channels_alone_once_they_were_measured():
 
     def step() -> tuple[float, torch.Tensor]:
         mean, code = code_of(1.0, 3.0)  # 0.5 and 4.5 nats per value
-        loss, log = objective.direct_loss(Inputs(0, images, images), code)
+        loss, log = objective.latent_loss(Inputs(0, images, images), code)
         (gradient,) = torch.autograd.grad(loss, mean)
         objective.finish_step(one)
         assert log["loss/kl"].item() == pytest.approx((0.5 + 4.5) * 4)  # what it is, not the loss

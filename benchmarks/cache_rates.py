@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from first_stage.data import Source, images_from_pixels
+from first_stage.data import Reading, Source, images_from_pixels
 from first_stage.models.first_stage import as_first_stage
 from latent_tools.build.encoder import LatentEncoder
 from latent_tools.build.images import ChunkReader, Preprocessing
@@ -63,7 +63,13 @@ def cache_rates(
     shape = (options.resolution, options.resolution)
     reader = ChunkReader(
         source,
-        Preprocessing(stage.in_channels, options.resolution, options.resize, False, ()),
+        Preprocessing(
+            options.reading or Reading(stage.in_channels),
+            options.resolution,
+            options.resize,
+            False,
+            (),
+        ),
     )
     start = time.perf_counter()
     pixels = [

@@ -20,7 +20,7 @@ from first_stage.models.families import family_named
 from latent_tools import LatentDataset
 from latent_tools.build.launch import precompute
 from latent_tools.build.options import CacheOptions
-from latent_tools.read.dataset import Sampling
+from latent_tools.read.normalization import Sampling
 
 OURS = "LatentDataset"
 

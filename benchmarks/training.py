@@ -256,8 +256,7 @@ def data_rate(config: Config, seconds: float) -> float:
     sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
     folder = Path(config.output_dir)
     source, _ = open_data(config.data, folder=folder, processes=processes, **sizes)
-    trainer = Trainer(config, make_accelerator(config.train, config.output_dir), processes)
-    stream = open_stream(source, config.data, trainer.first_stage.network, **sizes)
+    stream = open_stream(source, config.data, channels=config.model.in_channels, **sizes)
     size = config.train.batch_size
     sampler = StepSampler(size, size, 0, config.train.max_steps, 0, 1)
     batches = iter(open_loader(stream, sampler, workers=config.data.workers, pin_memory=False))

@@ -15,7 +15,7 @@ from first_stage.data import View, fixed_images, images_from_pixels, open_source
 from first_stage.errors import ConfigError
 from first_stage.metrics.images import eight_bit, psnr
 from first_stage.metrics.spectrum import cosine_transform, high_frequency
-from first_stage.models.first_stage import load_autoencoder
+from first_stage.models.loading import load_autoencoder
 
 _BARS = {"PSNR": 26.5, "colour error": 4.0, "detail": (0.4, 1.0)}
 """What the demo is to reach: at least, at most, and between."""

@@ -90,10 +90,18 @@ def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
         if error.errno != errno.ENOSPC:
             raise
         raise DataError(no_shared_memory(int(os.environ.get("RANK", "0")))) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
-    return _deliver(batches)
+    if threading.current_thread() is not threading.main_thread():
+        return _deliver(batches)
+    # An earlier loader of this process may have left torch's handler, which raises all the same.
+    is_torchs = getattr(before, "__module__", "") == "torch.utils.data._utils.signal_handling"
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_torchs or before is None else before)
+    return _deliver(batches, before if is_torchs else None)
 
 
-def _deliver(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-    yield from batches
+def _deliver(batches: Iterator[Batch], handler: Any = None) -> Generator[Batch, None, None]:
+    """The batches; then torch's handler is put back for loaders that are not ours."""
+    try:
+        yield from batches
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)

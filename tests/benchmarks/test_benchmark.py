@@ -53,7 +53,9 @@ def test_every_benchmark_runs(tmp_path, images, what):
     recipe = [] if what == "read" else arguments(tmp_path / "run", images, data__workers=None)
     result = run_script(
         *("-m", "benchmarks", what, "--repeats", 1, "--seconds", 0.1, "--images", 20),
-        *("--side", 16, "--latents", 100, "--json", tmp_path / "out.json", *recipe),
+        *("--side", 16, "--latents", 100, "--counts", 10, 20, "--json", tmp_path / "out.json"),
+        *recipe,
+        timeout=580,  # a dozen processes, each of which imports torch, on a machine that is shared
     )
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out.json").read_text())

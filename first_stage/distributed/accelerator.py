@@ -37,10 +37,16 @@ def make_plain_accelerator(precision: str, **options: Any) -> Accelerator:
                 f"your accelerate config asks for {name} ({variable}={os.environ[variable]}), but "
                 "training is data-parallel: launch with --multi_gpu, or with another --config_file"
             )
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision,
         # As a plain number the variable would overrule it.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         dynamo_backend="no",
         **options,
     )
+    if precision != "no" and not accelerator.native_amp:
+        raise ValueError(
+            f"on this device ({accelerator.device.type}) accelerate would compute in float32 "
+            "without a word: use bf16 or no"
+        )
+    return accelerator

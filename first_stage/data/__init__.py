@@ -34,7 +34,13 @@ from first_stage.data.stream import (
     earlier_fingerprint,
     fingerprint,
 )
-from first_stage.data.workers import spare_workers, start_loader, training_loader
+from first_stage.data.workers import (
+    deliver,
+    prepare_worker,
+    spare_workers,
+    start_loader,
+    training_loader,
+)
 
 __all__ = [
     "Batch",
@@ -54,6 +60,7 @@ __all__ = [
     "TrainingStream",
     "View",
     "collate",
+    "deliver",
     "displayed",
     "earlier_fingerprint",
     "fingerprint",
@@ -67,6 +74,7 @@ __all__ = [
     "picture_size",
     "pixels_from_images",
     "pixels_of",
+    "prepare_worker",
     "read_bytes",
     "size_of",
     "spare_workers",

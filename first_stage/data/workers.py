@@ -5,14 +5,20 @@ import os
 import signal
 import threading
 from collections.abc import Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 
-from first_stage.data.faults import end_where_batches_cannot_be_handed_over, no_shared_memory
-from first_stage.data.stream import Batch, TrainingStream, collate
-from first_stage.errors import DataError
+from first_stage.data.faults import (
+    end_where_batches_cannot_be_handed_over,
+    loader_fault,
+    no_shared_memory,
+)
+from first_stage.data.stream import TrainingStream, collate
+from first_stage.errors import DataError, UserError
+
+Item = TypeVar("Item")
 
 
 def spare_workers(busy: int = 1) -> int:
@@ -73,7 +79,7 @@ def _end_when_the_parent_says_so() -> None:
     os._exit(0)
 
 
-def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
+def start_loader(loader: Iterable[Item]) -> Generator[Item, None, None]:
     """Iterate a loader whose workers' deaths are noticed where a batch is asked for.
 
     torch also installs a handler that raises as soon as a worker dies, wherever the training is
@@ -89,7 +95,7 @@ def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise DataError(no_shared_memory(int(os.environ.get("RANK", "0")))) from error
+        raise DataError(no_shared_memory(_rank())) from error
     if threading.current_thread() is not threading.main_thread():
         return _deliver(batches)
     # An earlier loader of this process may have left torch's handler, which raises all the same.
@@ -98,10 +104,29 @@ def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
     return _deliver(batches, before if is_torchs else None)
 
 
-def _deliver(batches: Iterator[Batch], handler: Any = None) -> Generator[Batch, None, None]:
+def _deliver(batches: Iterator[Item], handler: Any = None) -> Generator[Item, None, None]:
     """The batches; then torch's handler is put back for loaders that are not ours."""
     try:
         yield from batches
     finally:
         if handler is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)
+
+
+def deliver(loader: Iterable[Item]) -> Iterator[Item]:
+    """Iterate a loader for a command that ends where a worker does.
+
+    Raises:
+        UserError: What a worker died of, or could not go on for, in a line.
+    """
+    try:
+        yield from start_loader(loader)
+    except (UserError, RuntimeError, OSError, EOFError) as error:
+        fault = loader_fault(error, _rank())
+        if fault is None:
+            raise
+        raise fault from error
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))

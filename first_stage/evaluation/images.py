@@ -21,9 +21,11 @@ from first_stage.data import (
     Reading,
     Source,
     View,
+    deliver,
     images_from_pixels,
     open_image,
     pixels_of,
+    prepare_worker,
 )
 from first_stage.data.decode import as_reading
 from first_stage.errors import DataError
@@ -165,6 +167,9 @@ def batches(
 
     Yields:
         A batch's images grouped by shape, and those of it that cannot be decoded.
+
+    Raises:
+        UserError: When a worker dies.
     """
     starts = range(rank * batch_size, len(images), world * batch_size)
     plan = [list(range(s, min(s + batch_size, len(images)))) for s in starts]
@@ -173,9 +178,9 @@ def batches(
         batch_sampler=plan,  # type: ignore[arg-type]
         num_workers=workers,
         collate_fn=list,
-        worker_init_fn=_one_thread,
+        worker_init_fn=prepare_worker,
     )
-    for items in loader:
+    for items in deliver(loader):
         yield group_by_shape(items), [item for item in items if item.pixels is None]
 
 
@@ -205,7 +210,3 @@ def require_some(decoded: int, broken: dict[str, str], name: str) -> None:
             f"none of the {len(broken)} images of {name!r} can be decoded "
             f"(first: {first[0]}: {first[1]})"
         )
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from first_stage.data import displayed
+from first_stage.distributed.memory import memory_told
 from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
 from first_stage.evaluation.codes import CodeCounts
@@ -112,25 +113,21 @@ class Measurement:
                 disable=not (progress and self.processes.is_main),
             ) as bar,
             torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+            memory_told("while images are read: lower --data.workers or --batch_size"),
         ):
             for groups, broken in batches(self.images, size, rank, world, self.options.workers):
                 for group in groups:
-                    self._count_or_explain(group)
+                    height, width = group.images.shape[-2:]
+                    with memory_told(
+                        f"with {len(group.ids)} images of {width} x {height} at once: lower "
+                        "--batch_size, or crop with --data.resolution"
+                    ):
+                        self._count(group)
                     bar.update(len(group.indices))
                 for item in broken:
                     self._part.broken[item.id] = item.problem
                     bar.update()
         return self._finish()
-
-    def _count_or_explain(self, group: Group) -> None:
-        try:
-            self._count(group)
-        except torch.OutOfMemoryError as error:
-            height, width = group.images.shape[-2:]
-            raise UserError(
-                f"out of memory with {len(group.ids)} images of {width} x {height} at once: lower "
-                "--batch_size, or crop with --data.resolution"
-            ) from error
 
     def _count(self, group: Group) -> None:
         images = group.images.to(self.stage.device)

@@ -8,7 +8,7 @@ from pathlib import Path
 from first_stage.config.checks import micro_batch_size
 from first_stage.config.schema import Config
 from first_stage.data import Batch, BrokenFiles
-from first_stage.distributed.memory import is_out_of_memory
+from first_stage.distributed.memory import OutOfMemory, is_out_of_memory
 from first_stage.distributed.processes import Processes
 from first_stage.errors import DataError, UserError
 from first_stage.training.checkpoint import list_checkpoints
@@ -101,10 +101,6 @@ def diverged(folder: Path, step: int, names: Sequence[str]) -> TrainingDiverged:
         f"{', '.join(names)} stopped being finite at step {step}; {kept}. Lower "
         "train.learning_rate or the weight of that term, or use train.precision no"
     )
-
-
-class OutOfMemory(UserError):
-    """The device or the machine has no memory left."""
 
 
 def what_is_saved(folder: Path, step: int, world: int) -> str:

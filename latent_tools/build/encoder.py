@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from first_stage.config.types import Precision
+from first_stage.distributed.memory import is_out_of_memory
 from first_stage.errors import first_line
 from first_stage.models.codebooks import Discrete
 from first_stage.models.first_stage import FirstStage
 from latent_tools.format.files import CacheError
 
 _PROBE_SIDE = 128  # a multiple of every published image autoencoder's downsample factor
+_TOO_LARGE = "CUDNN_STATUS_NOT_SUPPORTED"  # what cuDNN says of some batches that are too large
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -126,10 +128,8 @@ class BatchSplitter:
         while True:
             try:
                 return torch.cat([self._padded(p) for p in images.split(self.batch_size)])
-            except RuntimeError as error:
-                from accelerate.utils.memory import should_reduce_batch_size
-
-                if not should_reduce_batch_size(error):
+            except (RuntimeError, MemoryError) as error:
+                if not (is_out_of_memory(error) or _TOO_LARGE in str(error)):
                     raise
                 if self.batch_size == 1:
                     height, width = images.shape[-2:]

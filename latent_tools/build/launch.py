@@ -17,7 +17,8 @@ import pyarrow as pa
 import torch
 from torch import nn
 
-from first_stage.data import Reading, Source
+from first_stage.data import Reading, Source, deliver
+from first_stage.distributed.memory import memory_told
 from first_stage.models.first_stage import FirstStage, as_first_stage
 from latent_tools.build.encode import ChunkEncoder, Pass
 from latent_tools.build.encoder import BatchSplitter, LatentEncoder
@@ -140,7 +141,12 @@ def precompute(
         if left:
             samples = sum(len(unit) for unit in work.left)
             say(f"{samples} samples in {len(left)} of {len(plan.units)} units to encode")
-        outcome = work.run(source, ids, encoder)
+        with memory_told(
+            f"while images are cached: lower --data.workers ({options.workers} now) or "
+            f"--batch_size ({options.batch_size} now). Complete units are kept: start the same "
+            "command to go on"
+        ):
+            outcome = work.run(source, ids, encoder)
         process.barrier()
         if process.rank == 0:
             work.finish()
@@ -261,7 +267,7 @@ class _Work:
         )
         progress = Progress(self.watch, self.left, is_shown=self.process.rank == 0)
         try:
-            self._encode_chunks(timed(loader, progress), chunks_of, progress)
+            self._encode_chunks(timed(deliver(loader), progress), chunks_of, progress)
         finally:
             progress.close()
             self.outcome.waits = progress.waits

@@ -1,7 +1,11 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import torch
+
+from first_stage.distributed.memory import OutOfMemory, is_out_of_memory, memory_told
 
 _PROGRAM = """
 import resource, sys
@@ -26,3 +30,41 @@ def _faults(mode: str) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="about glibc")
 def test_freed_memory_is_reused_without_page_faults():
     assert _faults("keep") < _faults("leave") / 10
+
+
+def _ask(work):
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        work()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        _ask(lambda: torch.empty(2**60, dtype=torch.uint8)),
+        _ask(lambda: bytearray(2**60)),
+        _ask(lambda: np.empty(2**50)),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        OutOfMemory("told already"),
+    ],
+    ids=str,
+)
+def test_one_rule_says_what_is_out_of_memory(error):
+    assert is_out_of_memory(error)
+    with (
+        pytest.raises(OutOfMemory, match=r"told already|out of memory while x"),
+        memory_told("while x"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes cannot be multiplied"), ValueError("out of memory"), OSError(28)]
+)
+def test_other_errors_are_no_lack_of_memory(error):
+    assert not is_out_of_memory(error)
+    with pytest.raises(type(error)), memory_told("while x"):
+        raise error

@@ -21,7 +21,7 @@ import numpy as np
 
 from first_stage.data.broken import BrokenImage
 from first_stage.data.decode import MAX_FILE_BYTES
-from first_stage.data.files import IMAGE_SUFFIXES, open_url
+from first_stage.data.files import IMAGE_SUFFIXES, open_url, read_range
 from first_stage.data.paths import Paths, shown
 from first_stage.data.retry import with_retries
 from first_stage.errors import DataError
@@ -270,7 +270,8 @@ def read_samples(
         begin = int(index.offsets[index.starts[first]])
         while stop < last and _end_of(index, stop) - begin <= _READ_AT_ONCE:
             stop += 1
-        content = _content(url, begin, _end_of(index, stop - 1)) if stop > first + 1 else None
+        end = _end_of(index, stop - 1)
+        content = _content(url, begin, end) if end - begin <= _READ_AT_ONCE else None
         for sample in range(first, stop):
             yield _sample(url, index, sample, ending, content, begin)
         first = stop
@@ -283,12 +284,10 @@ def _end_of(index: TarIndex, sample: int) -> int:
 
 def _content(url: str, begin: int, end: int) -> bytes:
     def read() -> bytes:
-        with open_url(url) as handle:
-            handle.seek(begin)
-            content = handle.read(end - begin)
+        content = read_range(url, begin, end)
         if len(content) < end - begin:
             raise DataError(f"the shard {url!r} is shorter than when its rows were counted")
-        return bytes(content)
+        return content
 
     return with_retries(read, url)
 

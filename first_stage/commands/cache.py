@@ -191,7 +191,7 @@ def _cache_options(
     data = options.data
     resolution = data.resolution
     if resolution is None:
-        resolution = training_resolution(options.first_stage, autoencoder)
+        resolution = training_resolution(options.first_stage, autoencoder, options.revision)
         if resolution is None:
             raise ConfigError(
                 "--data.resolution is missing, and the first stage does not say what it was "

@@ -98,7 +98,7 @@ def fingerprint_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def training_resolution(name: str, autoencoder: Any) -> int | None:
+def training_resolution(name: str, autoencoder: Any, revision: str | None = None) -> int | None:
     """The side of the crops that a first stage was trained on, in pixels; `None`: unknown.
 
     Exports of ours say it beside their config, whose `sample_size` is the tile that diffusers
@@ -107,15 +107,39 @@ def training_resolution(name: str, autoencoder: Any) -> int | None:
     Args:
         name: The folder or hub id that it was loaded from.
         autoencoder: What `load_autoencoder` made of it.
+        revision: The hub revision.
+
+    Raises:
+        UserError: When the first stage is not there, or the hub gives no answer.
     """
-    folder = standing(Path(name))
-    for file in (folder / STATISTICS_FILE, folder / "vae" / STATISTICS_FILE):
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads(file.read_text(encoding="utf-8")).get("resolution")
-            if isinstance(found, int) and found > 0:
-                return found
+    file = _statistics(_find(name, revision, "first_stage"))
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(file.read_text(encoding="utf-8")).get("resolution")
+        if isinstance(found, int) and found > 0:
+            return found
     side = autoencoder.config.get("sample_size")
     return side if isinstance(side, int) and side > 0 else None
+
+
+def _statistics(place: _Place) -> Path:
+    """Where the statistics of an export would lie, here or in the hub's cache."""
+    if Path(place.source).exists():
+        return Path(place.source, place.subfolder or ".", STATISTICS_FILE)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            hf_hub_download(
+                place.source, STATISTICS_FILE, subfolder=place.subfolder, **place.options
+            )
+        )
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return Path(STATISTICS_FILE, "is not there")
+    except Exception as error:
+        raise place.problem(
+            f"has a {STATISTICS_FILE} that cannot be fetched: {first_line(error)}"
+        ) from error
 
 
 # -- finding -------------------------------------------------------------------------------------

@@ -2,6 +2,10 @@
 
 import json
 import logging
+import os
+import shutil
+import subprocess
+import sys
 import time
 
 import pytest
@@ -186,3 +190,30 @@ def test_the_training_resolution_is_not_the_tile(saved, tmp_path):
     assert training_resolution(name, loaded) == 48
     (tmp_path / "stage" / loading.STATISTICS_FILE).write_text("{")
     assert training_resolution(name, loaded) == loaded.config.sample_size
+
+
+_ON_THE_HUB = """
+from first_stage.models.loading import load_autoencoder, training_resolution
+for name in ("some/stage", "some/pipeline", "some/other"):
+    print(training_resolution(name, load_autoencoder(name)))
+"""
+
+
+def test_the_training_resolution_of_a_first_stage_from_the_hub(saved, tmp_path):
+    """From the hub's cache: nothing is reached."""
+    names = {"stage": "", "pipeline": "vae", "other": ""}
+    folder = saved(dict)
+    for name, subfolder in names.items():
+        repository = tmp_path / "hub" / f"models--some--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("0" * 40)
+        place = repository / "snapshots" / ("0" * 40) / subfolder
+        shutil.copytree(folder, place)
+        if name != "other":
+            (place / loading.STATISTICS_FILE).write_text(json.dumps({"resolution": 48}))
+    done = subprocess.run(
+        [sys.executable, "-c", _ON_THE_HUB], capture_output=True, text=True,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    side = load_autoencoder(folder).config.sample_size
+    assert done.stdout.split() == ["48", "48", str(side)], done.stderr

@@ -1,83 +1,20 @@
-"""What is looked at before anything long: held-out images that are trained on, values nearly black.
+"""What is looked at before anything long: images that are too small, values nearly black."""
 
-Both look at a bounded number of samples, at a cost of seconds.
-"""
-
-import hashlib
 import math
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
 from first_stage.data.broken import BrokenImage
-from first_stage.data.decode import Reading, open_image, picture_size, read_bytes
-from first_stage.data.folder import FolderSource
+from first_stage.data.decode import Reading, open_image, picture_size
 from first_stage.data.sample import Source
 from first_stage.data.sources import SubsetSource
 from first_stage.errors import DataError
 
-_HELD_OUT_LOOKED_AT = 256
-_TRAINING_LOOKED_AT = 200_000
-_SMALL = 2_000
 _VALUES_LOOKED_AT = 32
 _SMALL_PART = 1 / 8
 _HEADERS_AT_ONCE = 16
-
-
-def refuse_shared(training: Source, held_out: Source) -> None:
-    """Refuse held-out images that are trained on: by their path or row, and by their content.
-
-    Content is compared for up to 256 held-out files, spread evenly, with the training files of the
-    same size (of up to 200,000, which cost one look at the file system each), and for other sources
-    of at most 2,000 samples.
-
-    Raises:
-        DataError: Naming the first one.
-    """
-    found = next(_shared(training, held_out), None)
-    if found is not None:
-        held, trained, what = found
-        raise DataError(
-            f"the held-out image {held} of {held_out.name!r} is trained on too, as {trained} of "
-            f"{training.name!r} ({what}): measured on it, the first stage looks better than it "
-            "is. Take it out of one of them"
-        )
-
-
-def _shared(training: Source, held_out: Source) -> Iterator[tuple[str, str, str]]:
-    if isinstance(training, FolderSource) and isinstance(held_out, FolderSource):
-        yield from _same_files(training, held_out)
-    elif training.name == held_out.name and type(training) is type(held_out):
-        there = {training.id(index) for index in range(len(training))}
-        for index in range(len(held_out)):
-            if (name := held_out.id(index)) in there:
-                yield name, name, "the same row"
-    elif len(training) <= _SMALL:
-        contents = {_content(training, index): index for index in range(len(training))}
-        for index in _spread(len(held_out), _HELD_OUT_LOOKED_AT):
-            if (content := _content(held_out, index)) and content in contents:
-                yield held_out.id(index), training.id(contents[content]), "the same content"
-
-
-def _same_files(training: FolderSource, held_out: FolderSource) -> Iterator[tuple[str, str, str]]:
-    roots = [os.path.realpath(source.root) for source in (training, held_out)]
-    if os.path.commonpath(roots) in roots:
-        places = {os.path.join(os.fsencode(roots[0]), path) for path in training.paths}
-        for index, path in enumerate(held_out.paths):
-            if (place := os.path.join(os.fsencode(roots[1]), path)) in places:
-                name = os.path.relpath(place, os.fsencode(roots[0]))
-                yield held_out.id(index), os.fsdecode(name), "the same file"
-    wanted: dict[int, list[int]] = {}
-    for index in _spread(len(held_out), _HELD_OUT_LOOKED_AT):
-        wanted.setdefault(_size(held_out, index), []).append(index)
-    wanted.pop(-1, None)
-    for index in _spread(len(training), _TRAINING_LOOKED_AT):
-        for other in wanted.get(_size(training, index), ()):
-            if _content(training, index) == _content(held_out, other) != b"":
-                yield held_out.id(other), training.id(index), "the same content"
 
 
 def _spread(count: int, most: int) -> list[int]:
@@ -85,24 +22,6 @@ def _spread(count: int, most: int) -> list[int]:
     if count <= most:
         return list(range(count))
     return [int(place) for place in np.linspace(0, count - 1, most)]
-
-
-def _size(source: FolderSource, index: int) -> int:
-    try:
-        return os.stat(source.path(index)).st_size
-    except OSError:
-        return -1
-
-
-def _content(source: Source, index: int) -> bytes:
-    image = source.read(index).image
-    try:
-        content = read_bytes(image) if isinstance(image, Path) else image
-    except BrokenImage:
-        return b""
-    if isinstance(content, bytes):
-        return hashlib.blake2b(content, digest_size=16).digest() if content else b""
-    return b""
 
 
 def large_enough(source: Source, min_side: int) -> np.ndarray:

@@ -86,6 +86,10 @@ class FolderSource:
         """When a file was last written, replaced or moved here: seconds since 1970."""
         return _touched(self.path(index))
 
+    def image_sizes(self, places: np.ndarray) -> np.ndarray:
+        """Bytes of these files; -1 for one that cannot be looked at."""
+        return np.array([_bytes_of(self.path(index)) for index in places.tolist()], np.int64)
+
     def columns_touched(self, index: int) -> float:
         """The same of the files that say something of it."""
         stem = os.path.splitext(self.path(index))[0]
@@ -228,6 +232,13 @@ def _touched(path: bytes) -> float:
     except OSError:
         return 0.0
     return max(facts.st_mtime, facts.st_ctime)
+
+
+def _bytes_of(path: bytes) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 class _Columns(Mapping[str, Any]):

@@ -228,6 +228,16 @@ class ShardedRows:
         name = self.shards[shard].name
         return f"{name}#{self._tar_index(shard).names[place] if self.is_tar else f'{place:09d}'}"
 
+    def image_sizes(self, rows: np.ndarray) -> np.ndarray:
+        """Bytes of the encoded images in these rows of tar shards; -1 for a row without one."""
+        found = np.full(len(rows), -1, np.int64)
+        shards = np.searchsorted(self.starts, rows, side="right") - 1
+        for shard in np.unique(shards).tolist():
+            mine = shards == shard
+            sizes = self._tar_index(shard).image_sizes(self.image_column)
+            found[mine] = sizes[rows[mine] - self.starts[shard]]
+        return found
+
     def touched(self, row: int) -> float | None:
         """When a row's file was last changed; `None` for one that is far away."""
         url = self.shards[self._place(row)[0]].url
@@ -360,6 +370,12 @@ class RowSource:
         return self.rows.touched(self.row(index))
 
     columns_touched = touched
+
+    def image_sizes(self, places: np.ndarray) -> np.ndarray | None:
+        """Bytes of these samples' encoded images, -1 without one; `None` where nobody knows."""
+        if not self.rows.is_tar:
+            return None
+        return self.rows.image_sizes(np.array([self.row(index) for index in places.tolist()]))
 
     def fingerprint(self) -> str:
         """A hash of the shards' names, sizes and counts, wherever they lie."""

@@ -14,92 +14,17 @@ from typing import Any, Literal
 import numpy as np
 
 from first_stage.data import builtin
-from first_stage.data.columns import encoded_image, find_image_column
+from first_stage.data.columns import find_image_column
 from first_stage.data.find_shards import shards_of
 from first_stage.data.folder import FolderSource
 from first_stage.data.inventory import Inventory, take_inventory
 from first_stage.data.sample import Sample, Source
 from first_stage.data.shards import RowSource, ShardedRows, count_rows
+from first_stage.data.table import DatasetSource
 from first_stage.errors import DataError, first_line
 from first_stage.seeding import Purpose, generator
 
 Split = Literal["train", "validation", "all"]
-
-
-class DatasetSource:
-    """A `datasets.Dataset` with an image column, whose files are left encoded until needed.
-
-    Args:
-        dataset: The data set.
-        name: Its path or hub id, for messages.
-        image_column: The column with the images; found by type and name when `None`.
-        roots: Folders that paths in rows may lead into.
-        files: For parquet files, each one's path, what ids call it, and its rows.
-
-    Raises:
-        DataError: When the column is not there or does not hold images.
-    """
-
-    def __init__(
-        self,
-        dataset: Any,
-        name: str,
-        image_column: str | None = None,
-        roots: Sequence[str] = (),
-        files: Sequence[tuple[str, str, int]] = (),
-    ):
-        if len(dataset) == 0:
-            raise DataError(f"data.path {name!r} holds no samples")
-        self.image_column = find_image_column(dataset.features, name, image_column)
-        # As Arrow, nothing is decoded: not the images, and no other column of images either.
-        self.dataset = dataset.with_format("arrow")
-        self.name, self.roots = name, tuple(roots)
-        self._classes = {
-            column: feature.names
-            for column, feature in dataset.features.items()
-            if hasattr(feature, "names") and hasattr(feature, "int2str")
-        }
-        names = [c for c in dataset.column_names if c not in (self.image_column, "__url__")]
-        if "label" in self._classes and "class" not in names:
-            names.append("class")
-        self.columns: tuple[str, ...] = tuple(names)
-        self._files = [file for _, file, _ in files]
-        self._places = [place for place, _, _ in files]
-        self._starts = np.cumsum([0, *(rows for *_, rows in files)])
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def id(self, index: int) -> str:
-        """The file and the row's number in it, or the row's number."""
-        if not self._files:
-            return f"{index:09d}"
-        file = self._file(index)
-        return f"{self._files[file]}#{index - int(self._starts[file]):09d}"
-
-    def _file(self, index: int) -> int:
-        return int(np.searchsorted(self._starts, index, side="right")) - 1
-
-    def touched(self, index: int) -> float | None:
-        """When the row's file was last changed; `None` where rows are in no file of their own."""
-        if not self._files:
-            return None
-        facts = os.stat(self._places[self._file(index)])
-        return max(facts.st_mtime, facts.st_ctime)
-
-    columns_touched = touched
-
-    def read(self, index: int) -> Sample:
-        """The row's encoded image and its other columns."""
-        table = self.dataset[index : index + 1]
-        image = encoded_image(table[self.image_column].combine_chunks()[0], self.roots)
-        others = [name for name in table.column_names if name in self.columns]
-        row = table.select(others).to_pylist()[0]
-        if "class" in self.columns and "class" not in row:
-            label = row.get("label")
-            is_known = isinstance(label, int) and 0 <= label < len(self._classes["label"])
-            row["class"] = self._classes["label"][label] if is_known else None
-        return Sample(self.id(index), image, row)
 
 
 class ListSource:
@@ -155,6 +80,9 @@ class SubsetSource:
         if name in ("touched", "columns_touched"):
             known = getattr(self.source, name)
             return lambda index: known(int(self.indices[index]))
+        if name == "image_sizes":
+            sizes = self.source.image_sizes  # type: ignore[attr-defined]
+            return lambda places: sizes(self.indices[places])
         if name in ("keep_classes", "classes"):
             return getattr(self.source, name)
         raise AttributeError(name)

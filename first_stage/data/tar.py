@@ -76,6 +76,20 @@ class TarIndex:
         """The members of a sample."""
         return range(int(self.starts[sample]), int(self.starts[sample + 1]))
 
+    def image_sizes(self, ending: str | None) -> np.ndarray:
+        """Bytes of each sample's image, or of its array where it has none; -1 without either.
+
+        Args:
+            ending: Of the images, or `None` for each sample's own.
+        """
+        found = np.full(len(self), -1, np.int64)
+        samples = np.repeat(np.arange(len(self)), np.diff(self.starts))
+        for is_one in (_is_array, _is_image) if ending is None else (ending.__eq__,):
+            chosen = np.array([is_one(name) for name in self.endings], bool)[self.codes]
+            which, first = np.unique(samples[chosen], return_index=True)
+            found[which] = self.sizes[chosen][first]
+        return found
+
     def save(self, path: Path) -> None:
         """Write it as a file of arrays."""
         facts = {"endings": self.endings, "problem": self.problem}

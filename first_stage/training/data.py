@@ -22,8 +22,8 @@ from first_stage.data import (
     take_inventory,
     training_loader,
 )
-from first_stage.data.checks import refuse_shared
 from first_stage.data.find_shards import find_shards, shards_of
+from first_stage.data.overlap import refuse_shared
 from first_stage.data.shard_stream import ShardLoader, ShardStream, StreamSource, split_stream
 from first_stage.data.shards import Shard, ShardedRows, count_rows
 from first_stage.distributed.accelerator import make_plain_accelerator

@@ -10,7 +10,7 @@ import pytest
 from data_folders import png, put, put_parquet, put_tar
 
 from first_stage.data import BrokenImage, open_image, open_source, take_inventory
-from first_stage.data.checks import refuse_shared, value_remark
+from first_stage.data.checks import value_remark
 from first_stage.data.decode import Reading
 from first_stage.data.paths import Paths
 from first_stage.errors import DataError
@@ -340,25 +340,6 @@ class TestParquet:
         seen = open_image(open_source(str(tmp_path)).read(0).image, Reading(5))
         assert seen.shape == (3, 4, 5)
         assert seen[0, 3, 4] * 257 == pytest.approx(403)
-
-
-class TestHeldOut:
-    def test_the_same_file_and_the_same_content_are_refused(self, tmp_path):
-        put(tmp_path, "a/0.png", "a/1.png", "a/2.png")
-        put(tmp_path / "b", "9.png")  # the same picture as a/0.png
-        train = open_source(str(tmp_path / "a"))
-        with pytest.raises(DataError, match=r"9\.png .*as 0\.png .*the same content"):
-            refuse_shared(train, open_source(str(tmp_path / "b")))
-        with pytest.raises(DataError, match=r"b/9\.png .*the same file"):
-            refuse_shared(open_source(str(tmp_path)), open_source(str(tmp_path / "b")))
-        (tmp_path / "b" / "9.png").write_bytes(png(77))
-        refuse_shared(train, open_source(str(tmp_path / "b")))
-
-    def test_in_shards(self, tmp_path):
-        put_parquet(tmp_path / "a" / "a.parquet", (0, 1))
-        put_parquet(tmp_path / "b" / "b.parquet", (1,))
-        with pytest.raises(DataError, match="the same content"):
-            refuse_shared(open_source(str(tmp_path / "a")), open_source(str(tmp_path / "b")))
 
 
 def test_values_that_use_a_small_part_of_their_range_are_remarked(tmp_path):

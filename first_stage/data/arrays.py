@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from first_stage.data import dicom
 from first_stage.data.broken import BrokenImage
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ _BITS, _SAMPLES, _EXTRA, _PLANAR = 258, 277, 338, 284
 
 def may_be_array(head: bytes) -> bool:
     """Whether a file that begins so may be one of an array."""
-    return head.startswith((_NPY, _ZIP, *_TIFF)) or head[128:132] == b"DICM"
+    return head.startswith((_NPY, _ZIP, *_TIFF)) or dicom.is_dicom(head)
 
 
 def read(content: bytes, reading: "Reading") -> np.ndarray | None:
@@ -47,8 +48,9 @@ def read(content: bytes, reading: "Reading") -> np.ndarray | None:
     if content.startswith(_TIFF):
         values = _tiff(content, reading)
         return None if values is None else channels_last(values, reading)
-    if content[128:132] == b"DICM":
-        return channels_last(_dicom(content, reading), reading)
+    if dicom.is_dicom(content):
+        values = dicom.read(content, lambda shape, kind: _check_size(shape, kind, reading))
+        return channels_last(values, reading)
     return None
 
 
@@ -171,19 +173,6 @@ def _is_plain(image: Any, reading: "Reading") -> bool:
     if samples == 4 and image.mode == "RGB":  # a fourth band that is not alpha would be dropped
         return False
     return samples != 2 or image.mode == "LA"
-
-
-def _dicom(content: bytes, reading: "Reading") -> np.ndarray:
-    try:
-        import pydicom
-    except ImportError:
-        raise BrokenImage("a DICOM file: pip install pydicom") from None
-    file = pydicom.dcmread(io.BytesIO(content))
-    values = np.asarray(file.pixel_array)
-    slope = float(getattr(file, "RescaleSlope", 1))
-    intercept = float(getattr(file, "RescaleIntercept", 0))
-    _check_size(values.shape, values.dtype, reading)
-    return values if (slope, intercept) == (1, 0) else values * np.float32(slope) + intercept
 
 
 def chosen(values: np.ndarray, reading: "Reading") -> np.ndarray:

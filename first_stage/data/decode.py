@@ -3,7 +3,8 @@
 Stated rule for reading a file into `channels` channels:
 
 1. EXIF orientation is applied; where the EXIF data are damaged the picture is used as it lies.
-2. An embedded color profile is converted to sRGB, at 8 bits (`Reading.color` "keep" leaves it).
+2. An embedded color profile is converted to sRGB (`Reading.color` "keep" leaves it): at 8 bits, and
+   of 16-bit files at 16 where it is one of curves and a matrix, not of tables.
 3. More than 8 bits per value keep their precision: 16-bit gray and color (PNG, TIFF) and arrays
    are scaled into 0..255 as float32, unsigned 16-bit values divided by 257.
 4. Palette, CMYK, YCbCr, LAB and HSV files become RGB, or RGBA where they carry transparency.
@@ -31,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from first_stage.data import arrays
+from first_stage.data import arrays, deep_color, foreign
 from first_stage.data.broken import BrokenImage, MachineFault
 from first_stage.data.color import to_srgb
 from first_stage.errors import first_line
@@ -176,7 +177,7 @@ def _decode(file: Encoded | str, reading: Reading) -> Picture:
     image = _open(io.BytesIO(content), reading.max_pixels)
     deep = None if image.mode not in ("RGB", "RGBA") else _deep_color(image, content, reading)
     if deep is not None:
-        return _from_deep_color(deep, reading)
+        return _from_deep_color(deep, _profile_of(image, reading), reading)
     image.load()
     return _from_pillow(image, reading)
 
@@ -217,24 +218,7 @@ def _told_apart(file: Any) -> str:
     """What an unreadable file is, where that is known."""
     if not isinstance(file, bytes | str | Path):
         return ""
-    head = file[:512] if isinstance(file, bytes) else _head(file)
-    if not head:
-        return " (it is empty)"
-    for what, is_it in _UNREAD:
-        if is_it(head):
-            return f" ({what})"
-    return ""
-
-
-_UNREAD = (
-    ("a HEIC file: pip install pillow-heif", lambda head: head[4:12] in
-        (b"ftypheic", b"ftypheix", b"ftyphevc", b"ftypmif1", b"ftypmsf1")),
-    ("a JPEG XL file: pip install pillow-jxl-plugin", lambda head: head[:2] == b"\xff\x0a"
-        or head[4:12] == b"JXL \r\n\x87\n"),
-    ("a DICOM file: pip install pydicom", lambda head: head[128:132] == b"DICM"),
-    ("PostScript, which is never run", lambda head: head.startswith(b"%!PS")),
-    ("an SVG or HTML text", lambda head: head.lstrip()[:1] == b"<"),
-)  # fmt: skip
+    return foreign.told_apart(file[:512] if isinstance(file, bytes) else _head(file))
 
 
 def _head(path: str | Path) -> bytes:
@@ -289,11 +273,16 @@ def _header_size(stream: Any, reading: Reading) -> tuple[int, int]:
 
 
 def _from_pillow(image: Image.Image, reading: Reading) -> Picture:
-    profile = image.info.get("icc_profile")
+    profile = _profile_of(image, reading)
     image = _upright(image) if reading.upright else image
     if image.mode in _INTEGERS or image.mode == "F":
-        return _from_values(np.asarray(image)[:, :, None], reading)
-    if reading.color == "srgb" and not reading.takes_values and profile:
+        values = np.asarray(image)[:, :, None]
+        pixels = _from_values(values, reading)
+        convert = (
+            deep_color.conversion(profile, 1) if profile and values.dtype.itemsize == 2 else None
+        )
+        return pixels if convert is None else convert(values)
+    if profile:
         image = to_srgb(image, profile)
     if reading.select is not None or reading.channels not in (1, 3, 4):
         natural = "RGBA" if _is_transparent(image) else "RGB"
@@ -342,8 +331,7 @@ def _deep_color(image: Image.Image, content: bytes, reading: Reading) -> np.ndar
     low ones.
     """
     raw = _raw_mode(image)
-    if raw is None or (reading.color == "srgb" and not reading.takes_values
-                       and image.info.get("icc_profile")):  # fmt: skip
+    if raw is None or deep_color.conversion(_profile_of(image, reading), 3) is None:
         return None
     swapped = raw[:-1] + _OTHER_BYTE_ORDER[raw[-1]]
     image.load()
@@ -371,21 +359,27 @@ def _with_raw_mode(tile: Any, name: str) -> Any:
     return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
 
-def _from_deep_color(values: np.ndarray, reading: Reading) -> np.ndarray:
-    if reading.takes_values or values.shape[2] == reading.channels:
+def _from_deep_color(values: np.ndarray, profile: bytes | None, reading: Reading) -> np.ndarray:
+    if reading.takes_values or reading.channels not in (1, 3, 4):
         return _from_values(values, reading)
-    if values.shape[2] == 3 and reading.channels == 4:
-        opaque = np.full_like(values[:, :, :1], 65535)
-        return _from_values(np.concatenate([values, opaque], axis=2), reading)
-    colors = values[:, :, :3].astype(np.float32) / np.float32(257.0)
-    if values.shape[2] == 4:
-        alpha = values[:, :, 3:].astype(np.float32) / np.float32(65535.0)
-        colors = colors * alpha + 255.0 * (1.0 - alpha)
+    convert = deep_color.conversion(profile, 3) or deep_color.as_it_is
+    pixels = convert(values[:, :, :3])
+    alpha = deep_color.as_it_is(values[:, :, 3:])
+    if reading.channels == 4:
+        alpha = alpha if alpha.shape[2] else np.full_like(pixels[:, :, :1], 255.0)
+        return np.concatenate([pixels, alpha], axis=2)
+    if alpha.shape[2]:
+        pixels = pixels * (alpha / 255.0) + (255.0 - alpha)
     if reading.channels == 1:
-        colors = (colors @ _LUMA)[:, :, None]
-    if colors.shape[2] != reading.channels:
-        raise BrokenImage(arrays.wrong_number(values.shape[2], reading))
-    return np.ascontiguousarray(colors)
+        pixels = (pixels @ _LUMA)[:, :, None]
+    return np.ascontiguousarray(pixels)
+
+
+def _profile_of(image: Image.Image, reading: Reading) -> bytes | None:
+    """The embedded color profile, where it matters."""
+    if reading.color == "keep" or reading.takes_values:
+        return None
+    return image.info.get("icc_profile") or None
 
 
 def _from_values(values: np.ndarray, reading: Reading) -> np.ndarray:

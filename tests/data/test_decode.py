@@ -20,6 +20,8 @@ from first_stage.data import (
     Mirror,
     Reading,
     View,
+    deep_color,
+    foreign,
     open_image,
     picture_size,
     pixels_of,
@@ -123,6 +125,7 @@ class TestFuzz:
             encoded(small, "TIFF", compression="tiff_lzw", exif=exif),
             encoded(small.convert("P"), "PNG", transparency=0),
             encoded(small, "PNG", icc_profile=P3),
+            png16(values[:, :, :3], PROFILE),
             png16(values[:, :, :3]),
             npy(values),
             npz(image=values),
@@ -157,7 +160,9 @@ class TestNothingForeign:
             (b"", "empty"),
         ],
     )
-    def test_formats_of_other_programs_are_told_apart(self, head, words):
+    def test_formats_of_other_programs_are_told_apart(self, head, words, monkeypatch):
+        monkeypatch.setattr(foreign, "find_spec", lambda module: None)
+        monkeypatch.setitem(sys.modules, "pydicom", None)
         assert words in reason(head)
 
     def test_devices_pipes_and_folders_are_no_images(self, tmp_path):
@@ -269,6 +274,90 @@ class TestPrecision:
         assert "not numbers (NaN)" in reason(tiff(values), Reading(3, value_range=(0, 1)))
 
 
+class TestDeepColor:
+    """Profiles of files of 16 bits, at 16 bits."""
+
+    VALUES = np.random.default_rng(1).integers(0, 65536, (40, 50, 3), dtype=np.uint16)
+
+    def test_a_matrix_profile_keeps_its_precision(self):
+        deep = read(png16(self.VALUES, PROFILE), 3)
+        assert deep.dtype == np.float32
+        # By the formulas of the profile's primaries and gamma, in double precision.
+        linear = (self.VALUES / 65535.0) ** 2.19921875
+        to_xyz = np.array([[0.5151, 0.2920, 0.1571], [0.2412, 0.6922, 0.0666],
+                           [-0.0011, 0.0419, 0.7841]])  # fmt: skip
+        to_xyz = np.round(to_xyz * 65536) / 65536  # as profiles hold them
+        srgb = np.array([[0.4360747, 0.3850649, 0.1430804], [0.2225045, 0.7168786, 0.0606169],
+                         [0.0139322, 0.0971045, 0.7141733]])  # fmt: skip
+        linear = np.clip(linear @ to_xyz.T @ np.linalg.inv(srgb).T, 0, 1)
+        wanted = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+        assert np.abs(deep - 255 * wanted).max() < 0.01
+        assert np.abs(deep - deep.round()).mean() > 0.15  # 8 bits would be whole numbers
+
+    def test_it_is_what_the_eight_bit_way_gives_but_for_rounding(self):
+        eight = (self.VALUES >> 8).astype(np.uint8)
+        plain = read(encoded(Image.fromarray(eight), icc_profile=P3), 3)
+        deep = read(png16(eight.astype(np.uint16) * 257, PROFILE), 3)
+        assert np.abs(deep - plain).max() < 1.1
+        assert np.abs(deep - eight).mean() > 3
+
+    @pytest.mark.parametrize("name", ["sRGB", "damaged", "gray"])
+    def test_other_profiles_leave_every_bit(self, name):
+        profile = {
+            "sRGB": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+            "damaged": P3[:200],
+            "gray": P3.replace(b"mntrRGB ", b"mntrGRAY"),
+        }[name]
+        file = png16(self.VALUES, chunk(b"iCCP", b"x\0\0" + zlib.compress(profile)))
+        np.testing.assert_array_equal(read(file, 3), self.VALUES / np.float32(257))
+
+    def test_kept_and_measured_values_are_untouched(self):
+        file = png16(self.VALUES, PROFILE)
+        kept = read(file, Reading(3, color="keep"))
+        np.testing.assert_array_equal(kept, self.VALUES / np.float32(257))
+        measured = read(file, Reading(3, value_range=(0, 65535)))
+        np.testing.assert_allclose(measured, self.VALUES / 257, atol=1e-4)
+
+    def test_a_profile_of_tables_goes_through_eight_bits(self):
+        lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+        tables = bytearray(P3)
+        place = tables.index(b"desc")
+        tables[place : place + 4] = b"A2B0"
+        assert deep_color.conversion(bytes(tables), 3) is None
+        assert deep_color.conversion(lab, 3)(self.VALUES).dtype == np.float32  # another space
+
+    @pytest.mark.parametrize("kind", [0, 1, 2, 3, 4])
+    def test_parametric_curves(self, kind):
+        given = [2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045, 0.0, 0.0]
+        count = (1, 3, 4, 5, 7)[kind]
+        if kind == 2:
+            given[3] = 0.1
+        tag = b"para\0\0\0\0" + struct.pack(">HH", kind, 0)
+        tag += struct.pack(f">{count}i", *(round(v * 65536) for v in given[:count]))
+        x = np.linspace(0, 1, 65536)
+        g, a, b, c, d = given[:5]
+        wanted = {
+            0: x**g,
+            1: np.where(x >= -b / a, (a * x + b) ** g, 0),
+            2: np.where(x >= -b / a, (a * x + b) ** g, 0) + c,
+            3: np.where(x >= d, (a * x + b) ** g, c * x),
+            4: np.where(x >= d, (a * x + b) ** g, c * x),
+        }[kind]
+        assert np.abs(deep_color._curve(tag) - np.clip(wanted, 0, 1)).max() < 1e-4
+
+    def test_gray_and_alpha(self):
+        gray = P3.replace(b"mntrRGB ", b"mntrGRAY").replace(b"rTRC", b"kTRC")
+        values = self.VALUES[:, :, :1]
+        deep = read(png16(values, chunk(b"iCCP", b"x\0\0" + zlib.compress(gray))), 1)
+        linear = (values / 65535.0) ** 2.19921875
+        wanted = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+        assert np.abs(deep - 255 * wanted).max() < 0.01
+        alpha = np.concatenate([self.VALUES, values], axis=2)
+        seen = read(png16(alpha, PROFILE), 4)
+        np.testing.assert_array_equal(seen[:, :, 3:], values / np.float32(257))
+        np.testing.assert_array_equal(seen[:, :, :3], read(png16(self.VALUES, PROFILE), 3))
+
+
 class TestChannels:
     VALUES = DRAW.integers(0, 65536, (7, 9, 5), dtype=np.uint16)
 
@@ -356,6 +445,7 @@ def _p3() -> bytes:
 
 
 P3 = _p3()
+PROFILE = chunk(b"iCCP", b"x\0\0" + zlib.compress(P3))
 
 
 class TestColor:

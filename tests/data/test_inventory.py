@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_folders import png, put, put_parquet, put_tar
 
-from first_stage.data import BrokenImage, open_image, open_source, take_inventory
+from first_stage.data import BrokenImage, listing, open_image, open_source, take_inventory
 from first_stage.data.checks import value_remark
 from first_stage.data.decode import Reading
 from first_stage.data.paths import Paths
@@ -43,7 +43,8 @@ class TestLayouts:
         assert "left out: 1 .psd: no known image format, such as old.psd" in text
         assert "left out: 1 no suffix: no known image format, such as readme" in text
 
-    def test_formats_that_need_a_package_say_which(self, tmp_path):
+    def test_formats_that_need_a_package_say_which(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(listing, "find_spec", lambda module: None)
         put(tmp_path, "a.png", *(f"{n}.heic" for n in range(20)), "scan.dcm", "x.jxl")
         text = said(tmp_path)
         assert "left out: 20 .heic: pip install pillow-heif" in text
@@ -105,7 +106,8 @@ class TestLayouts:
         assert "nothing matches" in refused(f"{tmp_path}/*.tar")
         assert "does not exist" in refused(f"[{tmp_path}/one, {tmp_path}/three]")
 
-    def test_nothing_says_what_is_there(self, tmp_path):
+    def test_nothing_says_what_is_there(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(listing, "find_spec", lambda module: None)
         put(tmp_path / "heic", "a.heic", "b.heic")
         assert "it has 2 .heic: pip install pillow-heif" in refused(tmp_path / "heic")
         (tmp_path / "zip").mkdir()

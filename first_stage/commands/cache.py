@@ -15,7 +15,7 @@ from first_stage.command_line import command_line
 from first_stage.config.images import ImagesConfig, shorter_side
 from first_stage.config.parsing import read_options
 from first_stage.config.types import NonNegativeInt, PositiveInt, Share
-from first_stage.data import Source, spare_workers, take_inventory
+from first_stage.data import Inventory, Source, spare_workers, take_inventory
 from first_stage.data.checks import value_remark
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.distributed.processes import Processes, shared
@@ -27,6 +27,8 @@ from latent_tools.build.options import CacheOptions, EncodingOptions
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.format.manifest import Manifest
 
+FILES = "files.txt"
+"""In the cache's folder: every file that was found and left out at the last launch."""
 # A launch waits at its start until the first process has read the sizes of all images.
 _PLANNING_TIME = timedelta(days=2)
 
@@ -124,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     count = process.world
     say(f"{count} process{'es' if count > 1 else ''} on {process.device.type}")
     autoencoder = load_autoencoder(options.first_stage, options.revision, "--first_stage")
-    source = _open(options.data, say)
+    found: list[Inventory] = []
+    source = _open(options.data, say, found)
     cache_options = _cache_options(options, autoencoder, process, command_line("cache", *given))
     if process.rank == 0 and (remark := value_remark(source, cache_options.reading)):
         say(remark)
@@ -133,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with writing(Path(options.output), lambda: kept):
             outcome = precompute(
                 autoencoder, options.first_stage, source, options.output, cache_options, process,
-                say,
+                say, lambda: _keep(found, Path(options.output)),
             )  # fmt: skip
     except KeyboardInterrupt:
         say("stopped; the units that are complete are kept: start the same command to go on")
@@ -141,22 +144,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _report(options, outcome, process)
 
 
-def _open(data: CacheData, say: Callable[[str], None]) -> Source:
+def _keep(found: list[Inventory], folder: Path) -> None:
+    for inventory in found:
+        inventory.write(folder / FILES)
+
+
+def _open(data: CacheData, say: Callable[[str], None], found: list[Inventory]) -> Source:
     processes = Processes()
 
     def once(make: Callable[[], Any]) -> Any:
         return shared(processes, make)
 
-    is_far = "://" in data.path
-    if is_far or (data.streaming and once(lambda: _is_parquet(data))):
-        if data.min_side:
-            raise ConfigError("data.min_side needs all sizes first: set data.streaming to false")
-        return ParquetStream(data.path, data.image_column, data.split)
-    return data.open("all", say=say, once=once)
-
-
-def _is_parquet(data: CacheData) -> bool:
-    return take_inventory(data.path, data.split).kind in ("parquet", "hub")
+    is_streamed = "://" in data.path
+    if data.streaming and not is_streamed:
+        inventory = once(lambda: take_inventory(data.path, data.split))
+        is_streamed = inventory.kind in ("parquet", "hub")
+        if inventory.kind == "parquet":
+            found.append(inventory)
+            for line in inventory.lines():
+                say(line)
+    if not is_streamed:
+        return data.open("all", say=say, once=once, keep=found.append)
+    if data.min_side:
+        raise ConfigError("data.min_side needs all sizes first: set data.streaming to false")
+    return ParquetStream(data.path, data.image_column, data.split)
 
 
 def _this_process() -> Process:

@@ -30,6 +30,8 @@ from first_stage.models.first_stage import FirstStage
 from first_stage.models.loading import load_autoencoder
 from first_stage.report import REPORT, write_report
 
+FILES = "files.txt"
+"""Beside the metrics: every file that was found and left out."""
 _SEVERAL = {
     "first_stage": "A diffusers folder, a pipeline's folder or a hub id; several, separated by "
     "spaces, are compared side by side. (required, type: list[str])",
@@ -168,7 +170,7 @@ class _Images:
             part,
             say=say,
             once=lambda make: shared(processes, make),
-            listed=Path(a.output) / "files.txt",
+            keep=lambda inventory: inventory.write(Path(a.output) / FILES),
         )
         self.arguments, self.say, self.is_main = a, say, processes.is_main
 

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from first_stage.config.types import NonNegativeInt, PositiveInt, may_change
-from first_stage.data import Reading, Source, View, open_inventory, take_inventory
+from first_stage.data import Inventory, Reading, Source, View, open_inventory, take_inventory
 from first_stage.data.checks import large_enough, only_large
 from first_stage.data.sources import Split
 from first_stage.errors import ConfigError
@@ -117,7 +116,7 @@ class ImagesConfig:
         *,
         say: Callable[[str], None] = quiet,
         once: Once = here,
-        listed: Path | None = None,
+        keep: Callable[[Inventory], None] | None = None,
     ) -> Source:
         """Open the images.
 
@@ -125,7 +124,7 @@ class ImagesConfig:
             part: Which part of a built-in set; of other sets, `split` says it.
             say: Called with lines for the user: what was found, and what was left out.
             once: Lists files and reads headers, on one process for all.
-            listed: A file for the list of everything that was found and left out.
+            keep: Called on one process with everything that was found and left out.
 
         Raises:
             ConfigError: When no path is given.
@@ -133,7 +132,7 @@ class ImagesConfig:
         """
         if not self.path:
             raise ConfigError("data.path is missing: give a folder of images, a hub id, or a set")
-        return self.open_at(self.path, part, self.split, say=say, once=once, listed=listed)
+        return self.open_at(self.path, part, self.split, say=say, once=once, keep=keep)
 
     def open_at(
         self,
@@ -143,13 +142,13 @@ class ImagesConfig:
         *,
         say: Callable[[str], None] = quiet,
         once: Once = here,
-        listed: Path | None = None,
+        keep: Callable[[Inventory], None] | None = None,
     ) -> Source:
         """Open other images in the same way; see `open`."""
         inventory = once(lambda: take_inventory(path, split))
         source = open_inventory(inventory, self.image_column, part, split, say)
-        if listed is not None and inventory.kind in ("images", "parquet", "tar"):
-            once(lambda: inventory.write(listed))
+        if keep is not None and inventory.kind in ("images", "parquet", "tar"):
+            once(lambda: keep(inventory))
         if self.min_side:
             chosen = once(lambda: large_enough(source, self.min_side))
             return only_large(source, chosen, self.min_side, say)

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from first_stage.config.schema import DataConfig, TrainConfig
 from first_stage.data import (
     Batch,
+    Inventory,
     Source,
     TrainingStream,
     fingerprint,
@@ -147,8 +148,11 @@ class _Opener:
 
     def open(self, path: str, part: Any, split: str | None, file: str) -> Source:
         """Samples that are read one by one; `file` of the run lists the files."""
-        listed = self.folder / file
-        return self.data.open_at(path, part, split, say=self.say, once=self._once, listed=listed)
+
+        def keep(inventory: Inventory) -> None:
+            inventory.write(self.folder / file)
+
+        return self.data.open_at(path, part, split, say=self.say, once=self._once, keep=keep)
 
     def rows(self, path: str, split: str | None, batch_size: int) -> ShardedRows:
         """The rows of shards that are streamed."""

@@ -95,6 +95,7 @@ def precompute(
     options: CacheOptions,
     process: Process | None = None,
     say: Callable[[str], None] = lambda line: None,
+    accepted: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Encode what is not committed yet of a data set.
 
@@ -106,6 +107,7 @@ def precompute(
         options: How.
         process: This process among those of the launch.
         say: Called with lines for the user, on the first process only.
+        accepted: Called there once the folder holds the plan of these data.
 
     Returns:
         What this process did.
@@ -129,6 +131,7 @@ def precompute(
     lock = None
     if process.rank == 0:
         lock = prepare(folder, launch, source, ids, options, say)
+        accepted()
     process.barrier()
     if (keep := getattr(source, "keep_classes", None)) is not None:
         keep(Manifest.load(folder).source.get("classes") or [])

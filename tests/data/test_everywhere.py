@@ -96,6 +96,7 @@ def alike(everywhere, data, expected, words="", **fields) -> None:
         assert words in text, text
     listed = (everywhere.folder / "run" / "files.txt").read_text()
     assert listed == (everywhere.folder / "eval" / "files.txt").read_text()
+    assert listed == (everywhere.made / "files.txt").read_text()
 
 
 def refused(everywhere, data, words, **fields) -> None:
@@ -171,6 +172,30 @@ def test_one_channel_of_twelve_bits(tmp_path):
         assert "warning: the values" not in said
     manifest = LatentDataset(everywhere.made).manifest
     assert manifest.preprocessing["value_range"] == [0, 4095]
+
+
+def test_a_launch_that_is_refused_leaves_the_list_of_files(everywhere, tmp_path):
+    put(tmp_path / "d", "0.png", "1.png")
+    put(tmp_path / "e", "2.png", "3.psd")
+    everywhere.cache(tmp_path / "d")
+    line = ["--first_stage", str(everywhere.vae), "--output", str(everywhere.made),
+            "--data.resolution", "16", "--data.workers", "0"]  # fmt: skip
+    before = (everywhere.made / "files.txt").read_text()
+    with pytest.raises(UserError):
+        cache_command.main([*line, "--data.path", str(tmp_path / "e"), "--data.color", "keep"])
+    assert (everywhere.made / "files.txt").read_text() == before
+    put(tmp_path / "d", "2.png", "3.psd")
+    cache_command.main([*line, "--data.path", str(tmp_path / "d")])
+    assert "- 3.psd" in (everywhere.made / "files.txt").read_text()
+
+
+def test_a_cache_of_streamed_tables_says_what_it_leaves_out(everywhere, tmp_path):
+    put_parquet(tmp_path / "p" / "train-0.parquet", (0, 1, 2))
+    put_parquet(tmp_path / "p" / "test-0.parquet", (3,))
+    printed = everywhere.cache(tmp_path / "p", **{"data.streaming": True, "data.split": "train"})
+    assert "left out: 1 shards of the split test" in printed
+    assert "- test-0.parquet" in (everywhere.made / "files.txt").read_text()
+    assert len(everywhere.cached()) == 3
 
 
 def test_a_changed_range_or_color_is_another_cache(everywhere, tmp_path):

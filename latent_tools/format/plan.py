@@ -324,12 +324,17 @@ def kohya_bucket(sizes: np.ndarray, buckets: Sequence[Shape]) -> np.ndarray:
     Returns:
         `(N, 2)`, heights and widths.
     """
-    known = (sizes > 0).all(1)
-    ratio = np.where(known, sizes[:, 1], 1) / np.where(known, sizes[:, 0], 1)
     shapes = np.array(buckets)
-    order = np.abs((shapes[:, 1] / shapes[:, 0])[None] - ratio[:, None]).argmin(1)
-    exact = (sizes[:, None] == shapes[None]).all(2)
-    return shapes[np.where(exact.any(1), exact.argmax(1), order)]
+    chosen = np.empty((len(sizes), 2), np.int32)
+    # A block at a time: a row of distances for each image would not be small.
+    for start in range(0, len(sizes), _BLOCK):
+        block = sizes[start : start + _BLOCK]
+        known = (block > 0).all(1)
+        ratio = np.where(known, block[:, 1], 1) / np.where(known, block[:, 0], 1)
+        order = np.abs((shapes[:, 1] / shapes[:, 0])[None] - ratio[:, None]).argmin(1)
+        exact = (block[:, None] == shapes[None]).all(2)
+        chosen[start : start + _BLOCK] = shapes[np.where(exact.any(1), exact.argmax(1), order)]
+    return chosen
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: Sequence[Shape]) -> np.ndarray:

@@ -218,3 +218,27 @@ def test_collate_takes_captions_that_are_missing_and_lists(made):
     assert collate(mixed)["caption"] == [None, "x"]
     assert collate(mixed)["tags"] == [["a", "b"], ["c"]]
     assert collate(mixed)["score"].tolist() == [1.5, 2.0]
+
+
+@pytest.mark.parametrize("resolution", [512, 768, 1024])
+def test_kohyas_rule_over_1260_sizes(resolution):
+    """Against its rule, written down again: the first bucket, by width and then height, whose ratio
+    of width to height is nearest; an image of a bucket's own size takes that one."""
+    pairs = set()
+    for width in range(256, 1024 + 1, 64):
+        height = min(1024, resolution * resolution // width // 64 * 64)
+        if height >= 256:
+            pairs |= {(width, height), (height, width)}
+    pairs.add((resolution, resolution))
+
+    def chosen(width, height):
+        if (width, height) in pairs:
+            return [height, width]
+        near = min(sorted(pairs), key=lambda pair: abs(pair[0] / pair[1] - width / height))
+        return [near[1], near[0]]
+
+    sides = [(w, h) for w in range(300, 2600, 64) for h in range(300, 2500, 63)]
+    assert len(sides) == 36 * 35 == 1260
+    sizes = np.array([(h, w) for w, h in sides + sorted(pairs)])
+    found = kohya_bucket(sizes, kohya_buckets(resolution, 8)).tolist()
+    assert found == [chosen(w, h) for h, w in sizes.tolist()]

@@ -92,8 +92,8 @@ class FolderSource:
 
     def columns_touched(self, index: int) -> float:
         """The same of the files that say something of it."""
-        stem = os.path.splitext(self.path(index))[0]
-        times = [_touched(stem + suffix) for suffix, _ in self._beside]
+        beside = [self._beside_it(index, suffix) for suffix, _ in self._beside]
+        times = [_touched(path) for path in beside if path is not None]
         return max([self._metadata_touched, *times])
 
     def keep_classes(self, known: list[str]) -> list[str]:
@@ -132,8 +132,10 @@ class FolderSource:
                     f"no labels: {stray:,} images lie beside the folders {_some(counts)}"
                 )
             return
-        self.classes = [shown(name) for name in sorted(counts)]
-        numbers = {name: number for number, name in enumerate(sorted(counts))}
+        # Those of all splits, so that a number means the same in each of them.
+        names = sorted({*counts, *inventory.class_folders})
+        self.classes = [shown(name) for name in names]
+        numbers = {name: number for number, name in enumerate(names)}
         self._labels = np.array([numbers.get(top, -1) for top in tops], np.int32)
         if stray:
             first = self._paths.text(tops.index(b""))
@@ -146,6 +148,12 @@ class FolderSource:
 
     def _read_sidecars(self, inventory: Inventory) -> None:
         there = set(inventory.sidecars)
+        usual = (*(s for s, _ in _SIDECARS), *(s.upper() for s, _ in _SIDECARS))
+        self._unusual = {}  # .Txt and the like, by what they would usually be called
+        for path in there:
+            stem, suffix = os.path.splitext(path)
+            if suffix not in usual:
+                self._unusual[stem + suffix.lower()] = path
         self._beside: list[tuple[bytes, str]] = [
             (suffix, name)
             for suffix, name in _SIDECARS
@@ -153,21 +161,25 @@ class FolderSource:
         ]
 
     def _sidecar(self, index: int, name: str) -> Any:
-        stem = os.path.splitext(self.path(index))[0]
         for suffix, column in self._beside:
-            if column != name:
-                continue
-            for ending in (suffix, suffix.upper()):
-                if os.path.isfile(stem + ending):
-                    return self._decoded(os.fsdecode(stem + ending), suffix)
+            if column == name and (path := self._beside_it(index, suffix)) is not None:
+                return self._decoded(os.fsdecode(path), suffix)
         return None
+
+    def _beside_it(self, index: int, suffix: bytes) -> bytes | None:
+        """The file of this suffix beside an image, however it is capitalized."""
+        stem = os.path.splitext(self._paths[index])[0]
+        named = (stem + suffix, stem + suffix.upper(), self._unusual.get(stem + suffix))
+        places = [os.path.join(os.fsencode(self.root), name) for name in named if name is not None]
+        return next((place for place in places if os.path.isfile(place)), None)
 
     @staticmethod
     def _decoded(path: str, suffix: bytes) -> Any:
         content = read_bytes(path)
         try:
-            return json.loads(content) if suffix == b".json" else content.decode().strip()
-        except ValueError as error:
+            text = content.decode("utf-8-sig")  # editors may begin it with a mark
+            return json.loads(text) if suffix == b".json" else text.strip()
+        except (ValueError, RecursionError) as error:
             name = os.path.basename(path)
             raise BrokenImage(f"{name} beside it cannot be read: {error}") from None
 
@@ -190,18 +202,21 @@ class FolderSource:
                 continue
             folder = os.path.dirname(file)
             found = np.full(len(self), -1, np.int32)
-            lost = 0
+            lost, again = 0, 0
             for row, name in enumerate(table[key].to_pylist()):
-                relative = os.path.normpath(os.path.join(folder, os.fsencode(str(name))))
-                index = places.get(relative)
+                index = self._named(places, folder, os.fsencode(str(name)))
                 if index is None:
                     lost += 1
                 else:
+                    again += bool(found[index] >= 0)
                     found[index] = row
-            if lost:
-                inventory.remarks.append(
-                    f"{lost:,} rows of {shown(file)} name no image that is read"
-                )
+            for count, words in ((lost, "name no image that is read"),
+                                 (again, "name an image again; the last one counts")):  # fmt: skip
+                if count:
+                    inventory.remarks.append(f"{count:,} rows of {shown(file)} {words}")
+            if self.classes and {"label", "class"} & set(table.column_names):
+                inventory.remarks.append(f"labels are those of {shown(file)}, not of the folders")
+                self.classes = []
             rows.append(found)
             self._tables.append(table.drop_columns([key]))
         if rows:
@@ -209,6 +224,18 @@ class FolderSource:
             without = int((self._rows < 0).all(0).sum())
             if without:
                 inventory.remarks.append(f"{without:,} images have no row of metadata")
+
+    def _named(self, places: Mapping[bytes, int], folder: bytes, name: bytes) -> int | None:
+        """The image that a row names: beside its file, or by its whole path; also with `\\`."""
+        for spelled in (name, name.replace(b"\\", b"/")):
+            if os.path.isabs(spelled):
+                root = os.path.realpath(os.fsencode(self.root))
+                relative = os.path.relpath(os.path.realpath(spelled), root)
+            else:
+                relative = os.path.normpath(os.path.join(folder, spelled))
+            if relative in places:
+                return places[relative]
+        return None
 
     def value(self, index: int, name: str) -> Any:
         """One column of a sample; `None` where there is nothing."""
@@ -270,21 +297,35 @@ def read_table(path: str) -> pa.Table:
             import pyarrow.parquet
 
             return pyarrow.parquet.read_table(path)
-        with open(path, encoding="utf-8", newline="") as stream:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
             if path.lower().endswith(".csv"):
                 return pa.Table.from_pylist(list(csv.DictReader(stream)))
-            rows = [json.loads(line) for line in stream if line.strip()]
+            rows = [_row(line, number) for number, line in enumerate(stream, 1) if line.strip()]
         names = dict.fromkeys(name for row in rows for name in row)
         return pa.table({name: _column([row.get(name) for row in rows]) for name in names})
     except Exception as error:
         raise DataError(f"the metadata {path!r} cannot be read: {first_line(error)}") from error
 
 
+def _row(line: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"line {number} is no JSON: {first_line(error)}") from None
+    if not isinstance(row, dict):
+        raise DataError(f"line {number} is no JSON object with a file_name")
+    return row
+
+
 def _column(values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError):  # values of mixed types
-        return pa.array([json.dumps(value, ensure_ascii=False) for value in values])
+        return pa.array([
+            value if value is None or isinstance(value, str)
+            else json.dumps(value, ensure_ascii=False)
+            for value in values
+        ])  # fmt: skip
 
 
 def _some(names: Mapping[bytes, int]) -> str:

@@ -41,6 +41,7 @@ class Inventory:
         split: The split that was read, `None` for everything.
         splits: The splits that names say.
         prefixes: What comes before the class folders: a split's folder, or a root of several.
+        class_folders: Names of the class folders of all splits, where folders are splits.
         sidecars: Files beside images, of the same name: captions and JSON.
         metadata: Files that say something of many images.
     """
@@ -54,6 +55,7 @@ class Inventory:
     split: str | None = None
     splits: tuple[str, ...] = ()
     prefixes: tuple[bytes, ...] = ()
+    class_folders: tuple[bytes, ...] = ()
     sidecars: Paths = field(default_factory=lambda: Paths([]))
     metadata: Paths = field(default_factory=lambda: Paths([]))
 
@@ -318,6 +320,7 @@ def _images_of_split(
     images = listing.images
     if folders:
         inventory.prefixes = tuple(folders)
+        inventory.class_folders = splits.class_folders(listing.images, tuple(folders))
         wanted = tuple(p for p, name in folders.items() if chosen in (None, name))
         images = [path for path in listing.images if path.startswith(wanted)]
         for prefix, name in folders.items():

@@ -200,6 +200,8 @@ def _parquet_source(inventory: Inventory, image_column: str | None, root: str) -
 
     places = shards_of(inventory)
     shards = count_rows(places, root=root)  # names a damaged file, which `datasets` does not
+    if not (shards := [shard for shard in shards if shard.rows]):
+        raise DataError(f"data.path {inventory.path!r} holds no samples: its tables have no rows")
     schemas = [pyarrow.parquet.read_schema(shard.url) for shard in shards]
     column = find_image_column(
         datasets.Features.from_arrow_schema(schemas[0]), inventory.path, image_column

@@ -55,6 +55,12 @@ def _top(path: bytes) -> bytes:
     return path.split(b"/", 1)[0] if b"/" in path else b""
 
 
+def class_folders(paths: Sequence[bytes], prefixes: Sequence[bytes]) -> tuple[bytes, ...]:
+    """Names of the folders right below those of splits, of whichever split."""
+    rest = (path[len(p) :] for path in paths for p in prefixes if path.startswith(p))
+    return tuple(sorted({top for top in map(_top, rest) if top}))
+
+
 def choose(path: str, split: str | None, there: Sequence[str], is_explicit: bool) -> str | None:
     """Which split is read.
 

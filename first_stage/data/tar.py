@@ -257,7 +257,7 @@ class Columns(Mapping[str, Any]):
             if kind in _NUMBER:
                 return int(content)
             return json.loads(content) if kind == "json" else content
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BrokenImage(f"its {name} cannot be read: {error}") from None
 
     def __iter__(self) -> Iterator[str]:

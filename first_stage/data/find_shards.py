@@ -44,10 +44,10 @@ def shards_of(inventory: Inventory) -> list[tuple[str, str]]:
 
 
 def _only_shards(urls: Sequence[str], path: str) -> list[str]:
-    suffix = next((s for s in _KINDS if any(u.endswith(s) for u in urls)), None)
+    suffix = next((s for s in _KINDS if any(u.lower().endswith(s) for u in urls)), None)
     if suffix is None:
         raise _none(path)
-    return sorted(url for url in urls if url.endswith(suffix))
+    return sorted(url for url in urls if url.lower().endswith(suffix))
 
 
 def _none(path: str) -> DataError:

@@ -4,6 +4,7 @@ The choice is never silent. Everything that is left out is counted by its reason
 decided is refused with what to give instead.
 """
 
+import codecs
 import glob
 import os
 import re
@@ -192,13 +193,15 @@ def _listed(path: str, places: Sequence[str]) -> tuple[Listing, tuple[bytes, ...
         for reason, paths in part.left_out.items():
             listing.left_out[reason] += [prefix + p for p in paths]
         listing.followed += part.followed
-    listing.images = sorted(set(listing.images))
+    for group in ("images", "parquet", "tars", "sidecars", "metadata"):  # places may overlap
+        setattr(listing, group, sorted(set(getattr(listing, group))))
     return listing, tuple(prefixes), True
 
 
 def _from_list(file: Path) -> Listing:
     """The images that a text file names, one a line, relative to its own folder."""
-    lines = [line.strip() for line in file.read_bytes().splitlines()]
+    content = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    lines = [line.strip() for line in content.splitlines()]
     folder = os.path.abspath(os.fsencode(file.parent))
     named = [os.path.normpath(os.path.join(folder, line)) for line in lines if line]
     if not named:

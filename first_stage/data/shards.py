@@ -57,7 +57,12 @@ class Shard:
     @property
     def is_tar(self) -> bool:
         """Whether it is a WebDataset shard."""
-        return self.url.endswith(".tar")
+        return is_tar(self.url)
+
+
+def is_tar(url: str) -> bool:
+    """Whether an address is that of a WebDataset shard, however its ending is written."""
+    return url.lower().endswith(".tar")
 
 
 def count_rows(
@@ -95,12 +100,12 @@ def count_rows(
 def _counted(url: str, size: int, memory: Path | None) -> tuple[int, str | None, str]:
     """Rows of a shard, where its index is remembered, and what is wrong with it."""
     if memory is None:
-        if url.endswith(".tar"):
+        if is_tar(url):
             index = _index(url, size, None)
             return len(index), None, index.problem
         return _parquet_count(url), None, ""
     place = memory / hashlib.blake2b(f"{url} {size}".encode(), digest_size=12).hexdigest()
-    if url.endswith(".tar"):
+    if is_tar(url):
         place = place.with_suffix(".npz")
         if not _is_whole(place):
             _index(url, size, None).save(place)

@@ -247,6 +247,10 @@ def _saved_source(path: str, image_column: str | None, split: str | None) -> Sou
             dataset = datasets.concatenate_datasets(list(dataset.values()))
         elif split is None and len(dataset) == 1:
             dataset = next(iter(dataset.values()))
+        elif split is None:
+            raise DataError(
+                f"{path!r} has the splits {', '.join(dataset)}: say which with data.split, or all"
+            )
         elif split not in dataset:
             raise DataError(
                 f"data.split is {split!r}, but {path!r} has the splits: {', '.join(dataset)}"

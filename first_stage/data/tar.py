@@ -34,6 +34,7 @@ _NUMBER = ("cls", "cls2", "class", "index", "id")
 _ARRAYS = ("npy", "npz")
 _LOOKED_AT = 1000
 _SPARSE = -1
+_LOOKED_BEHIND = 2**16
 
 
 @dataclass
@@ -162,6 +163,8 @@ def walk(url: str, size: int) -> TarIndex:
                     sizes.append(_SPARSE if is_sparse else member.size)
                 if not problem and not _ends_in_zeros(handle, tar.offset, size):
                     problem = "it is cut off or damaged"
+                elif not problem and _goes_on(handle, tar.offset, size):
+                    problem = "another archive follows its end mark, which is not read"
         except tarfile.TarError as error:
             if not keys:
                 raise DataError(f"the shard {url!r} is no tar file: {error}") from error
@@ -185,6 +188,12 @@ def _ends_in_zeros(handle: Any, offset: int, size: int) -> bool:
             if not any(handle.read(512)):
                 return True
     return offset >= size
+
+
+def _goes_on(handle: Any, offset: int, size: int) -> bool:
+    """Whether something stands behind the zeros that end an archive, as after `cat a.tar b.tar`."""
+    handle.seek(min(offset, size))
+    return any(handle.read(_LOOKED_BEHIND))
 
 
 def image_ending(index: TarIndex, name: str, wanted: str | None) -> str | None:
@@ -253,7 +262,7 @@ class Columns(Mapping[str, Any]):
         content, kind = self._files[name], name.rsplit(".", 1)[-1]
         try:
             if kind in _TEXT:
-                return content.decode()
+                return content.decode("utf-8-sig").strip()
             if kind in _NUMBER:
                 return int(content)
             return json.loads(content) if kind == "json" else content
@@ -333,7 +342,9 @@ def _sample(
         image = files.pop(array) if array is not None else None
     if image is None:
         there = ", ".join(files) or "nothing"
-        image = BrokenImage(f"has no {ending or 'image'} (it has {there})")
+        image = BrokenImage(
+            f"has no {ending or 'image'} (it has {there}); files of a sample must lie side by side"
+        )
     return image, Columns(files)
 
 

@@ -5,7 +5,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_folders import put, put_parquet
+from data_folders import png, put, put_parquet
 
 from first_stage.data import BrokenImage, open_source
 from first_stage.errors import DataError
@@ -107,3 +107,21 @@ def test_tables_without_rows(tmp_path):
         open_source(str(tmp_path))
     put_parquet(tmp_path / "a.parquet")
     assert len(open_source(str(tmp_path))) == 3
+
+
+def test_a_list_with_a_mark_and_tables_named_twice(tmp_path):
+    put(tmp_path, "x/a.png", "x/b.png")
+    (tmp_path / "list.txt").write_bytes("\ufeffx/a.png\r\nx/b.png\r\n".encode())
+    assert len(open_source(str(tmp_path / "list.txt"))) == 2
+    put_parquet(tmp_path / "t" / "a.parquet")
+    assert len(open_source(f"[{tmp_path}/t/a.parquet, {tmp_path}/t/*.parquet]")) == 3
+
+
+def test_a_saved_data_set_of_several_splits_says_which(tmp_path):
+    import datasets
+
+    table = datasets.Dataset.from_dict({"image": [{"bytes": png(0), "path": None}]})
+    table = table.cast_column("image", datasets.Image())
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "s")
+    with pytest.raises(DataError, match="has the splits train, test: say which"):
+        open_source(str(tmp_path / "s"), hub_split=None)

@@ -181,3 +181,28 @@ def test_rows_go_to_spawned_workers(tmp_path, kind):
     found = results.get(timeout=120)
     worker.join()
     assert len(found) == TOTAL
+
+
+def test_archives_behind_each_other_are_told(tmp_path):
+    write(tmp_path / "a.tar", ("a.png", encoded(0)), ("b.png", encoded(1)))
+    (tmp_path / "b.tar").write_bytes((tmp_path / "a.tar").read_bytes() * 2)
+    lines: list[str] = []
+    assert len(open_source(str(tmp_path), say=lines.append)) == 4
+    (told,) = [line for line in lines if "another archive follows its end mark" in line]
+    assert told.strip().startswith("b.tar: ")
+
+
+def test_endings_in_capitals_and_a_shard_that_is_named_twice(tmp_path):
+    write(tmp_path / "A.TAR", ("a.png", encoded(0)), ("b.png", encoded(1)))
+    assert len(open_source(str(tmp_path))) == 2
+    assert len(open_source(f"[{tmp_path}/A.TAR, {tmp_path}/*.TAR]")) == 2
+
+
+def test_files_that_do_not_lie_side_by_side_say_so(tmp_path):
+    write(tmp_path / "a.tar", ("a.png", encoded(0)), ("b.png", encoded(1)), ("a.txt", b"a"))
+    assert "must lie side by side" in reason(samples(tmp_path)[2])
+
+
+def test_captions_are_stripped_as_those_beside_images_are(tmp_path):
+    write(tmp_path / "a.tar", ("a.png", encoded(0)), ("a.txt", "\ufeffein Bär\n".encode()))
+    assert samples(tmp_path)[0].columns["txt"] == "ein Bär"

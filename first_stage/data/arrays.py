@@ -27,7 +27,8 @@ _BYTES_PER_PIXEL = 64
 _NPY, _ZIP = b"\x93NUMPY", b"PK\x03\x04"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _PREFERRED = ("image", "arr_0")
-_BITS, _SAMPLES, _EXTRA, _PLANAR = 258, 277, 338, 284
+_BITS, _SAMPLES, _EXTRA, _PLANAR, _FORMAT = 258, 277, 338, 284, 339
+_SIGNED = 2
 
 
 def may_be_array(head: bytes) -> bool:
@@ -160,6 +161,8 @@ def _is_plain(image: Any, reading: "Reading") -> bool:
     tags = image.tag_v2
     samples = int(tags.get(_SAMPLES, 1))
     bits = set(tags.get(_BITS, (1,)))
+    if bits == {8} and _SIGNED in tags.get(_FORMAT, ()):  # whose sign Pillow drops
+        return False
     if samples == 1:
         is_stack = getattr(image, "n_frames", 1) > 1 and (
             reading.select is not None or image.n_frames == reading.channels != 1

@@ -48,6 +48,7 @@ MAX_FILE_BYTES = 2**30
 """A larger file is no image."""
 
 _PLUGINS = {"HEIF": ("pillow_heif", "register_heif_opener"), "JXL": ("pillow_jxl", None)}
+_PHOTOMETRIC = 262  # a TIFF file's tag
 _TRANSPARENT = {"RGBA", "LA", "PA", "RGBa", "La"}
 _INTEGERS = {"I", "I;16", "I;16L", "I;16B", "I;16N"}
 _OTHER_BYTE_ORDER = {"L": "B", "B": "L", "N": "B" if os.sys.byteorder == "little" else "L"}  # type: ignore[attr-defined]
@@ -274,6 +275,7 @@ def _header_size(stream: Any, reading: Reading) -> tuple[int, int]:
 
 def _from_pillow(image: Image.Image, reading: Reading) -> Picture:
     profile = _profile_of(image, reading)
+    white_is_zero = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     image = _upright(image) if reading.upright else image
     if image.mode in _INTEGERS or image.mode == "F":
         values = np.asarray(image)[:, :, None]
@@ -281,7 +283,9 @@ def _from_pillow(image: Image.Image, reading: Reading) -> Picture:
         convert = (
             deep_color.conversion(profile, 1) if profile and values.dtype.itemsize == 2 else None
         )
-        return pixels if convert is None else convert(values)
+        pixels = pixels if convert is None else convert(values)
+        # Of 8 bits, Pillow turns them around itself.
+        return np.float32(255.0) - pixels if white_is_zero else pixels
     if profile:
         image = to_srgb(image, profile)
     if reading.select is not None or reading.channels not in (1, 3, 4):
@@ -330,6 +334,8 @@ def _deep_color(image: Image.Image, content: bytes, reading: Reading) -> np.ndar
     Pillow keeps the high bytes only. Told that the bytes lie the other way round, it gives the
     low ones.
     """
+    if image.format == "PPM":
+        return deep_color.of_ppm(content)
     raw = _raw_mode(image)
     if raw is None or deep_color.conversion(_profile_of(image, reading), 3) is None:
         return None

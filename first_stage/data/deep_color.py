@@ -7,6 +7,7 @@ tables, which printers have, go through 8 bits.
 
 import functools
 import io
+import re
 import struct
 from collections.abc import Callable
 
@@ -15,6 +16,10 @@ from PIL import ImageCms
 
 Conversion = Callable[[np.ndarray], np.ndarray]
 """From 16-bit values `(H, W, 1 or 3)` to sRGB in 0..255, float32."""
+_GAP = rb"(?:\s|#[^\n]*\n)+"
+_PPM = re.compile(
+    _GAP.join((rb"P6", rb"(\d{1,9})", rb"(\d{1,9})", rb"(\d{1,5})")) + rb"\s", re.DOTALL
+)
 _TABLES = (b"A2B0", b"A2B1", b"D2B0", b"D2B1")
 _SRGB = np.array([
     [0.4360747, 0.3850649, 0.1430804],
@@ -27,6 +32,21 @@ _SRGB = np.array([
 def as_it_is(values: np.ndarray) -> np.ndarray:
     """16-bit values in 0..255."""
     return values.astype(np.float32) / np.float32(257.0)
+
+
+def of_ppm(content: bytes) -> np.ndarray | None:
+    """Colors of a binary PPM file of more than 8 bits, of which Pillow keeps 8.
+
+    Returns:
+        `(H, W, 3)` uint16, scaled to 0..65535; `None` for other files.
+    """
+    head = _PPM.match(content)
+    if head is None or not 255 < (largest := int(head[3])) < 65536:
+        return None
+    width, height = int(head[1]), int(head[2])
+    values = np.frombuffer(content, ">u2", 3 * width * height, head.end()).astype(np.float32)
+    scaled = np.minimum(values * np.float32(65535 / largest), 65535).round()
+    return scaled.astype(np.uint16).reshape(height, width, 3)
 
 
 @functools.lru_cache(maxsize=32)

@@ -277,6 +277,42 @@ class TestPrecision:
         assert "not numbers (NaN)" in reason(tiff(values), Reading(3, value_range=(0, 1)))
 
 
+class TestWhatPillowDrops:
+    """Signs, directions and bits that its reader of a format loses."""
+
+    RAMP = np.arange(64).reshape(8, 8)
+
+    def test_signed_bytes(self):
+        file = tiff((self.RAMP - 32).astype(np.int8))
+        seen = read(file, Reading(1, value_range=(-32, 31)))[:, :, 0]
+        np.testing.assert_allclose(seen / 255 * 63, self.RAMP, atol=1e-4)
+        assert "int8 pixels, -32 to 31, have no stated range" in reason(file, 1)
+
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+    def test_files_whose_zero_is_white(self, dtype):
+        top = np.iinfo(dtype).max
+        values = (self.RAMP / 63 * top).astype(dtype)
+        white = read(tiff(values, photometric="miniswhite"), 1)
+        black = read(tiff(top - values, photometric="minisblack"), 1)
+        np.testing.assert_allclose(white, black, atol=1e-3)
+
+    def test_a_range_holds_for_files_whose_zero_is_white(self):
+        values = (self.RAMP * 65).astype(np.uint16)
+        file = tiff(values, photometric="miniswhite")
+        seen = read(file, Reading(1, value_range=(0, 4095)))[:, :, 0]
+        np.testing.assert_allclose(seen, 255 - values / 4095 * 255, atol=1e-3)
+
+    @pytest.mark.parametrize("largest", [1023, 65535])
+    def test_deep_ppm(self, largest):
+        values = np.random.default_rng(2).integers(0, largest + 1, (5, 7, 3))
+        head = f"P6 # a note\n7 5\n{largest}\n".encode()
+        file = head + values.astype(">u2").tobytes()
+        seen = read(file, 3)
+        np.testing.assert_allclose(seen, values / largest * 255, atol=0.003)
+        with pytest.raises(BrokenImage):
+            open_image(file[:-20], 3)
+
+
 class TestDeepColor:
     """Profiles of files of 16 bits, at 16 bits."""
 

@@ -209,7 +209,14 @@ def _cache_options(
                 "trained on"
             )
     reading = data.reading(int(getattr(autoencoder.config, "in_channels", 3)))
-    if options.buckets == "kohya":
+    buckets = options.buckets
+    if data.crop_shape is not None:
+        if buckets is not None:
+            raise ConfigError(
+                f"--data.crop_shape {list(data.crop_shape)} beside --buckets {buckets}: give one"
+            )
+        buckets = "x".join(map(str, data.crop_shape))
+    if buckets == "kohya":
         reading = dataclasses.replace(reading, upright=False)
     return CacheOptions(
         resolution=resolution,
@@ -223,7 +230,8 @@ def _cache_options(
             "streaming": data.streaming,
         },
         command=command,
-        **{f.name: getattr(options, f.name) for f in fields(EncodingOptions)},
+        **{f.name: getattr(options, f.name) for f in fields(EncodingOptions)}
+        | {"buckets": buckets},
     )
 
 

@@ -176,7 +176,8 @@ class _Images:
 
     def __call__(self, channels: int) -> EvaluationImages:
         a = self.arguments
-        view = None if a.data.resolution is None else a.data.view(a.data.resolution)
+        side = a.data.resolution or (min(a.data.crop_shape) if a.data.crop_shape else None)
+        view = None if side is None else a.data.view(side)
         reading = a.data.reading(channels)
         if self.is_main and (remark := value_remark(self.source, reading)):
             self.say(remark)

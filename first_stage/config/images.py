@@ -50,6 +50,9 @@ class ImagesConfig:
     resize: NonNegativeInt | None = None
     """Shorter side after resizing, in pixels (bicubic, antialiased); null: the resolution; 0:
     images keep their size. An image smaller than the crop is always enlarged to fit."""
+    crop_shape: tuple[PositiveInt, PositiveInt] | None = None
+    """Height and width of the crop, in pixels, instead of a square: images are resized until they
+    just cover it, and resolution and resize do not matter."""
     image_column: str | None = None
     """Column with the images, for data sets that have columns; null: found by its type."""
     split: str | None = "train"
@@ -73,8 +76,8 @@ class ImagesConfig:
     """Images of more pixels are not decoded, and listed: a small file can unpack to gigabytes."""
 
     def view(self, resolution: int) -> View:
-        """How images are seen at a resolution, in pixels."""
-        return View(resolution, shorter_side(self.resize, resolution))
+        """How images are seen at a resolution, in pixels, or as `crop_shape` says."""
+        return View(resolution, shorter_side(self.resize, resolution), self.crop_shape)
 
     def reading(self, channels: int) -> Reading:
         """How files are read into so many channels.

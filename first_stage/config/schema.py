@@ -4,7 +4,6 @@ Every field's docstring is its `--help` text, its type says its range, and `may_
 may go on with another value of it. What several fields must fulfil together stands in `checks`.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -85,10 +84,6 @@ class DataConfig(ImagesConfig):
     encoded."""
     workers: NonNegativeInt | None = may_change(None)
     """Decoding processes per training process; null: one per core left over, at most 8; 0: none."""
-
-    def view(self, resolution: int) -> View:
-        """How images are seen at a resolution, in pixels, or as `crop_shape` says."""
-        return dataclasses.replace(super().view(resolution), shape=self.crop_shape)
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class EvaluationImages(Dataset[Item]):
             "data": source.name,
             "images_available": len(source),
             "resize": _resize_words(view),
-            "crop": f"centre, {view.resolution} x {view.resolution}" if view else "none",
+            "crop": f"centre, {view.size[1]} x {view.size[0]}" if view else "none",
             **self.reading.describe(),
         }
 
@@ -130,6 +130,8 @@ def _resize_words(view: View | None) -> str:
     if view is None:
         return "none"
     smaller = "smaller images are enlarged to fit the crop"
+    if view.shape is not None:
+        return "until the image just covers the crop, bicubic, antialiased"
     if view.resize is None:
         return f"none; {smaller}"
     return f"shorter side to {max(view.resize, view.resolution)}, bicubic, antialiased"

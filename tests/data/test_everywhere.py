@@ -264,6 +264,15 @@ def test_rectangular_crops(everywhere, tmp_path):
     width, height = Image.open(frames[0]).size
     assert (width - 4) % 24 == 0
     assert height == 2 * (12 + 4) + 4
+    everywhere.evaluate(tmp_path / "d", **{"data.crop_shape": "[12,20]"})
+    protocol = everywhere.metrics()["protocol"]
+    assert protocol["crop"] == "centre, 20 x 12"
+    assert protocol["resize"] == "until the image just covers the crop, bicubic, antialiased"
+    everywhere.cache(tmp_path / "d", **{"data.crop_shape": "[12,20]"})
+    latents = LatentDataset(everywhere.made)
+    assert [tuple(latents[n]["latents"].shape[1:]) for n in range(3)] == [(6, 10)] * 3
+    with pytest.raises(UserError, match="beside --buckets auto: give one"):
+        everywhere.cache(tmp_path / "d", **{"data.crop_shape": "[12,20]", "buckets": "auto"})
     for shape, words in (("[12,21]", "width"), ("[0,20]", "above 0")):
         with pytest.raises(UserError, match=words):
             everywhere.train(tmp_path / "d", **{"data.crop_shape": shape})

@@ -140,7 +140,7 @@ def test_twenty_kills_during_overwrite_lose_no_run(tmp_path, images):
     moments = {
         "moving": lambda: any((run_folder / n).exists() for n in (".moving-run", "replaced-run")),
         "saving": lambda: (run_folder / "replaced-run").exists() and is_saving(run_folder),
-        "saved": lambda: (run_folder / "config.yaml").exists() and bool(steps_logged(run_folder)),
+        "saved": lambda: not moments["moving"]() and bool(list_checkpoints(run_folder)),
     }
     draw, outcomes = random.Random(0), set()
     line = command(1, TRAIN, *arguments(run_folder, images, **fields, seed=1, overwrite=True))

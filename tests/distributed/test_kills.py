@@ -181,12 +181,15 @@ def test_twenty_kills_during_the_export_leave_a_whole_one(tmp_path, images):
     draw, replaced = random.Random(0), 0
     line = command(1, TRAIN, "--config", "run/config.yaml", "--resume", "latest")
 
-    def exporting() -> bool:
-        return bool(list(export.parent.glob(".tmp-*-export"))) or export.stat().st_ino != inode
+    def has_replaced() -> bool:
+        return standing(export).stat().st_ino != inode
 
-    for _ in range(20):
+    def is_exporting() -> bool:
+        return bool(list(export.parent.glob(".tmp-*-export"))) or has_replaced()
+
+    for kill in range(20):
         process = start(line, output, cwd=tmp_path)
-        kill_when(process, output, exporting, draw, 0.03)
+        kill_when(process, output, has_replaced if kill % 4 == 0 else is_exporting, draw, 0.03)
         assert files_of(standing(export)) == expected
         prepare_folder(tmp_path / "run", overwrite=False, resume=True)
         assert files_of(export) == expected

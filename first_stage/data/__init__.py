@@ -34,7 +34,12 @@ from first_stage.data.stream import (
     earlier_fingerprint,
     fingerprint,
 )
-from first_stage.data.workers import spare_workers, start_loader, training_loader
+from first_stage.data.workers import (
+    prepare_worker,
+    spare_workers,
+    start_loader,
+    training_loader,
+)
 
 __all__ = [
     "Batch",
@@ -67,6 +72,7 @@ __all__ = [
     "picture_size",
     "pixels_from_images",
     "pixels_of",
+    "prepare_worker",
     "read_bytes",
     "size_of",
     "spare_workers",

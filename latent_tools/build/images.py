@@ -26,6 +26,7 @@ from first_stage.data import (
     View,
     open_image,
     pixels_of,
+    prepare_worker,
     read_bytes,
     size_of,
 )
@@ -311,9 +312,5 @@ def chunk_loader(
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread,
+        worker_init_fn=prepare_worker,
     )
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)

@@ -247,8 +247,8 @@ class _Work:
             pin_memory=device.type == "cuda",
         )
         if options.compile:
-            # Dynamo compiles 8 shapes and runs the rest uncompiled; here each may be met in two
-            # precisions and once more at its own batch size.
+            # Dynamo compiles 8 shapes and runs the rest uncompiled; here each may be met again
+            # in smaller batches, where memory ran out.
             shapes = {unit.shape for unit in self.units}
             torch._dynamo.config.recompile_limit = 8 + 4 * len(shapes)
         splitter = BatchSplitter(encoder, options.batch_size, is_padded=options.compile)

@@ -20,6 +20,7 @@ from first_stage.metrics.moments import ChannelMoments
 from latent_tools.format.files import write_bytes
 from latent_tools.format.plan import Shape
 from latent_tools.format.shards import (
+    ERRORS,
     LABEL_COLUMNS,
     SHARDS,
     Dtype,
@@ -246,7 +247,11 @@ def trimmed(folder: Path, commit: dict[str, Any], keep: set[str]) -> str | None:
         "columns": {k: [values[row] for row in rows] for k, values in commit["columns"].items()},
         "failures": [failure for failure in commit["failures"] if failure["id"] in keep],
         "retried_in_float32": [name for name in commit["retried_in_float32"] if name in keep],
+        **_errors_of(commit, rows),
     }  # fmt: skip
+    for name in ERRORS:
+        if name in new and not new[name].get("samples", 1):
+            del new[name]
     if rows and len(rows) < commit["count"]:
         new |= _trimmed_shard(folder, commit, rows)
     elif not rows:
@@ -256,6 +261,18 @@ def trimmed(folder: Path, commit: dict[str, Any], keep: set[str]) -> str | None:
         new = {key: value for key, value in new.items() if key not in ("sha256", "bytes")}
     write_json(commit_path(folder, commit["unit"]), new, indent=None)
     return new["shard"]
+
+
+def _errors_of(commit: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """The errors of a unit's first samples, counted for those of them that are left.
+
+    What they are is kept: the exact latents, against which they were measured, are not.
+    """
+    errors = {name: commit[name] for name in ERRORS if "samples" in commit.get(name, {})}
+    return {
+        name: {**error, "samples": sum(row < error["samples"] for row in rows)}
+        for name, error in errors.items()
+    }
 
 
 def _trimmed_shard(folder: Path, commit: dict[str, Any], rows: list[int]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from first_stage.data import arrays
+from first_stage.data import arrays, reduced
 from first_stage.data.broken import BrokenImage, MachineFault
 from first_stage.data.color import to_srgb
 from first_stage.errors import first_line
@@ -74,6 +74,7 @@ class Reading:
         display: Which three channels (or one) pictures show; `None`: the first three, or the
             colors.
         upright: Apply EXIF orientation.
+        reduced: Decode JPEGs at a part of their size, where that is enough: see `reduced`.
     """
 
     channels: int
@@ -83,6 +84,7 @@ class Reading:
     max_pixels: int = MAX_PIXELS
     display: tuple[int, ...] | None = None
     upright: bool = True
+    reduced: bool = False
 
     @property
     def takes_values(self) -> bool:
@@ -97,6 +99,7 @@ class Reading:
             "value_range": list(self.value_range) if self.value_range is not None else None,
             "color": self.color,
             "upright": self.upright,
+            **({"decode": "reduced"} if self.reduced else {}),
         }
 
 
@@ -105,12 +108,15 @@ def as_reading(reading: "Reading | int") -> Reading:
     return Reading(reading) if isinstance(reading, int) else reading
 
 
-def open_image(file: Encoded | str, reading: Reading | int) -> Picture:
+def open_image(
+    file: Encoded | str, reading: Reading | int, scale: reduced.Scale | None = None
+) -> Picture:
     """Decode an image by the rule at the top of this module.
 
     Args:
         file: See `Encoded`.
         reading: How, or just the number of channels.
+        scale: By how much it will be resized, for `Reading.reduced`; `None`: it is not.
 
     Returns:
         The picture. Gray as an array has one channel, which `pixels_of` repeats to those asked
@@ -123,7 +129,7 @@ def open_image(file: Encoded | str, reading: Reading | int) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _decode(file, reading)
+            return _decode(file, reading, scale)
     except BrokenImage:
         raise
     except UnidentifiedImageError:
@@ -161,7 +167,7 @@ def _content(path: str | Path) -> bytes:
         return stream.read()
 
 
-def _decode(file: Encoded | str, reading: Reading) -> Picture:
+def _decode(file: Encoded | str, reading: Reading, scale: reduced.Scale | None) -> Picture:
     if isinstance(file, BrokenImage):
         raise file
     if isinstance(file, np.ndarray):
@@ -177,8 +183,10 @@ def _decode(file: Encoded | str, reading: Reading) -> Picture:
     deep = None if image.mode not in ("RGB", "RGBA") else _deep_color(image, content, reading)
     if deep is not None:
         return _from_deep_color(deep, reading)
+    may_be_reduced = reading.reduced and not reading.takes_values
+    extent = reduced.reduce(image, scale, reading.upright) if may_be_reduced else None
     image.load()
-    return _from_pillow(image, reading)
+    return reduced.marked(_from_pillow(image, reading), extent)
 
 
 def _open(stream: Any, max_pixels: int) -> Image.Image:
@@ -217,7 +225,10 @@ def _told_apart(file: Any) -> str:
     """What an unreadable file is, where that is known."""
     if not isinstance(file, bytes | str | Path):
         return ""
-    head = file[:512] if isinstance(file, bytes) else _head(file)
+    try:
+        head = (file if isinstance(file, bytes) else read_bytes(file))[:512]
+    except BrokenImage:
+        return ""
     if not head:
         return " (it is empty)"
     for what, is_it in _UNREAD:
@@ -235,13 +246,6 @@ _UNREAD = (
     ("PostScript, which is never run", lambda head: head.startswith(b"%!PS")),
     ("an SVG or HTML text", lambda head: head.lstrip()[:1] == b"<"),
 )  # fmt: skip
-
-
-def _head(path: str | Path) -> bytes:
-    try:
-        return read_bytes(path)[:512]
-    except BrokenImage:
-        return b"?"
 
 
 def picture_size(file: Encoded, reading: Reading | int = 3) -> tuple[int, int]:

@@ -22,14 +22,14 @@ _LOOK_AGAIN = 1.0  # seconds between a worker's looks at whether anybody still w
 
 
 def spare_workers(busy: int = 1) -> int:
-    """How many decoding processes each process of a run gets when nobody says: at most 8.
+    """How many decoding processes each process of a run gets: its part of the cores that are left.
 
     Args:
         busy: Cores that each of this machine's processes keeps busy itself.
     """
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - busy))
+    return max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - busy)
 
 
 def training_loader(

@@ -144,7 +144,7 @@ class View:
         top = _place(resized[1] - crop_height, v)
         box = (left, top, left + crop_width, top + crop_height)
         if resized == (width, height):
-            image = _cut(image, box)
+            image = image if box == (0, 0, width, height) else _cut(image, box)
         else:
             # Resampling only the crop's source rectangle equals resizing the whole and cropping:
             # the filter still sees the pixels around the rectangle.

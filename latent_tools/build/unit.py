@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -30,6 +31,9 @@ from latent_tools.format.shards import (
     shard_name,
     unpack,
 )
+
+_SUMMED = 1 << 20
+"""Values that are summed at once."""
 
 
 @dataclass
@@ -305,7 +309,22 @@ def _moments_of(tensors: dict[str, Tensor], name: str, channels: int) -> Channel
 
 
 def _count(moments: ChannelMoments, kept: Tensor, channels: int) -> None:
-    """Add samples one after the other: however they are cut into chunks, bit for bit the same."""
-    has_posterior = kept.shape[1] > channels
-    for sample in kept.split(1):  # a unit's latents in float64 would not be small
-        moments.update(sample[:, :channels], sample[:, channels:] if has_posterior else None)
+    """Add samples one after the other: however they are cut into chunks, bit for bit the same.
+
+    Each sample's sums are taken along its own values only, by numpy, whose order of summing does
+    not depend on how many samples there are, nor on threads.
+    """
+    # A chunk's latents in float64 need not be small.
+    for part in kept.split(max(1, _SUMMED // max(1, kept[0].numel())) if len(kept) else 1):
+        values = part.numpy().reshape(len(part), part.shape[1], -1).astype(np.float64)
+        means, logvars = values[:, :channels], values[:, channels:]
+        centers = means.mean(2)
+        squares = np.square(means - centers[:, :, None]).sum(2)
+        noise = np.exp(logvars).sum(2) if logvars.size else np.zeros_like(squares)
+        for row in range(len(part)):
+            moments.merge(
+                ChannelMoments.of_sums(
+                    images=1, count=means.shape[2], mean=centers[row], squares=squares[row],
+                    noise=noise[row],
+                )
+            )  # fmt: skip

@@ -20,6 +20,7 @@ from benchmarks.reading import make_latents
 from benchmarks.timing import show_turn, table_of
 from latent_tools import LatentDataset, LatentStream, Manifest
 from latent_tools.build.index import write_index
+from latent_tools.format.index import SIZE
 from latent_tools.format.plan import committed_units
 from latent_tools.format.shards import COMMITS, SHARDS, read_commit
 
@@ -103,7 +104,7 @@ def _enlarged(cache: Path, folder: Path, count: int) -> Path:
 
 def _touch(dataset: LatentDataset) -> None:
     """Every page of the index once, as the first tenth of an epoch does."""
-    for name in ("id", *dataset.column_names):
+    for name in ("id", SIZE, *dataset.column_names):
         for chunk in dataset.column(name).chunks:
             for buffer in filter(None, chunk.buffers()):
                 np.frombuffer(buffer, np.uint8)[::4096].sum()

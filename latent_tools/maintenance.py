@@ -295,6 +295,7 @@ def _reading(seen: dict[str, Any]) -> Reading:
         (value_range[0], value_range[1]) if value_range is not None else None,
         seen.get("color", "keep"),
         upright=seen.get("upright", True),
+        reduced=seen.get("decode") == "reduced",
     )
 
 

@@ -51,7 +51,7 @@ class CacheData(ImagesConfig):
     larger than the disk. path may then be any address that fsspec knows (hf://, s3://)."""
     workers: NonNegativeInt | None = None
     """Decoding processes per encoding process; null: on GPUs all of the machine's cores, divided
-    over its processes; on CPUs one per core left over, at most 8; 0: none."""
+    over its processes; on CPUs one per core left over; 0: none."""
     max_broken: Share = 0.05
     """Share of samples that may be unreadable before the launch stops; they are listed in
     failures.parquet."""

@@ -53,7 +53,7 @@ class EvaluationData(ImagesConfig):
     built-in set: train, validation or all. null: the only one (of the hub: train), or all of a
     built-in set."""
     workers: NonNegativeInt | None = None
-    """Decoding processes per process; null: one per core left over, at most 8; 0: none."""
+    """Decoding processes per process; null: one per core left over; 0: none."""
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class DataConfig(ImagesConfig):
     """Samples that a stream shuffles at a time, over all processes; they are held in memory, still
     encoded."""
     workers: NonNegativeInt | None = may_change(None)
-    """Decoding processes per training process; null: one per core left over, at most 8; 0: none."""
+    """Decoding processes per training process; null: one per core left over; 0: none."""
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from first_stage.data import arrays, deep_color, foreign
+from first_stage.data import arrays, deep_color, foreign, reduced
 from first_stage.data.broken import BrokenImage, MachineFault
 from first_stage.data.color import to_srgb
 from first_stage.errors import first_line
@@ -76,6 +76,7 @@ class Reading:
         display: Which three channels (or one) pictures show; `None`: the first three, or the
             colors.
         upright: Apply EXIF orientation.
+        reduced: Decode JPEGs at a part of their size, where that is enough: see `reduced`.
     """
 
     channels: int
@@ -85,6 +86,7 @@ class Reading:
     max_pixels: int = MAX_PIXELS
     display: tuple[int, ...] | None = None
     upright: bool = True
+    reduced: bool = False
 
     @property
     def takes_values(self) -> bool:
@@ -99,6 +101,7 @@ class Reading:
             "value_range": list(self.value_range) if self.value_range is not None else None,
             "color": self.color,
             "upright": self.upright,
+            **({"decode": "reduced"} if self.reduced else {}),
         }
 
 
@@ -107,12 +110,15 @@ def as_reading(reading: "Reading | int") -> Reading:
     return Reading(reading) if isinstance(reading, int) else reading
 
 
-def open_image(file: Encoded | str, reading: Reading | int) -> Picture:
+def open_image(
+    file: Encoded | str, reading: Reading | int, scale: reduced.Scale | None = None
+) -> Picture:
     """Decode an image by the rule at the top of this module.
 
     Args:
         file: See `Encoded`.
         reading: How, or just the number of channels.
+        scale: By how much it will be resized, for `Reading.reduced`; `None`: it is not.
 
     Returns:
         The picture. Gray as an array has one channel, which `pixels_of` repeats to those asked
@@ -125,7 +131,7 @@ def open_image(file: Encoded | str, reading: Reading | int) -> Picture:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _decode(file, reading)
+            return _decode(file, reading, scale)
     except BrokenImage:
         raise
     except UnidentifiedImageError:
@@ -163,7 +169,7 @@ def _content(path: str | Path) -> bytes:
         return stream.read()
 
 
-def _decode(file: Encoded | str, reading: Reading) -> Picture:
+def _decode(file: Encoded | str, reading: Reading, scale: reduced.Scale | None) -> Picture:
     if isinstance(file, BrokenImage):
         raise file
     if isinstance(file, np.ndarray):
@@ -179,8 +185,10 @@ def _decode(file: Encoded | str, reading: Reading) -> Picture:
     deep = None if image.mode not in ("RGB", "RGBA") else _deep_color(image, content, reading)
     if deep is not None:
         return _from_deep_color(deep, _profile_of(image, reading), reading)
+    may_be_reduced = reading.reduced and not reading.takes_values
+    extent = reduced.reduce(image, scale, reading.upright) if may_be_reduced else None
     image.load()
-    return _from_pillow(image, reading)
+    return reduced.marked(_from_pillow(image, reading), extent)
 
 
 def _open(stream: Any, max_pixels: int) -> Image.Image:
@@ -219,14 +227,11 @@ def _told_apart(file: Any) -> str:
     """What an unreadable file is, where that is known."""
     if not isinstance(file, bytes | str | Path):
         return ""
-    return foreign.told_apart(file[:512] if isinstance(file, bytes) else _head(file))
-
-
-def _head(path: str | Path) -> bytes:
     try:
-        return read_bytes(path)[:512]
+        head = file[:512] if isinstance(file, bytes) else read_bytes(file)[:512]
     except BrokenImage:
-        return b"?"
+        head = b"?"
+    return foreign.told_apart(head)
 
 
 def picture_size(file: Encoded, reading: Reading | int = 3) -> tuple[int, int]:

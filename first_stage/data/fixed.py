@@ -61,7 +61,7 @@ def fixed_images(
         for index in more:
             sample = source.read(int(index))
             try:
-                image = open_image(sample.image, reading)
+                image = open_image(sample.image, reading, view.scale)
             except BrokenImage as error:
                 problem = problem or f" (first: {sample.id}: {error})"
                 continue

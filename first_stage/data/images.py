@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from first_stage.data.decode import Picture, Reading, as_reading
+from first_stage.data.reduced import Box, extent_of, unmark
 
 
 def pixels_of(picture: Picture, reading: Reading | int) -> np.ndarray:
@@ -50,9 +51,9 @@ def displayed(channels: int, display: tuple[int, ...] | None = None) -> list[int
 
 
 def size_of(picture: Picture) -> tuple[int, int]:
-    """(height, width) of a picture."""
+    """(height, width) of a picture; of the whole one, where it was decoded smaller."""
     if isinstance(picture, Image.Image):
-        return picture.height, picture.width
+        return extent_of(picture)[0]
     return int(picture.shape[0]), int(picture.shape[1])
 
 
@@ -106,6 +107,14 @@ class View:
         """(height, width) of the crop."""
         return self.shape or (self.resolution, self.resolution)
 
+    def scale(self, height: int, width: int) -> float:
+        """By how much an image of this size is resized."""
+        crop_height, crop_width = self.size
+        scale = max(crop_height / height, crop_width / width)
+        if self.shape is None:
+            scale = max(scale, (self.resize or min(width, height)) / min(width, height))
+        return scale
+
     def apply(
         self,
         image: Picture,
@@ -126,9 +135,7 @@ class View:
         """
         height, width = size_of(image)
         crop_height, crop_width = self.size
-        scale = max(crop_height / height, crop_width / width)
-        if self.shape is None:
-            scale = max(scale, (self.resize or min(width, height)) / min(width, height))
+        scale = self.scale(height, width)
         resized = (
             max(round(width * scale), crop_width),
             max(round(height * scale), crop_height),
@@ -137,14 +144,24 @@ class View:
         top = _place(resized[1] - crop_height, v)
         box = (left, top, left + crop_width, top + crop_height)
         if resized == (width, height):
-            image = _cut(image, box)
+            image = image if box == (0, 0, width, height) else _cut(image, box)
         else:
             # Resampling only the crop's source rectangle equals resizing the whole and cropping:
             # the filter still sees the pixels around the rectangle.
-            x, y = width / resized[0], height / resized[1]
-            image = _resample(image, self.size, (box[0] * x, box[1] * y, box[2] * x, box[3] * y))
+            image = _resample(image, self.size, _source_box(image, resized, box))
         mirror = flip if isinstance(flip, Mirror) else Mirror(horizontal=flip)
         return mirror.apply(image), (top, left)
+
+
+def _source_box(picture: Picture, resized: tuple[int, int], box: Box) -> Box:
+    """Where a box of the resized picture lies in the picture as it is stored."""
+    left, top, right, bottom = (
+        extent_of(picture)[1]
+        if isinstance(picture, Image.Image)
+        else (0, 0, picture.shape[1], picture.shape[0])
+    )
+    x, y = (right - left) / resized[0], (bottom - top) / resized[1]
+    return left + box[0] * x, top + box[1] * y, left + box[2] * x, top + box[3] * y
 
 
 def _cut(picture: Picture, box: tuple[int, int, int, int]) -> Picture:
@@ -162,6 +179,7 @@ def _resample(
         bands = [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(picture, 2, 0)]
         return np.stack([np.asarray(_resample(band, size, box)) for band in bands], axis=2)
     picture = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC, box=box)
+    unmark(picture)
     if picture.mode == "F":  # bicubic overshoots; 8-bit modes clip by themselves
         picture = Image.fromarray(np.clip(np.asarray(picture), 0.0, 255.0))
     return picture

@@ -143,7 +143,7 @@ class TrainingStream(Dataset[Example]):
         return self.source.read(index)
 
     def _decode(self, epoch: int, index: int, sample: Sample) -> np.ndarray:
-        image = open_image(sample.image, self.reading)
+        image = open_image(sample.image, self.reading, self.view.scale)
         draw = generator(self.seed, Purpose.VIEW, epoch, index).random(5)
         u, v = (float(draw[0]), float(draw[1])) if self.random_crop else (None, None)
         image, _ = self.view.apply(image, u, v, flip=_drawn(self.flip, draw[2:]))

@@ -1,6 +1,7 @@
 """The processes that decode ahead of a training step."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import threading
@@ -23,16 +24,18 @@ from first_stage.errors import DataError, UserError
 
 Item = TypeVar("Item")
 
+_LOOK_AGAIN = 1.0  # seconds between a worker's looks at whether anybody still wants its batches
+
 
 def spare_workers(busy: int = 1) -> int:
-    """How many decoding processes each process of a run gets when nobody says: at most 8.
+    """How many decoding processes each process of a run gets: its part of the cores that are left.
 
     Args:
         busy: Cores that each of this machine's processes keeps busy itself.
     """
     has_affinity = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
-    return max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - busy))
+    return max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - busy)
 
 
 def training_loader(
@@ -65,20 +68,30 @@ def prepare_worker(_: int) -> None:
     """Set up a worker process: one thread, and signals are for the training process.
 
     A terminal and a scheduler signal every process of a job. The training process then wants to
-    finish its step, and needs its workers for that; it ends them itself.
+    finish its step, and needs its workers for that; it ends them itself. When it is killed instead,
+    they end too, whatever they are at.
     """
     torch.set_num_threads(1)
     end_where_batches_cannot_be_handed_over()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    parent = multiprocessing.parent_process()
+    if parent is not None and hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_the_parent_says_so, daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
-def _end_when_the_parent_says_so() -> None:
-    parent = os.getppid()
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _end_with(parent: Any) -> None:
+    """End when the process that wants the batches says so, or is no more.
+
+    It need not be the system's parent: where a server forks the workers, as from Python 3.14 on,
+    that one is. The kernel's signal of a parent's death would not do either: it tells when the
+    *thread* ends that started the worker.
+    """
+    is_its_child = os.getppid() == parent.pid
+    while parent.is_alive() and (os.getppid() == parent.pid or not is_its_child):
+        told = signal.sigtimedwait({signal.SIGTERM}, _LOOK_AGAIN)
+        if told is not None and told.si_pid == parent.pid:
+            break
     os._exit(0)
 
 

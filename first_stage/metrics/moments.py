@@ -102,11 +102,19 @@ class ChannelMoments:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
         """What `to_json` gave."""
-        moments = cls(len(values["mean"]))
-        moments.images, moments.count = int(values["images"]), int(values["count"])
-        moments.mean, moments.squares, moments.noise = (
+        mean, squares, noise = (
             np.array(values[name], np.float64) for name in ("mean", "squares", "variance")
         )
+        return cls.of_sums(int(values["images"]), int(values["count"]), mean, squares, noise)
+
+    @classmethod
+    def of_sums(
+        cls, images: int, count: int, mean: np.ndarray, squares: np.ndarray, noise: np.ndarray
+    ) -> Self:
+        """What was summed elsewhere; see the attributes."""
+        moments = cls(len(mean))
+        moments.images, moments.count = images, count
+        moments.mean, moments.squares, moments.noise = mean, squares, noise
         return moments
 
 

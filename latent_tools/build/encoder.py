@@ -1,6 +1,7 @@
 """The passes through a first stage's encoder: images -> what the cache stores, in float32."""
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -92,16 +93,21 @@ class LatentEncoder:
             otherwise the latents `(B, C, h, w)`; tokens `(B, 1, h, w)` where they are asked for,
             exact up to 2^24 of them.
         """
-        return self._run(images, self.precision)
+        return self._run(self._encode, images, self.precision)
 
     def in_float32(self, images: Tensor) -> Tensor:
-        """Encode without autocast, for samples that were not finite with it."""
-        return self._run(images, "no")
+        """Encode without autocast, for samples that were not finite with it.
+
+        A few samples only: nothing is compiled for their number and precision.
+        """
+        return self._run(self._moments, images, "no")
 
     @torch.inference_mode()
-    def _run(self, images: Tensor, precision: Precision) -> Tensor:
+    def _run(
+        self, encode: Callable[[Tensor], Tensor], images: Tensor, precision: Precision
+    ) -> Tensor:
         with autocast(self.device, precision):
-            latents = self._encode(images.contiguous(memory_format=torch.channels_last)).float()
+            latents = encode(images.contiguous(memory_format=torch.channels_last)).float()
         if isinstance(self._codes, Discrete):
             return self._codes.tokens(latents)[:, None].float()
         return latents

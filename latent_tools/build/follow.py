@@ -2,6 +2,8 @@
 
 A file is looked into again only when the file system says that it was touched since it was encoded
 or last looked into: one look at its facts for each sample, and reading those that were touched.
+Commits are read only of units with such a sample, as long as the cache's files are those that the
+last launch left (`checked`).
 For rows of parquet and tar files the file's facts count. Sources without files are spot-checked.
 
 With `update`, samples that changed, are gone, or could not be read before and can now, are taken
@@ -20,16 +22,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from first_stage.data import BrokenImage, Source
-from first_stage.files import write_json
+from latent_tools.build.checked import checked_when, is_as_checked, write_checked
 from latent_tools.build.images import content_hash, file_of, plain_value
 from latent_tools.build.unit import trimmed
-from latent_tools.format.files import CacheError, read_json
+from latent_tools.format.files import CacheError
 from latent_tools.format.index import INDEX
 from latent_tools.format.plan import Plan, committed_units
 from latent_tools.format.shards import SHARDS, commit_path, read_commit
 
-CHECKED = "checked.json"
-"""When the data was last found to be what was encoded."""
 RELEASED = ".released"
 _READ_BEFORE = 600.0
 """Seconds before its unit's commit that a sample may have been read."""
@@ -82,11 +82,16 @@ def notice(
     """
     changes, places = Changes(), plan.places_in(ids)
     there = set(committed_units(folder))
-    checked = _checked(folder)
+    checked = checked_when(folder)
     spots = _spots(sorted(there))
+    is_known = not everything and is_as_checked(folder)
     for unit in plan.units:
         if unit.number not in there:
             continue
+        if is_known:
+            looking = _Looking(source, checked, False, unit.number in spots, changes)
+            if not looking.is_due(places[unit.start : unit.stop].tolist()):
+                continue
         commit = read_commit(folder, unit.number)
         if _is_lost(folder, commit):
             changes.lost.append(unit.number)
@@ -128,6 +133,15 @@ class _Looking:
     ):
         self.source, self.since, self.everything = source, since, everything
         self.is_spot, self.changes = is_spot, changes
+
+    def is_due(self, places: Sequence[int]) -> bool:
+        """Whether any of these samples is gone, or was touched since all were compared."""
+        return any(
+            place < 0
+            or self._is_touched("touched", place)
+            or self._is_touched("columns_touched", place)
+            for place in places
+        )
 
     def at(self, name: str, place: int, content: str, columns: dict[str, Any]) -> None:
         """Look at an encoded sample."""
@@ -180,11 +194,6 @@ def _are_same(now: Any, then: dict[str, Any]) -> bool:
         return False
 
 
-def _checked(folder: Path) -> float:
-    path = folder / CHECKED
-    return float(read_json(path)["checked"]) if path.exists() else 0.0
-
-
 def follow(
     folder: Path,
     plan: Plan,
@@ -223,7 +232,7 @@ def follow(
     if changes.lost:
         say(f"{len(changes.lost)} units have lost their shards: they are encoded again")
     if not changes.ids:
-        write_json(folder / CHECKED, {"checked": started})
+        write_checked(folder, started)
         return plan
     if not update:
         if changes.changed:
@@ -249,6 +258,8 @@ def trim(folder: Path, plan: Plan) -> int:
     Returns:
         How many units were written anew.
     """
+    if is_as_checked(folder):
+        return 0
     planned = {unit.number: unit for unit in plan.units}
     count = 0
     for number in sorted(committed_units(folder)):

@@ -163,9 +163,10 @@ class ChunkReader(Dataset[DecodedChunk]):
             raise BrokenImage(_NOT_THERE)
         sample = patiently(lambda: self.source.read(place), f"the sample {name!r}")
         file = file_of(sample.image)
-        image = open_image(file, self.preprocessing.reading)
+        view = self.preprocessing.view(shape)
+        image = open_image(file, self.preprocessing.reading, view.scale)
         size = size_of(image)
-        image, crop = self.preprocessing.view(shape).apply(image)
+        image, crop = view.apply(image)
         columns = {
             column: plain_value(sample.columns.get(column), column)
             for column in self.preprocessing.columns

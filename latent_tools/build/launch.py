@@ -20,6 +20,7 @@ from torch import nn
 from first_stage.data import Reading, Source, deliver
 from first_stage.distributed.memory import memory_told
 from first_stage.models.first_stage import FirstStage, as_first_stage
+from latent_tools.build.checked import is_as_checked, write_look
 from latent_tools.build.encode import ChunkEncoder, Pass
 from latent_tools.build.encoder import BatchSplitter, LatentEncoder
 from latent_tools.build.finalize import finalize, is_finished, missing_units
@@ -158,7 +159,10 @@ def precompute(
 
 def _to_do(folder: Path) -> list[int]:
     """The number of planned samples, then those of the units that have no commit."""
-    plan, listed = Plan.load(folder), set(committed_units(folder))
+    plan = Plan.load(folder)
+    if is_as_checked(folder):
+        return [len(plan)]
+    listed = set(committed_units(folder))
     # What is not listed is asked for by name: a listing may lag behind.
     left = missing_units(folder, [unit for unit in plan.units if unit.number not in listed])
     return [len(plan), *(unit.number for unit in left)]
@@ -223,7 +227,8 @@ class _Work:
             CacheError: Naming a unit whose commit is not there.
         """
         patience = _LAG if self.process.world > 1 else 0.0
-        if missing := missing_units(self.folder, self.units, patience):
+        units = [] if is_as_checked(self.folder) else self.units
+        if missing := missing_units(self.folder, units, patience):
             raise CacheError(
                 f"{len(missing)} of {len(self.units)} units of {str(self.folder)!r} have no commit "
                 f"(the first is unit {missing[0].number}): the cache is not finished. Start the "
@@ -231,6 +236,7 @@ class _Work:
             )
         if self.left or not is_finished(self.folder, self.plan):
             finalize(self.folder, self.plan)
+        write_look(self.folder)
         self.outcome.failures = Manifest.load(self.folder).counts["failures"]
         self._check_failures(self.outcome.failures, [])
         self.outcome.is_complete = True
@@ -256,8 +262,8 @@ class _Work:
             pin_memory=device.type == "cuda",
         )
         if options.compile:
-            # Dynamo compiles 8 shapes and runs the rest uncompiled; here each may be met in two
-            # precisions and once more at its own batch size.
+            # Dynamo compiles 8 shapes and runs the rest uncompiled; here each may be met again
+            # in smaller batches, where memory ran out.
             shapes = {unit.shape for unit in self.units}
             torch._dynamo.config.recompile_limit = 8 + 4 * len(shapes)
         splitter = BatchSplitter(encoder, options.batch_size, is_padded=options.compile)

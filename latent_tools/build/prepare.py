@@ -1,6 +1,7 @@
 """Before the first encode: is this the same cache, the same data, and what is new?"""
 
 import platform
+import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +15,7 @@ from first_stage.config.types import misfits
 from first_stage.data import Reading, Source
 from first_stage.files import TEMPORARY
 from first_stage.models.codebooks import Discrete
+from latent_tools.build.checked import CHECKED, write_checked
 from latent_tools.build.encoder import LatentEncoder
 from latent_tools.build.follow import first_free_unit, follow, trim
 from latent_tools.build.options import CacheOptions
@@ -185,6 +187,7 @@ def prepare(
         # What an earlier launch wanted binds nobody as long as nothing is encoded so.
         plan = Plan.empty()
         launch.save(folder)
+        write_checked(folder, time.time())  # whatever is encoded is read from now on
         _keep_classes(folder, launch, source)
         followed = plan
     positions = followed.new_ids(ids)
@@ -256,8 +259,8 @@ def _keep_classes(folder: Path, cache: Manifest, source: Source) -> None:
     keep = getattr(source, "keep_classes", None)
     if keep is None:
         return
-    known = cache.source.get("classes") or _committed_classes(folder)
-    names = keep(known)
+    known = cache.source.get("classes")
+    names = keep(_committed_classes(folder) if known is None else known)
     if names != known:
         cache.source["classes"] = names
         cache.save(folder)
@@ -267,7 +270,7 @@ def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"output {str(folder)!r} is a file: give a folder")
     if folder.is_dir() and not (folder / FILE).exists():
-        ours = {SHARDS, COMMITS, PLANNING, ".lock"}
+        ours = {SHARDS, COMMITS, PLANNING, CHECKED, ".lock"}
         others = [
             path.name
             for path in folder.iterdir()

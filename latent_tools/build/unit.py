@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -20,6 +21,7 @@ from first_stage.metrics.moments import ChannelMoments
 from latent_tools.format.files import write_bytes
 from latent_tools.format.plan import Shape
 from latent_tools.format.shards import (
+    ERRORS,
     LABEL_COLUMNS,
     SHARDS,
     Dtype,
@@ -29,6 +31,9 @@ from latent_tools.format.shards import (
     shard_name,
     unpack,
 )
+
+_SUMMED = 1 << 20
+"""Values that are summed at once."""
 
 
 @dataclass
@@ -246,7 +251,11 @@ def trimmed(folder: Path, commit: dict[str, Any], keep: set[str]) -> str | None:
         "columns": {k: [values[row] for row in rows] for k, values in commit["columns"].items()},
         "failures": [failure for failure in commit["failures"] if failure["id"] in keep],
         "retried_in_float32": [name for name in commit["retried_in_float32"] if name in keep],
+        **_errors_of(commit, rows),
     }  # fmt: skip
+    for name in ERRORS:
+        if name in new and not new[name].get("samples", 1):
+            del new[name]
     if rows and len(rows) < commit["count"]:
         new |= _trimmed_shard(folder, commit, rows)
     elif not rows:
@@ -256,6 +265,18 @@ def trimmed(folder: Path, commit: dict[str, Any], keep: set[str]) -> str | None:
         new = {key: value for key, value in new.items() if key not in ("sha256", "bytes")}
     write_json(commit_path(folder, commit["unit"]), new, indent=None)
     return new["shard"]
+
+
+def _errors_of(commit: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """The errors of a unit's first samples, counted for those of them that are left.
+
+    What they are is kept: the exact latents, against which they were measured, are not.
+    """
+    errors = {name: commit[name] for name in ERRORS if "samples" in commit.get(name, {})}
+    return {
+        name: {**error, "samples": sum(row < error["samples"] for row in rows)}
+        for name, error in errors.items()
+    }
 
 
 def _trimmed_shard(folder: Path, commit: dict[str, Any], rows: list[int]) -> dict[str, Any]:
@@ -288,7 +309,22 @@ def _moments_of(tensors: dict[str, Tensor], name: str, channels: int) -> Channel
 
 
 def _count(moments: ChannelMoments, kept: Tensor, channels: int) -> None:
-    """Add samples one after the other: however they are cut into chunks, bit for bit the same."""
-    has_posterior = kept.shape[1] > channels
-    for sample in kept.split(1):  # a unit's latents in float64 would not be small
-        moments.update(sample[:, :channels], sample[:, channels:] if has_posterior else None)
+    """Add samples one after the other: however they are cut into chunks, bit for bit the same.
+
+    Each sample's sums are taken along its own values only, by numpy, whose order of summing does
+    not depend on how many samples there are, nor on threads.
+    """
+    # A chunk's latents in float64 need not be small.
+    for part in kept.split(max(1, _SUMMED // max(1, kept[0].numel())) if len(kept) else 1):
+        values = part.numpy().reshape(len(part), part.shape[1], -1).astype(np.float64)
+        means, logvars = values[:, :channels], values[:, channels:]
+        centers = means.mean(2)
+        squares = np.square(means - centers[:, :, None]).sum(2)
+        noise = np.exp(logvars).sum(2) if logvars.size else np.zeros_like(squares)
+        for row in range(len(part)):
+            moments.merge(
+                ChannelMoments.of_sums(
+                    images=1, count=means.shape[2], mean=centers[row], squares=squares[row],
+                    noise=noise[row],
+                )
+            )  # fmt: skip

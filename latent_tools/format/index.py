@@ -5,8 +5,9 @@ uncompressed, so that readers map them: nothing is loaded, a row costs the same 
 samples, and all workers and processes of a machine share the pages.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class UnitTable:
     starts: np.ndarray
     shapes: np.ndarray
     shards: list[str]
+
+    @cached_property
+    def has_one_shape(self) -> bool:
+        """Whether all units have the same; looked for once, not for every batch."""
+        return bool((self.shapes == self.shapes[:1]).all())
 
     def of(self, rows: np.ndarray) -> np.ndarray:
         """Which of the units each row is in."""
@@ -95,9 +101,9 @@ class Index:
     def _open(self) -> None:
         try:
             rows = patiently(lambda: pq.read_metadata(self.folder / INDEX).num_rows, INDEX)
-            batches = self._mapped(rows)
-            if batches is None:  # of an older release, or written over by one
-                units, batches = _from_parquet(self.folder / INDEX)
+            content = self._mapped(rows)
+            if content is None:  # of an older release, or written over by one
+                units, content = _from_parquet(self.folder / INDEX)
             else:
                 with pa.memory_map(str(self.folder / UNITS)) as file:
                     units = UnitTable.of_table(pa.ipc.open_file(file).read_all())
@@ -108,22 +114,18 @@ class Index:
                 f"{INDEX} and start the command that makes the cache again; it writes the index "
                 "anew"
             ) from error
+        batches = _batches(content)
         self.units, self._rows = units, rows
         names = batches[0].schema.names if batches else ["id", SIZE]
         self._arrays = {name: [batch.column(name) for batch in batches] for name in names}
-        self._values = {name: [_reader(a) for a in arrays] for name, arrays in self._arrays.items()}
-        self._sizes = [
-            array.flatten().to_numpy(zero_copy_only=False).reshape(-1, len(SIZES))
-            for array in self._arrays.get(SIZE, [])
-        ]
+        self._values = {name: _reader(arrays, content) for name, arrays in self._arrays.items()}
         self.column_names = [name for name in names if name not in ("id", SIZE)]
 
-    def _mapped(self, rows: int) -> list[pa.RecordBatch] | None:
+    def _mapped(self, rows: int) -> pa.Buffer | None:
         if not ((self.folder / SAMPLES).exists() and (self.folder / UNITS).exists()):
             return None
-        reader = pa.ipc.open_file(pa.memory_map(str(self.folder / SAMPLES)))
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        return batches if sum(batch.num_rows for batch in batches) == rows else None
+        content = pa.memory_map(str(self.folder / SAMPLES)).read_buffer()
+        return content if sum(b.num_rows for b in _batches(content)) == rows else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
@@ -135,22 +137,19 @@ class Index:
     def __len__(self) -> int:
         return self._rows
 
-    def values(self, name: str, rows: Iterable[int]) -> list[Any]:
+    def values(self, name: str, rows: np.ndarray) -> list[Any]:
         """A column's values, as Python has them: the time does not depend on the column's length.
 
         Args:
             name: `id`, or a carried column.
-            rows: Which.
+            rows: `(N,)` int64, which.
         """
-        values = self._values[name]
-        return [values[row >> _SHIFT](row & (ROWS - 1)) for row in rows]
+        found = self._values[name](rows)
+        return found.tolist() if isinstance(found, np.ndarray) else found
 
-    def sizes(self, rows: Sequence[int]) -> np.ndarray:
+    def sizes(self, rows: np.ndarray) -> np.ndarray:
         """`(N, 4)` int64: original height and width, and the crop's top and left."""
-        sizes = np.empty((len(rows), len(SIZES)), np.int64)
-        for place, row in enumerate(rows):
-            sizes[place] = self._sizes[row >> _SHIFT][row & (ROWS - 1)]
-        return sizes
+        return np.asarray(self._values[SIZE](rows), np.int64).reshape(-1, len(SIZES))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A whole column, mapped."""
@@ -178,16 +177,87 @@ class Index:
         return -1
 
 
-def _reader(array: pa.Array) -> Callable[[int], Any]:
-    """What gives an array's values: text and whole numbers straight from the mapped bytes."""
-    has_holes = array.null_count > 0 or array.offset > 0
-    if not has_holes and pa.types.is_large_string(array.type):
-        starts = memoryview(array.buffers()[1]).cast("q")
-        data = memoryview(array.buffers()[2] or b"")
-        return lambda row: str(data[starts[row] : starts[row + 1]], "utf8")
-    if not has_holes and pa.types.is_int64(array.type):
-        return memoryview(array.buffers()[1]).cast("q").__getitem__
-    return lambda row: array[row].as_py()
+def _batches(content: pa.Buffer) -> list[pa.RecordBatch]:
+    reader = pa.ipc.open_file(pa.BufferReader(content))
+    return [reader.get_batch(number) for number in range(reader.num_record_batches)]
+
+
+def _reader(
+    arrays: list[pa.Array], content: pa.Buffer
+) -> Callable[[np.ndarray], np.ndarray | list[Any]]:
+    """What gives a column's values: text and whole numbers straight from the mapped bytes."""
+    kind = arrays[0].type if arrays else pa.null()
+    if not any(array.null_count or array.offset for array in arrays):
+        if pa.types.is_large_string(kind):
+            return _Text(arrays, content)
+        if pa.types.is_int64(kind):
+            return _Numbers(arrays, content, np.int64)
+        if pa.types.is_fixed_size_list(kind) and pa.types.is_int32(kind.value_type):
+            return _Numbers([array.values for array in arrays], content, np.int32, kind.list_size)
+    return lambda rows: [arrays[n >> _SHIFT][n & (ROWS - 1)].as_py() for n in rows.tolist()]
+
+
+class _Numbers:
+    """Whole numbers, some of them to a row.
+
+    In a large index every row lies in memory that the processor has not seen for long. Fetched
+    together, rows are waited for together: one by one they made reading 10 M samples a fifth slower
+    than 20 thousand.
+
+    Args:
+        arrays: The column, in batches of `ROWS`.
+        content: What all of them lie in.
+        dtype: Of the numbers.
+        together: Numbers of a row.
+    """
+
+    def __init__(self, arrays: list[pa.Array], content: pa.Buffer, dtype: Any, together: int = 1):
+        size = np.dtype(dtype).itemsize
+        self._all = np.frombuffer(content, dtype, content.size // size)
+        self._starts = _places(arrays, content, 1) // size
+        self._together = together
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """`(N,)`, or `(N, together)`."""
+        first = self._starts[rows >> _SHIFT] + (rows & (ROWS - 1)) * self._together
+        if self._together == 1:
+            return self._all[first]
+        return self._all[first[:, None] + np.arange(self._together)]
+
+
+class _Text:
+    """Text; see `_Numbers`.
+
+    Args:
+        arrays: The column, in batches of `ROWS`.
+        content: What all of them lie in.
+    """
+
+    def __init__(self, arrays: list[pa.Array], content: pa.Buffer):
+        self._offsets = np.frombuffer(content, np.int64, content.size // 8)
+        self._starts = _places(arrays, content, 1) // 8
+        self._texts = _places(arrays, content, 2)
+        self._bytes, self._view = np.frombuffer(content, np.uint8), memoryview(content)
+
+    def __call__(self, rows: np.ndarray) -> list[str]:
+        """`(N,)` texts."""
+        batch = rows >> _SHIFT
+        places = self._starts[batch] + (rows & (ROWS - 1))
+        ends = self._offsets[places + 1] + self._texts[batch]
+        starts = self._offsets[places] + self._texts[batch]
+        self._bytes[starts]  # fetched together, then copied one by one
+        view = self._view
+        return [
+            str(view[start:end], "utf8")
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True)
+        ]
+
+
+def _places(arrays: list[pa.Array], content: pa.Buffer, number: int) -> np.ndarray:
+    """Where one of the buffers of each array begins in what all of them lie in."""
+    buffers = [array.buffers()[number] for array in arrays]
+    # An empty buffer lies anywhere.
+    return np.array([b.address - content.address if b and b.size else 0 for b in buffers])
 
 
 def samples_of(table: pa.Table) -> pa.Table:
@@ -205,8 +275,8 @@ def samples_of(table: pa.Table) -> pa.Table:
     return pa.table(columns).combine_chunks()
 
 
-def _from_parquet(path: Path) -> tuple[UnitTable, list[pa.RecordBatch]]:
-    """What the mapped files would hold, in memory."""
+def _from_parquet(path: Path) -> tuple[UnitTable, pa.Buffer]:
+    """The units, and what `index.arrow` would hold, in memory."""
     table = pq.read_table(path)
     numbers = table["unit"].to_numpy()
     starts = np.flatnonzero(np.diff(numbers, prepend=-1))
@@ -215,5 +285,8 @@ def _from_parquet(path: Path) -> tuple[UnitTable, list[pa.RecordBatch]]:
     units = UnitTable(
         numbers[starts], np.append(starts, len(numbers)), shapes, firsts["shard"].to_pylist()
     )
-    parts = [samples_of(table.slice(start, ROWS)) for start in range(0, len(numbers), ROWS)]
-    return units, [part.to_batches()[0] for part in parts]
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, samples_of(table.slice(0, 0)).schema) as writer:
+        for start in range(0, len(numbers), ROWS):
+            writer.write_table(samples_of(table.slice(start, ROWS)))
+    return units, sink.getvalue()

@@ -26,7 +26,7 @@ def as_datasets(
     manifest: Manifest,
     index: Index,
     chosen: np.ndarray,
-    stored: Callable[[Sequence[int], Sequence[bool]], Tensor],
+    stored: Callable[[np.ndarray, Sequence[bool]], Tensor],
 ) -> Any:
     """Samples of one bucket; see `LatentDataset.to_datasets`.
 
@@ -46,7 +46,7 @@ def as_datasets(
     names = [manifest.tensor_name]
     if manifest.store["flip"]:
         names.append(f"{names[0]}_flip")
-    shape = tuple(stored(chosen[:1].tolist(), [False]).shape[1:])
+    shape = tuple(stored(chosen[:1], [False]).shape[1:])
     pair = datasets.Sequence(datasets.Value("int64"), 2)
     features = datasets.Features(
         {name: array(shape, dtype) for name in names}
@@ -55,7 +55,7 @@ def as_datasets(
     )
     parts = []
     for start in range(0, len(chosen), _ROWS_AT_ONCE):
-        rows = chosen[start : start + _ROWS_AT_ONCE].tolist()
+        rows = chosen[start : start + _ROWS_AT_ONCE]
         table: dict[str, Any] = {
             name: stored(rows, [name.endswith("_flip")] * len(rows)).numpy().astype(dtype)
             for name in names

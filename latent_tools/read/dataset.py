@@ -264,10 +264,9 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """
         if len(indices) == 0:
             return []
-        shapes = self.unit_table.shapes
-        if len(shapes) == 1 or (shapes == shapes[0]).all():
+        if self.unit_table.has_one_shape:
             return self._items(list(indices), epoch)
-        there = shapes[self.unit_table.of(np.asarray(indices))]
+        there = self.unit_table.shapes[self.unit_table.of(np.asarray(indices))]
         if (there == there[0]).all():
             return self._items(list(indices), epoch)
         items: dict[int, dict[str, Any]] = {}
@@ -278,24 +277,25 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
     def _items(self, indices: list[int], epoch: int) -> list[dict[str, Any]]:
         """Items of one shape."""
-        names = self._index.values("id", indices)
+        rows = np.asarray(indices)
+        names = self._index.values("id", rows)
         bits = np.zeros((len(names), 2), np.uint64)
         if self.flip > 0 or self._draws:
             bits = hashed_bits(self.seed, Purpose.LATENT, epoch, names)
         flipped = (bits[:, 0] * 2.0**-64 < self.flip).tolist()
         wanted = self.manifest.first_stage["latent_channels"] if self.sample == "mean" else None
-        stored = self._stored(indices, flipped, wanted)
-        sizes = torch.from_numpy(self._index.sizes(indices))
+        stored = self._stored(rows, flipped, wanted)
+        sizes = torch.from_numpy(self._index.sizes(rows))
         fields = {
             **self._values(stored, bits[:, 1]),
             "id": names,
             "flipped": flipped,
             "original_size": sizes[:, :2],
             "crop": sizes[:, 2:],
-            **{name: self._index.values(name, indices) for name in self.column_names},
+            **{name: self._index.values(name, rows) for name in self.column_names},
         }
-        rows = [x.unbind() if isinstance(x, Tensor) else x for x in fields.values()]
-        return [dict(zip(fields, row, strict=True)) for row in zip(*rows, strict=True)]
+        lists = [x.unbind() if isinstance(x, Tensor) else x for x in fields.values()]
+        return [dict(zip(fields, item, strict=True)) for item in zip(*lists, strict=True)]
 
     def _values(self, stored: Tensor, seeds: np.ndarray) -> dict[str, Tensor]:
         """The items' tensor under its name."""

@@ -17,9 +17,10 @@ from data_folders import png
 from first_stage.data import open_source
 from first_stage.errors import UserError
 from latent_tools import LatentDataset, precompute
-from latent_tools.build import follow
+from latent_tools.build import finalize, follow, prepare
 from latent_tools.format.manifest import Manifest
 from latent_tools.format.plan import Plan
+from latent_tools.format.shards import read_commit
 from latent_tools.maintenance import changed_samples
 
 
@@ -283,3 +284,46 @@ def test_another_data_set_is_refused(tmp_path):
     cache(tmp_path / "a", tmp_path / "c")
     with pytest.raises(UserError, match="it is another data set"):
         cache(tmp_path / "b", tmp_path / "c")
+
+
+def test_a_launch_with_nothing_to_do_reads_only_the_commits_of_touched_samples(
+    data, tmp_path, monkeypatch
+):
+    made(data, tmp_path / "c")
+    read: list[int] = []
+
+    def counted(folder, unit):
+        read.append(unit)
+        return read_commit(folder, unit)
+
+    for module in (follow, prepare, finalize):
+        monkeypatch.setattr(module, "read_commit", counted)
+    made(data, tmp_path / "c")
+    assert read == []
+    plan = Plan.load(tmp_path / "c")
+    (unit,) = (unit for unit in plan.units if name_of(7) in plan.ids(unit))
+    os.utime(data / name_of(7))
+    made(data, tmp_path / "c")
+    assert read == [unit.number]
+    read.clear()
+    (tmp_path / "c" / "commits" / f"u{unit.number:06d}.json").unlink()
+    assert made(data, tmp_path / "c").units == 1
+    assert read  # once more, all
+
+
+def test_what_a_trimmed_unit_counts_of_its_errors(data, tmp_path):
+    made(data, tmp_path / "c", dtype="float16", precision="bf16")
+    plan = Plan.load(tmp_path / "c")
+    first = plan.ids(plan.units[0])
+    before = read_commit(tmp_path / "c", 0)
+    assert before["precision_error"]["samples"] == 2
+    assert before["storage_error"]["samples"] == 5
+    for name in (first[0], first[4]):
+        (data / name).unlink()
+    made(data, tmp_path / "c", update=True, dtype="float16", precision="bf16")
+    after = read_commit(tmp_path / "c", 0)
+    assert after["precision_error"] == {**before["precision_error"], "samples": 1}
+    assert after["storage_error"] == {**before["storage_error"], "samples": 3}
+    (data / first[1]).unlink()
+    made(data, tmp_path / "c", update=True, dtype="float16", precision="bf16")
+    assert "precision_error" not in read_commit(tmp_path / "c", 0)

@@ -37,7 +37,7 @@ UNITS = 250
 @pytest.mark.parametrize("beside_gc", [False, True])
 def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypatch, beside_gc):
     # The server that forks the runs imports everything once; it looks for modules there.
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'latent_tools'}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'helpers'}")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cache_helpers"])
     data, output, log = tmp_path / "data", tmp_path / "c", tmp_path / "log"

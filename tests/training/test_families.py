@@ -72,7 +72,8 @@ def check_export(run: Path, name: str) -> None:
     assert 0 < config["scaling_factor"] != 0.18215
     stock = getattr(diffusers, name).from_pretrained(folder).eval()
     stage = FirstStage(load_autoencoder(str(folder)))
-    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    side = 8 * stage.downsample_factor
+    images = torch.rand(2, 3, side, side) * 2 - 1
     encoded = stage.encode(images).latents
     theirs = getattr(stock.encode(images), "latent" if name == "AutoencoderDC" else "latents")
     assert torch.equal(encoded, theirs)

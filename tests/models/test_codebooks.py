@@ -167,7 +167,7 @@ def test_numbers_of_a_grid(levels):
 
 @pytest.mark.parametrize("levels", [(8, 5, 5, 5), (2, 3), (7, 5, 5, 5, 5), (8, 8, 8, 6, 5)])
 def test_a_grids_tokens_are_those_of_diffusers_own_fsq(levels):
-    """`FSQRegularizer` bounds by tanh and counts the first axis fastest; else it is the same grid."""
+    """`FSQRegularizer` bounds by tanh and counts the first axis fastest; else both are the same."""
     sizes = torch.tensor(levels)
     torch.manual_seed(0)
     places = torch.rand(4096, len(levels)) * (sizes - 1)  # between the levels, which count from 0

@@ -38,6 +38,7 @@ class Budget:
         widths: Widths of the first stage's levels.
         critic_width: Width of the critic's first layer.
         learning_rate: Of both players.
+        critic_learning_rate: Of the critic, where it has another.
         first_stage: Family, latent channels and what else is the family's own.
     """
 
@@ -49,6 +50,7 @@ class Budget:
     widths: tuple[int, ...] = (64, 128, 128)
     critic_width: int = 64
     learning_rate: float = 5e-4
+    critic_learning_rate: float | None = None
     first_stage: ModelConfig = field(default_factory=lambda: ModelConfig(latent_channels=3))
 
 
@@ -130,7 +132,12 @@ class _Parts:
     def critic(self) -> CriticConfig:
         """A critic that starts where the objectives part."""
         budget = self.budget
-        return CriticConfig(width=budget.critic_width, layers=2, start_step=budget.warmup_steps)
+        return CriticConfig(
+            width=budget.critic_width,
+            layers=2,
+            start_step=budget.warmup_steps,
+            learning_rate=budget.critic_learning_rate,
+        )
 
 
 @dataclass(frozen=True)

@@ -151,13 +151,10 @@ class FSQ(VQ):
         """The grid; without a configuration the codebook that carries it."""
         if config is None:
             return super().bottleneck(model)
-        new = config.pretrained is None
-        grid = FiniteGrid(
-            section(config, self.name, GridConfig).levels, model.quant_conv if new else None
-        )
+        grid = FiniteGrid(section(config, self.name, GridConfig).levels)
         carried = model.quantize.embedding.weight.requires_grad_(False)
         if carried.shape != grid.points.shape or (
-            not new and not torch.equal(carried.cpu(), grid.points)
+            config.pretrained is not None and not torch.equal(carried.cpu(), grid.points)
         ):
             raise ConfigError(
                 f"model.fsq.levels is {list(grid.levels)}, but model.pretrained "

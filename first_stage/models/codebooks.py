@@ -34,8 +34,6 @@ Gradient = Literal["straight_through", "rotation"]
 
 _RESTARTS_AT_ONCE = 64
 _USAGE_DECAY = 0.99
-_SPREAD = 0.5
-"""Standard deviation of a new encoder's vectors on a grid from -1 to 1; evenly spread, 0.58."""
 _WINDOW = 100
 """Steps over which a code counts as used; about what the average of the shares looks back."""
 
@@ -268,26 +266,17 @@ class FiniteGrid(Discrete):
     were not there, and the penalty `range` is the mean square of what lies beyond the bounds, which
     keeps vectors where the grid is.
 
-    A new encoder's vectors lie close together, where the grid has a few points, and the loss alone
-    takes long to spread them. So after its first step a new encoder's last convolution is shifted
-    and scaled: the vectors of that step's global batch then have mean 0 and standard deviation 0.5
-    on every axis. (A learned codebook moves its codes to the vectors instead.)
-
     Args:
         levels: Values on each axis.
-        last: The encoder's last convolution, of a new encoder; `None` leaves vectors as they are.
     """
 
     weights: ClassVar[Mapping[str, float]] = {"range": 1.0}
     points: Tensor
 
-    def __init__(self, levels: Sequence[int], last: nn.Conv2d | None = None):
+    def __init__(self, levels: Sequence[int]):
         super().__init__(math.prod(levels))
         self.levels = tuple(levels)
         self.register_buffer("points", grid(levels), persistent=False)
-        # A tuple: its weights are the model's alone.
-        self._last: tuple[nn.Conv2d, ...] = () if last is None else (last,)
-        self._moments: Tensor | None = None
 
     def table(self) -> Tensor:
         """The grid's points, `(K, D)`."""
@@ -299,32 +288,9 @@ class FiniteGrid(Discrete):
         rounded = round_to_grid(vectors.detach(), self.levels)
         if torch.is_grad_enabled():
             self._note(self._numbers(rounded))
-            if self._last:
-                x = vectors.detach().double()
-                moments = torch.stack([torch.ones_like(x).sum(0), x.sum(0), x.square().sum(0)])
-                self._moments = moments if self._moments is None else self._moments + moments
         beyond = (vectors.abs() - 1).clamp_min(0).square()
         penalties = {"range": _per_sample(beyond, len(output))}
         return Code(_places(straight_through(vectors, rounded), output), penalties, self._facts())
-
-    def finish_step(self, step: int, processes: Processes, seed: int) -> Mapping[str, Tensor]:
-        """Take in what this step used; spread a new encoder's vectors over the grid."""
-        if step == 0 and self._moments is not None:
-            self._spread(processes.sum(self._moments))
-        self._last, self._moments = (), None
-        return super().finish_step(step, processes, seed)
-
-    @torch.no_grad()
-    def _spread(self, moments: Tensor) -> None:
-        """Shift and scale the convolution, given count, sums and sums of squares by axis."""
-        last = self._last[0]
-        count, total, squares = moments
-        mean = total / count
-        scale = _SPREAD / (squares / count - mean.square()).clamp_min(1e-12).sqrt()
-        if last.weight.requires_grad:
-            last.weight.mul_(scale.to(last.weight).view(-1, 1, 1, 1))
-            assert last.bias is not None  # `VQModel.quant_conv` has one
-            last.bias.copy_((last.bias - mean.to(last.bias)) * scale.to(last.bias))
 
     def _numbers(self, points: Tensor) -> Tensor:
         """Numbers of points of the grid, by axis: no search."""

@@ -1,6 +1,5 @@
 """Quantizers by hand in float64, and what a codebook remembers from step to step."""
 
-import copy
 import math
 import threading
 
@@ -297,58 +296,6 @@ def test_a_moved_code_is_a_vector_of_the_batch():
     (unit,) = train_codes(1, 12, latents, rule="cosine", restart_after=2)
     lengths = unit["codes"][unit["jumps"][0]].norm(dim=1)
     torch.testing.assert_close(lengths, torch.ones_like(lengths))
-
-
-def spread(world, micro, inputs, steps=1):
-    """Steps of a new encoder's last convolution before a grid, by processes; its weights."""
-    shared, barrier, found = {}, threading.Barrier(world), {}
-    torch.manual_seed(0)
-    convolution = torch.nn.Conv2d(6, 3, 1)
-
-    def run(rank):
-        last = copy.deepcopy(convolution)
-        book, processes = FiniteGrid((5, 4, 3), last), Thread(rank, world, shared, barrier)
-        for step in range(steps):
-            for part in inputs.chunk(world)[rank].split(micro):
-                book(last(part))
-            book.finish_step(step, processes, seed=0)
-        found[rank] = last
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return [found[rank] for rank in range(world)]
-
-
-def test_a_new_encoder_is_spread_over_the_grid_once():
-    torch.manual_seed(1)
-    inputs = 0.01 * torch.randn(12, 6, 4, 4) + 3
-    (last,) = spread(1, 12, inputs)
-    vectors = rows(last(inputs).detach())
-    torch.testing.assert_close(vectors.mean(0), torch.zeros(3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(
-        vectors.std(0, correction=0), torch.full((3,), 0.5), atol=1e-3, rtol=0
-    )
-    (again,) = spread(1, 12, inputs, steps=3)  # later steps leave it to the optimizer
-    assert torch.equal(again.weight, last.weight)
-    for world, micro in ((1, 3), (2, 2), (3, 4)):
-        for other in spread(world, micro, inputs):
-            torch.testing.assert_close(other.weight, last.weight, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(other.bias, last.bias, rtol=1e-5, atol=1e-5)
-
-
-def test_an_encoder_that_goes_on_or_rests_is_not_spread():
-    for step, learns in ((7, True), (0, False)):
-        last = torch.nn.Conv2d(6, 3, 1).requires_grad_(learns)
-        before = copy.deepcopy(last)
-        book = FiniteGrid((5, 4, 3), last)
-        book(last(torch.randn(2, 6, 4, 4)))
-        book.finish_step(step, Processes(), seed=0)
-        assert torch.equal(last.weight, before.weight)
-        assert torch.equal(last.bias, before.bias)
-        assert not list(book.parameters())
 
 
 def test_trained_codes_do_not_jump_in_the_first_step():

@@ -14,6 +14,7 @@ from experiments.objectives.photos import tiles
 from experiments.objectives.rows import Budget, row_config
 from experiments.quantizers import command, results
 from experiments.quantizers.rows import BASELINE, BUDGETS, FIRST_STAGES, OBJECTIVE, WANTED
+from experiments.quantizers.shifts import used_at_every_shift
 from experiments.quantizers.stock import StockCodebook
 from first_stage.data import Sample
 from first_stage.data.sources import ListSource
@@ -149,3 +150,15 @@ def test_whoever_looks_in_early_has_what_is_there(photos, tmp_path):
     text = Path(tmp_path / "quantizers.md").read_text()
     assert "| kl |" in text
     assert "vq-1024" not in text
+
+
+def test_usage_at_every_shift_counts_the_tokens_of_every_crop(photos):
+    stage = tiny("vq-1024")
+    tokens, used = used_at_every_shift(stage, photos.held_out)
+    f, side = stage.downsample_factor, photos.held_out.shape[-1]
+    assert tokens == f * f * len(photos.held_out) * (side // f - 1) ** 2
+    crops = [photos.held_out[..., y : y + side - f, x : x + side - f]
+             for y in range(f) for x in range(f)]  # fmt: skip
+    found = torch.cat([stage.bottleneck.tokens(stage.encode(crop).latents).flatten()
+                       for crop in crops])  # fmt: skip
+    assert used == pytest.approx(len(found.unique()) / 1024)

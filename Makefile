@@ -10,7 +10,7 @@ LAUNCH := OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --
   --mixed_precision no --dynamo_backend no
 FIRST_STAGE := $(BIN)/first-stage
 
-.PHONY: demo demo-diffusion test test-slow lint layers types docs format clean
+.PHONY: demo demo-diffusion demo-tokens test test-slow lint layers types docs format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -28,6 +28,15 @@ demo-diffusion: $(STAMP)  ## From digits to a first stage, a latent cache and a 
 	$(LAUNCH) examples/digits/train_diffusion.py --latents $(RUNS)/digits/latents \
 	  --output_dir $(RUNS)/digits/diffusion --steps 1200
 	$(BIN)/python examples/digits/score_digits.py --pipeline $(RUNS)/digits/diffusion/pipeline
+
+demo-tokens: $(STAMP)  ## From digits to a first stage with a codebook, a token cache and a transformer's digits.
+	$(FIRST_STAGE) train --config examples/tokens/digits_vq.yaml \
+	  --output_dir $(RUNS)/digit_tokens --overwrite true
+	rm -rf $(RUNS)/digit_tokens/cache $(RUNS)/digit_tokens/transformer  # of an earlier first stage
+	$(FIRST_STAGE) cache --first_stage $(RUNS)/digit_tokens/export --data.path digits \
+	  --output $(RUNS)/digit_tokens/cache --representation tokens
+	$(BIN)/python examples/tokens/train_tokens.py --tokens $(RUNS)/digit_tokens/cache \
+	  --output_dir $(RUNS)/digit_tokens/transformer
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

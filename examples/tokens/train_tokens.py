@@ -17,14 +17,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from first_stage.config.parsing import read_options
 from first_stage.config.types import PositiveInt
-from first_stage.errors import ConfigError, run_command
+from first_stage.errors import ConfigError, first_line, run_command
 from first_stage.evaluation.grids import grid, save_png
 from first_stage.files import write_folder, write_json
 from first_stage.models.first_stage import FirstStage
@@ -34,6 +35,8 @@ from latent_tools import LatentDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "digits"))
 from score_digits import CLASSES, train_judge  # the other example's judge
+
+WEIGHTS = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Options:
     """Folder for the transformer, the samples and the score."""
     first_stage: str | None = None
     """The first stage that made the cache; null: where it was then."""
+    transformer: str | None = None
+    """Sample from this one (another run's folder `transformer`) instead of training one."""
     steps: PositiveInt = 1500
     """Updates."""
     batch_size: PositiveInt = 64
@@ -108,8 +113,12 @@ def main() -> None:
     torch.manual_seed(options.seed)
     model = MaskedTransformer(codes, side.numel(), CLASSES, options.width, options.layers)
     print(f"{len(dataset)} images of {side[0]} x {side[1]} tokens, {codes} codes")
-    train(model, dataset, options)
-
+    if options.transformer is None:
+        train(model, dataset, options)
+        write_folder(Path(options.output_dir) / "transformer", lambda folder: save_file(
+            model.state_dict(), folder / WEIGHTS))  # fmt: skip
+    else:
+        load(model, Path(options.transformer) / WEIGHTS)
     stage = FirstStage(
         load_autoencoder(options.first_stage or dataset.manifest.first_stage["name"])
     )
@@ -119,7 +128,18 @@ def main() -> None:
                             for n, part in enumerate(asked.split(100))])  # fmt: skip
         parts = tokens.view(-1, *side).split(100)
         pictures = torch.cat([stage.decode_tokens(part) for part in parts]).clamp(-1, 1)
-    score(model, pictures, asked.numpy(), options)
+    score(pictures, asked.numpy(), options)
+
+
+def load(model: MaskedTransformer, file: Path) -> None:
+    """Take the weights of an earlier run with the same --width and --layers."""
+    try:
+        model.load_state_dict(load_file(file))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"--transformer {str(file.parent)!r} holds no {WEIGHTS} of this --width, --layers and "
+            f"cache: {first_line(error)}"
+        ) from error
 
 
 def train(model: MaskedTransformer, dataset: LatentDataset, options: Options) -> None:
@@ -197,8 +217,8 @@ def sample(model: MaskedTransformer, labels: Tensor, options: Options, number: i
     return tokens
 
 
-def score(model: MaskedTransformer, pictures: Tensor, asked: np.ndarray, options: Options) -> None:
-    """Ask the judge, and write transformer, grid and score."""
+def score(pictures: Tensor, asked: np.ndarray, options: Options) -> None:
+    """Ask the judge, and write grid and score."""
     judge, real = train_judge(pictures.shape[-1])
     print(f"judge     reads {real:.1%} of the held-out real digits right")
     levels = ((pictures[:, 0] + 1) * 127.5).round() / 255
@@ -208,11 +228,10 @@ def score(model: MaskedTransformer, pictures: Tensor, asked: np.ndarray, options
     print(f"samples   {share:.1%} of {len(pictures)} are read as the class asked for")
     print("by class  " + ", ".join(f"{c} {value:.0%}" for c, value in by_class.items()))
     output = Path(options.output_dir)
-    write_folder(output / "transformer", lambda folder: save_file(
-        model.state_dict(), folder / "model.safetensors"))  # fmt: skip
     save_png(grid([pictures[asked == c][:20] for c in range(CLASSES)]), output / "digits.png")
     about = {"judge_on_real_digits": real, "read_as_asked": share, "by_class": by_class}
-    write_json(output / "score.json", about | {"samples": len(pictures)})
+    about |= {"samples": len(pictures), "guidance_scale": options.guidance_scale}
+    write_json(output / "score.json", about)
     print(f"grid      {output}/digits.png (a row a class)\nscore     {output}/score.json")
 
 

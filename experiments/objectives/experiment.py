@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from experiments.objectives.measures import LocalFeatures, Scores, score
@@ -19,6 +18,7 @@ from experiments.objectives.rows import START, Budget, row_config, warmup_config
 from experiments.objectives.stripes import critic_ratios
 from first_stage.config.parsing import to_dict
 from first_stage.config.schema import Config
+from first_stage.config.sections import with_sections
 from first_stage.data import (
     Batch,
     Source,
@@ -30,6 +30,7 @@ from first_stage.data import (
 from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
 from first_stage.files import write_folder, write_json
+from first_stage.models.loading import load_autoencoder
 from first_stage.training.checkpoint import (
     Snapshot,
     checkpoint_folder,
@@ -82,7 +83,7 @@ class Start:
     """
 
     snapshot: Snapshot
-    ema: AutoencoderKL
+    ema: Any
 
 
 class Experiment:
@@ -121,7 +122,7 @@ class Experiment:
     def _identity(self, config: Config) -> str:
         """A hash of all that decides a result."""
         parts = {
-            "config": _changed(to_dict(config), to_dict(Config())),
+            "config": _changed(to_dict(config), to_dict(with_sections(Config)())),
             "photos": fingerprint(self.photos.training),
             "held_out": hashlib.sha256(self.photos.held_out.numpy().tobytes()).hexdigest(),
             "warmup": self.budget.warmup_steps,
@@ -197,7 +198,7 @@ class Experiment:
             save_checkpoint(folder, snapshot, trainer.averaged_model, keep=1)
         loaded = load_checkpoint(saved)
         self._same(loaded.state["made_by"], config, saved)
-        ema = AutoencoderKL.from_pretrained(saved / "ema", use_safetensors=True)
+        ema = load_autoencoder(str(saved / "ema"))
         self._starts = {seed: Start(loaded, ema.to(self.accelerator.device))}
         return self._starts[seed]
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from first_stage.evaluation.codes import CodeCounts
 from first_stage.metrics import images as metrics
 from first_stage.metrics.feature_networks import EfficientNetLite0, as_rgb
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
@@ -28,12 +29,16 @@ class Scores:
             share of the originals'.
         feature_distance: Euclidean distance between the local features of an image and of its
             reconstruction at the same place, mean over places and images.
+        codes_used: Share of the codes that the images use; `None` without codes.
+        codes_perplexity: As many equally frequent codes would be as hard to guess.
     """
 
     psnr: float
     local_frechet: float
     high_frequencies: float
     feature_distance: float
+    codes_used: float | None = None
+    codes_perplexity: float | None = None
 
 
 class LocalFeatures(nn.Module):
@@ -72,10 +77,12 @@ def score(first_stage: Any, images: Tensor, network: LocalFeatures, batch_size: 
     device = stage.device
     sums = [torch.zeros((), dtype=torch.float64, device=device) for _ in range(2)]
     statistics: list[GaussianStatistics] = []
-    sharpness = SharpnessSums()
+    sharpness, codes = SharpnessSums(), CodeCounts(stage)
     for batch in images.split(batch_size):
         originals = metrics.eight_bit(batch.to(device))
-        rebuilt = metrics.eight_bit(reconstruct(stage, batch.to(device))[0])
+        decoded, encoded = reconstruct(stage, batch.to(device))
+        rebuilt = metrics.eight_bit(decoded)
+        codes.update(encoded.latents)
         sums[0] += metrics.psnr(originals, rebuilt).sum()
         sharpness.update(originals, rebuilt)
         features = [network(x) for x in (originals, rebuilt)]
@@ -85,10 +92,12 @@ def score(first_stage: Any, images: Tensor, network: LocalFeatures, batch_size: 
         statistics = statistics or [GaussianStatistics(v.shape[1]) for v in vectors]
         for part, vector in zip(statistics, vectors, strict=True):
             part.update(vector)
-    kept = sharpness.summary()["high_frequency_kept"]
+    kept, usage = sharpness.summary()["high_frequency_kept"], codes.summary(lambda counts: counts)
     return Scores(
         psnr=float(sums[0] / len(images)),
         local_frechet=frechet_distance(*statistics).value,
         high_frequencies=float("nan") if kept is None else float(kept),  # type: ignore[arg-type]
         feature_distance=float(sums[1] / len(images)),
+        codes_used=usage.get("used"),
+        codes_perplexity=usage.get("perplexity"),
     )

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -14,6 +13,7 @@ from experiments.objectives.experiment import Photos, Result
 from experiments.objectives.measures import Scores
 from first_stage.evaluation.grids import grid
 from first_stage.models.first_stage import FirstStage, reconstruct
+from first_stage.models.loading import load_autoencoder
 
 Results = Mapping[str, Sequence[Result]]
 """Results of the seeds, by row."""
@@ -34,22 +34,24 @@ def table(results: Results) -> str:
     """A Markdown table: mean over the seeds, and from the least to the greatest."""
     seeds = max(len(found) for found in results.values())
     header = ["objective", *(name for name, _, _ in _COLUMNS)]
-    lines = [_line(header), _line(["---"] + ["---:"] * len(_COLUMNS))]
-    lines.append(_line(["original", "", f"{0:.1f}", f"{1:.3f}", f"{0:.2f}"]))
+    lines = [line(header), line(["---"] + ["---:"] * len(_COLUMNS))]
+    lines.append(line(["original", "", f"{0:.1f}", f"{1:.3f}", f"{0:.2f}"]))
     for row, found in results.items():
         cells = [row if len(found) == seeds else f"{row} ({_seeds(len(found))})"]
         for _, form, value in _COLUMNS:
             numbers = [value(result.scores) for result in found]
-            cells.append(_cell(numbers, form))
-        lines.append(_line(cells))
+            cells.append(cell(numbers, form))
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
-def _cell(numbers: Sequence[float], form: str) -> str:
+def cell(numbers: Sequence[float], form: str) -> str:
+    """The mean of the seeds, and from the least to the greatest where there are several."""
     mean = f"{statistics.fmean(numbers):{form}}"
     if len(numbers) == 1:
         return mean
@@ -151,9 +153,9 @@ def stripes_table(results: Results, others: Mapping[str, float]) -> str:
         others: Ratios of other distances, by name.
     """
     lines = [
-        _line(["distance", "d(stripes, shifted) / d(stripes, gray)"]),
-        _line(["---", "---:"]),
-        *(_line([name, f"{ratio:.2f}"]) for name, ratio in others.items()),
+        line(["distance", "d(stripes, shifted) / d(stripes, gray)"]),
+        line(["---", "---:"]),
+        *(line([name, f"{ratio:.2f}"]) for name, ratio in others.items()),
     ]
     for row, found in results.items():
         measured = [result.stripes for result in found if result.stripes]
@@ -166,7 +168,7 @@ def stripes_table(results: Results, others: Mapping[str, float]) -> str:
             }
             layers = ", ".join(f"{v:.2f}" for n, v in means.items() if n != "all")
             lines.append(
-                _line([f"critic of {row}, {words}", f"{means['all']:.2f} (layers: {layers})"])
+                line([f"critic of {row}, {words}", f"{means['all']:.2f} (layers: {layers})"])
             )
     return "\n".join(lines)
 
@@ -186,8 +188,7 @@ def figure(folders: Mapping[str, Path], photos: Photos, columns: int = 8) -> Ima
     shown = photos.held_out[_middle_tiles(photos.names, columns)]
     rows: dict[str, Tensor] = {"original": shown}
     for row, folder in folders.items():
-        vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True).eval()
-        rows[row] = reconstruct(FirstStage(vae), shown)[0]
+        rows[row] = reconstruct(FirstStage(load_autoencoder(str(folder))), shown)[0]
     sheet = grid(list(rows.values()))
     factor = max(_SHOWN_SIDE // shown.shape[-1], 1)
     sheet = sheet.resize((sheet.width * factor, sheet.height * factor), Image.Resampling.NEAREST)

@@ -1,7 +1,7 @@
 """The objectives that are compared, and what they share."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from first_stage.config import (
@@ -38,6 +38,8 @@ class Budget:
         widths: Widths of the first stage's levels.
         critic_width: Width of the critic's first layer.
         learning_rate: Of both players.
+        critic_learning_rate: Of the critic, where it has another.
+        first_stage: Family, latent channels and what else is the family's own.
     """
 
     warmup_steps: int = 10_000
@@ -48,6 +50,8 @@ class Budget:
     widths: tuple[int, ...] = (64, 128, 128)
     critic_width: int = 64
     learning_rate: float = 5e-4
+    critic_learning_rate: float | None = None
+    first_stage: ModelConfig = field(default_factory=lambda: ModelConfig(latent_channels=3))
 
 
 BUDGETS: dict[Size, Budget] = {
@@ -128,7 +132,12 @@ class _Parts:
     def critic(self) -> CriticConfig:
         """A critic that starts where the objectives part."""
         budget = self.budget
-        return CriticConfig(width=budget.critic_width, layers=2, start_step=budget.warmup_steps)
+        return CriticConfig(
+            width=budget.critic_width,
+            layers=2,
+            start_step=budget.warmup_steps,
+            learning_rate=budget.critic_learning_rate,
+        )
 
 
 @dataclass(frozen=True)
@@ -188,8 +197,8 @@ def _config(budget: Budget, seed: int, setting: _Setting, steps: int, decay: int
     return Config(
         seed=seed,
         data=DataConfig(path="compared", resolution=budget.crop, resize=0),
-        model=ModelConfig(
-            latent_channels=3,
+        model=replace(
+            budget.first_stage,
             block_out_channels=budget.widths,
             layers_per_block=1,
             norm_num_groups=16,

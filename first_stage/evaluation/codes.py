@@ -1,5 +1,6 @@
 """Which codes a discrete first stage uses on images."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from first_stage.models.codebooks import Discrete
 from first_stage.models.first_stage import FirstStage
 from first_stage.models.quantizers import perplexity
+
+_POINTS = 256
 
 
 class CodeCounts:
@@ -41,12 +44,37 @@ class CodeCounts:
         Args:
             total: The sum of a tensor over processes.
         """
+        shares = self.shares(total)
+        return {} if shares is None else usage(shares)
+
+    def shares(self, total: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Each code's share of the tokens, `(K,)`; `None` without codes.
+
+        Args:
+            total: The sum of a tensor over processes.
+        """
         if self.counts is None:
-            return {}
+            return None
         counts = total(self.counts)
-        shares = counts / counts.sum().clamp_min(1)
-        return {
-            "used": (counts > 0).double().mean().item(),
-            "perplexity": perplexity(shares).item(),
-            "most_frequent": shares.max().item(),
-        }
+        return counts / counts.sum().clamp_min(1)
+
+
+def usage(shares: Tensor) -> dict[str, float]:
+    """What a distribution over codes `(K,)` comes to, by name."""
+    return {
+        "used": (shares > 0).double().mean().item(),
+        "perplexity": perplexity(shares).item(),
+        "most_frequent": shares.max().item(),
+    }
+
+
+def by_use(shares: Tensor) -> list[list[float]]:
+    """Shares from the most used code to the least, `[[rank, share], ...]`, ranks from 1.
+
+    Args:
+        shares: `(K,)`; more than 256 are averaged in groups of neighbors.
+    """
+    ordered = shares.cpu().sort(descending=True).values
+    groups = ordered.split(math.ceil(len(ordered) / _POINTS))
+    ends = torch.tensor([len(group) for group in groups]).cumsum(0)
+    return [[int(end), float(group.mean())] for end, group in zip(ends, groups, strict=True)]

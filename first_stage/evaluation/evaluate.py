@@ -3,8 +3,11 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from PIL import Image
+
 from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
+from first_stage.evaluation.code_pictures import draw_codes
 from first_stage.evaluation.files import Evaluation
 from first_stage.evaluation.images import ImageList
 from first_stage.evaluation.measure import Measurement, Options
@@ -43,6 +46,7 @@ def evaluate(
     processes = processes or Processes()
     results: list[dict[str, Any]] = []
     pairs: list[Pair] = []
+    codes: list[Image.Image | None] = []
     chosen: ImageList | None = None
     for name, autoencoder in first_stages:
         stage = as_first_stage(autoencoder, name)
@@ -55,14 +59,19 @@ def evaluate(
                 f"into {read}"
                 + (f" for {results[0]['name']!r}: evaluate them separately" if results else "")
             )
-        results.append(Measurement(stage, chosen, options, processes).run(progress))
+        measurement = Measurement(stage, chosen, options, processes)
+        results.append(measurement.run(progress))
         if processes.is_main:
             if not pairs:
                 pairs = start_pairs(chosen, choose_pairs(results[0]["per_image"], options.pairs))
             add_reconstructions(pairs, chosen, stage)
+            shares = measurement.code_shares
+            codes.append(
+                None if shares is None else draw_codes(stage, shares, chosen.reading.display)
+            )
     if chosen is None:
         raise UserError("no first stage was given")
-    return Evaluation(_protocol(chosen, results, options, seed), results, pairs)
+    return Evaluation(_protocol(chosen, results, options, seed), results, pairs, codes)
 
 
 def _protocol(

@@ -2,7 +2,8 @@
 
 metrics.json     protocol, one entry per first stage, one row per image
 pictures.json    which pictures belong together
-pairs/           000-original.png, 000-reconstruction-0.png, 000-latents-0.png ...
+pairs/           000-original.png, 000-reconstruction-0.png, 000-latents-0.png ...; of first stages
+                 with codes also 000-tokens-0.png and codes-0.png
 """
 
 import json
@@ -14,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from first_stage.errors import UserError
+from first_stage.evaluation.grids import save_png
 from first_stage.evaluation.pictures import Pair
 from first_stage.files import write_atomic, write_json
 
@@ -30,11 +32,13 @@ class Evaluation:
         protocol: What was done to images and pixels, in words and numbers.
         first_stages: One entry per first stage, in the order given.
         pairs: Images for the report.
+        codes: A picture of the codes for each first stage; `None` for one without.
     """
 
     protocol: dict[str, Any]
     first_stages: list[dict[str, Any]]
     pairs: list[Pair] = field(default_factory=list)
+    codes: list[Image.Image | None] = field(default_factory=list)
 
 
 def save(evaluation: Evaluation, folder: str | Path) -> Path:
@@ -52,6 +56,9 @@ def save(evaluation: Evaluation, folder: str | Path) -> Path:
     for old in (folder / "pairs").glob("*.png"):
         old.unlink()
     index = [_save_pair(folder, k, pair) for k, pair in enumerate(evaluation.pairs)]
+    for place, picture in enumerate(evaluation.codes):
+        if picture is not None:
+            save_png(picture, codes_picture(folder, place))
     write_json(folder / PICTURES, {"pairs": index}, indent=1)
     content = {
         "format": FORMAT,
@@ -75,8 +82,8 @@ def load(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
     Returns:
         The content of `metrics.json`, and the pairs: dictionaries with `id`, `index`, `cropped`,
-        and the paths of `original`, `reconstructions` and `latents` (one per first stage; `None`
-        for latents that are not shown).
+        and the paths of `original`, `reconstructions`, `latents` and `tokens` (one per first stage;
+        `None` for latents and tokens that are not shown).
 
     Raises:
         UserError: When it cannot be read.
@@ -94,6 +101,11 @@ def load(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
             "evaluate again"
         )
     return content, pairs
+
+
+def codes_picture(folder: Path, place: int) -> Path:
+    """Where the picture of a first stage's codes lies, by its place among the first stages."""
+    return folder / "pairs" / f"codes-{place}.png"
 
 
 def _save_pair(folder: Path, number: int, pair: Pair) -> dict[str, Any]:
@@ -123,6 +135,10 @@ def _save_pair(folder: Path, number: int, pair: Pair) -> dict[str, Any]:
                 "file": write(f"latents-{k}", latent_strip(latents)),
             }
             for k, latents in enumerate(pair.latents)
+        ],
+        "tokens": [
+            None if colors is None else write(f"tokens-{k}", colors)
+            for k, colors in enumerate(pair.tokens)
         ],
     }
 

@@ -14,7 +14,7 @@ from first_stage.data import displayed
 from first_stage.distributed.memory import memory_told
 from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
-from first_stage.evaluation.codes import CodeCounts
+from first_stage.evaluation.codes import CodeCounts, by_use, usage
 from first_stage.evaluation.images import Group, ImageList, batches, require_some
 from first_stage.metrics import images as metrics
 from first_stage.metrics.feature_networks import FeatureNetwork, cosine_distance
@@ -71,6 +71,9 @@ class Measurement:
         images: The list of images.
         options: What to measure.
         processes: The processes that share the work.
+
+    Attributes:
+        code_shares: `(K,)` share of each code in the tokens, after `run`; `None` without codes.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Measurement:
         self.options, self.processes = options, processes
         self._part = _Part(LatentHealth(first_stage.latent_channels))
         self._codes = CodeCounts(first_stage)
+        self.code_shares: Tensor | None = None
         self._statistics: dict[str, tuple[GaussianStatistics, GaussianStatistics]] = {}
         stride = max(len(images) / max(options.probed, 1), 1.0)
         self._probed = {int(k * stride) for k in range(math.ceil(len(images) / stride))}
@@ -217,10 +221,17 @@ class Measurement:
             "bands": self._bands(first.bands),
             "features": self._feature_distances(first.rows),
             "latent_health": health,
-            "codes": self._codes.summary(self.processes.sum),
+            "codes": self._code_use(),
             "unreadable": broken,
             "per_image": [_json_row(row) for row in first.rows],
         }
+
+    def _code_use(self) -> dict[str, Any]:
+        """How codes are used; empty without codes."""
+        shares = self.code_shares = self._codes.shares(self.processes.sum)
+        if shares is None:
+            return {}
+        return {**usage(shares), "count": len(shares), "by_use": by_use(shares)}
 
     def _bands(self, errors: metrics.BandErrors) -> list[dict[str, Any]]:
         """Figures of each channel, where channels are not just gray or colors."""

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from first_stage.data import displayed, pixels_from_images
+from first_stage.evaluation.code_pictures import token_maps
 from first_stage.evaluation.images import ImageList, group_by_shape
+from first_stage.models.codebooks import Discrete
 from first_stage.models.first_stage import FirstStage, reconstruct
 
 MAX_SIDE = 512
@@ -29,6 +31,7 @@ class Pair:
         original: `(H, W, C)` uint8.
         reconstructions: One per first stage, of the same shape.
         latents: Per first stage the channels `(C, h, w)` float32, or `None`.
+        tokens: Per first stage its token map in colors `(h, w, 3)` uint8, or `None`.
         cropped: Whether only the centre is shown.
     """
 
@@ -38,6 +41,7 @@ class Pair:
     cropped: bool
     reconstructions: list[np.ndarray] = field(default_factory=list)
     latents: list[np.ndarray | None] = field(default_factory=list)
+    tokens: list[np.ndarray | None] = field(default_factory=list)
 
 
 def choose_pairs(per_image: Sequence[dict[str, Any]], count: int) -> list[int]:
@@ -89,6 +93,8 @@ def add_reconstructions(pairs: Sequence[Pair], images: ImageList, first_stage: F
         pair.reconstructions.append(_centre(pixels))
         latents = encoded.latents[0, :MAX_CHANNELS].cpu().numpy()
         pair.latents.append(latents if number in shown else None)
+        has_map = number in shown and isinstance(first_stage.bottleneck, Discrete)
+        pair.tokens.append(token_maps(first_stage, encoded.latents)[0] if has_map else None)
 
 
 def _centre(pixels: np.ndarray) -> np.ndarray:

@@ -146,9 +146,10 @@ def _codes(stage: FirstStage, metrics: dict[str, float]) -> str:
     )
     if "codes_used" in metrics:
         text += (
-            f" On the held-out images {metrics['codes_used']:.1%} of the codes are\nused, as many "
-            f"as {metrics['codes_perplexity']:,.0f} equally frequent ones would be (perplexity); "
-            f"the most frequent one\nhas {metrics['codes_most_frequent']:.1%} of the tokens."
+            f" On the held-out images {metrics['codes_used']:.1%} of the codes are\nused "
+            f"({round((1 - metrics['codes_used']) * count):,} codes are not used), as many as "
+            f"{metrics['codes_perplexity']:,.0f} equally frequent ones would be (perplexity); "
+            f"the most\nfrequent one has {metrics['codes_most_frequent']:.1%} of the tokens."
         )
     return text + "\n"
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from first_stage.errors import UserError
 from first_stage.evaluation.files import is_evaluation, load
 from first_stage.files import write_text
+from first_stage.report.codes import codes_section
 from first_stage.report.comparison import comparison_section, per_image_section, summary_section
 from first_stage.report.latents import latents_section
 from first_stage.report.page import Section, page
@@ -55,6 +56,7 @@ def write_report(folder: str | Path) -> Path:
             training_section(run) if run else None,
             spectra_section(stages),
             latents_section(stages, pairs, measured),
+            codes_section(stages, pairs, measured),
             per_image_section(stages),
         ]
     elif run is not None:

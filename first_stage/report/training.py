@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from first_stage.errors import UserError
+from first_stage.evaluation.files import is_evaluation
 from first_stage.files import read_log
 from first_stage.metrics.training import Watch
 from first_stage.report.charts import Series, colour_of, line_chart, share_chart
@@ -27,6 +28,10 @@ _WANTED = (
 """Fields of the recipe that are shown first."""
 _TERMS = ("validation/psnr", "validation/ssim", "loss/pixel", "loss/kl", "loss/learned")
 """Curves that come first in their group."""
+_CODES = {
+    "tokens.png": "Held-out images over their tokens; each code has a color of its own",
+    "codes.png": "Codes as the decoder draws them, by their use in training: the most used first",
+}
 _ABOUT = {
     "validation": "Held-out images, exported (averaged) weights",
     "loss": "Each term before its weight; mean over the steps since the last line",
@@ -213,6 +218,10 @@ def _pictures(folder: Path) -> str:
     if (folder / "pictures/first-batch.png").is_file():
         text = "The first crops, as the network gets them"
         shown.append((folder / "pictures/first-batch.png", text))
+    if not is_evaluation(folder / "evaluation"):  # whose own section shows them
+        for name, text in _CODES.items():
+            if (path := folder / "pictures" / name).is_file():
+                shown.append((path, text))
     if (folder / "training.gif").is_file():
         shown.append((folder / "training.gif", "The same while training"))
     figures = "".join(

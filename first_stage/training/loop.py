@@ -31,7 +31,6 @@ from first_stage.distributed.processes import (
 )
 from first_stage.errors import ConfigError, UserError
 from first_stage.evaluation import HeldImages, Options, evaluate
-from first_stage.evaluation.grids import save_png
 from first_stage.files import write_text, writing
 from first_stage.handover.statistics import measure_latents
 from first_stage.metrics.training import Watch, derived
@@ -65,7 +64,7 @@ from first_stage.training.log import Logbook, Progress
 from first_stage.training.profiling import StepProfiler
 from first_stage.training.resume import as_saved, check_resumable, find_start, lasting, recipe
 from first_stage.training.step import Trainer
-from first_stage.training.validation import draw_grid, validate
+from first_stage.training.validation import draw_pictures, validate
 
 
 def train(config: Config) -> Outcome:
@@ -291,9 +290,9 @@ class Run:
         metrics = self._measure()
         if self.processes.is_main:
             with self.trainer.ema_weights() as stage:
-                picture = draw_grid(stage, self.shown, self.config.validation.pictures)
+                drawn = draw_pictures(stage, self.shown, self.config.validation.pictures)
             with self._writing():
-                save_png(picture, files.frame_path(self.folder, step))
+                files.save_pictures(self.folder, step, drawn)
                 if metrics and self.logbook is not None:
                     self.logbook.write(step, {f"validation/{k}": v for k, v in metrics.items()})
                 write_report(self.folder)

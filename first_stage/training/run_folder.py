@@ -3,11 +3,14 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from PIL import Image
 
 from first_stage.command_line import command_line
 from first_stage.errors import ConfigError
+from first_stage.evaluation.grids import save_png
 from first_stage.files import remove_leftovers
 from first_stage.locks import RecordLock
 from first_stage.training import overwrite as earlier
@@ -158,6 +161,13 @@ def resume_command(folder: Path, world: int = 1) -> str:
 def frame_path(folder: Path, step: int) -> Path:
     """Where the grid of a step lies."""
     return folder / PICTURES / f"step-{step:06d}.png"
+
+
+def save_pictures(folder: Path, step: int, pictures: Mapping[str, Image.Image]) -> None:
+    """Write the pictures of a step: its `grid` is kept, all others are replaced by the next."""
+    for name, picture in pictures.items():
+        path = frame_path(folder, step) if name == "grid" else folder / PICTURES / f"{name}.png"
+        save_png(picture, path)
 
 
 def list_frames(folder: Path) -> list[tuple[int, Path]]:

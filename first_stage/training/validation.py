@@ -8,9 +8,11 @@ from torch import Tensor
 
 from first_stage.data import FixedImages, displayed, images_from_pixels
 from first_stage.distributed.processes import Processes
+from first_stage.evaluation.code_pictures import draw_codes, draw_tokens
 from first_stage.evaluation.codes import CodeCounts
 from first_stage.evaluation.grids import grid
 from first_stage.metrics import images as metrics
+from first_stage.models.codebooks import Discrete
 from first_stage.models.first_stage import FirstStage, reconstruct
 
 METRICS = {"psnr": metrics.psnr, "ssim": metrics.ssim, "l1": metrics.l1}
@@ -66,9 +68,24 @@ def _share(pixels: Tensor, processes: Processes, batch_size: int) -> Iterator[Te
     yield from mine.split(batch_size) if len(mine) else ()
 
 
-def draw_grid(stage: FirstStage, images: FixedImages, count: int) -> Image.Image:
-    """A grid of originals over reconstructions."""
+@torch.no_grad()
+def draw_pictures(stage: FirstStage, images: FixedImages, count: int) -> dict[str, Image.Image]:
+    """Pictures of the held-out images, and of codes, by name.
+
+    Args:
+        stage: The first stage, in eval mode.
+        images: The images; the first ones are shown.
+        count: How many.
+
+    Returns:
+        `grid`, originals over reconstructions. Of a first stage with codes also `tokens`, originals
+        over their tokens, and `codes`, the codes that training uses most.
+    """
     originals = images_from_pixels(images.pixels[:count].to(stage.device))
     display = images.reading.display if images.reading is not None else None
     shown = displayed(originals.shape[1], display)
-    return grid([originals[:, shown], reconstruct(stage, originals)[0][:, shown]])
+    found = {"grid": grid([originals[:, shown], reconstruct(stage, originals)[0][:, shown]])}
+    if isinstance(stage.bottleneck, Discrete):
+        found["tokens"] = draw_tokens(stage, originals, display)
+        found["codes"] = draw_codes(stage, stage.bottleneck.usage, display)
+    return found

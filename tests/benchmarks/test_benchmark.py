@@ -48,9 +48,11 @@ def test_the_usual_steps_train_both_players(tiny, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["train", "cache", "read", "scale"])
+@pytest.mark.parametrize("what", ["train", "cache", "read", "scale", "quantize"])
 def test_every_benchmark_runs(tmp_path, images, what):
     recipe = [] if what == "read" else arguments(tmp_path / "run", images, data__workers=None)
+    if what == "quantize":
+        recipe += ["--model.family", "vq"]
     result = run_script(
         *("-m", "benchmarks", what, "--repeats", 1, "--seconds", 0.1, "--images", 20),
         *("--side", 16, "--latents", 100, "--counts", 10, 20, "--json", tmp_path / "out.json"),

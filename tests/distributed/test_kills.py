@@ -18,18 +18,19 @@ from first_stage.training.checkpoint import list_checkpoints, load_checkpoint
 from first_stage.training.log import read_log
 from first_stage.training.run_folder import prepare_folder
 
-KILLS, IN_SAVES = 22, 11
-STEPS = 260
 FIELDS = {
-    **{"train.max_steps": STEPS, "train.checkpoint_every": 3, "train.log_every": 2},
+    **{"train.checkpoint_every": 3, "train.log_every": 2},
     **{"train.ema_decay": 0.9, "train.decay_steps": 50, "validation.every": 20},
     **{"validation.pictures": 1, "data.workers": 1},
 }
+CODES = {"model.family": "vq", "model.vq.codes": 48, "model.vq.restart_after": 2}
 
 
 def hashes(folder: Path) -> dict[str, str]:
     files = ["log.jsonl", "training.gif", "config.yaml"]
     files += [f"export/{file.name}" for file in (folder / "export").iterdir()]
+    last = list_checkpoints(folder)[-1][1]
+    files += [file.relative_to(folder).as_posix() for file in last.rglob("*") if file.is_file()]
     found = {}
     for name in files:
         found[name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -76,18 +77,25 @@ def live_and_be_killed(folder: Path, output: Path, in_save: bool, draw: random.R
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_that_is_killed_over_and_over_ends_where_an_undisturbed_one_does(tmp_path, images):
+@pytest.mark.parametrize(
+    ("more", "steps", "kills_wanted", "in_saves"),
+    [pytest.param({}, 260, 22, 11, id="kl"), pytest.param(CODES, 90, 4, 2, id="vq")],
+)
+def test_a_run_that_is_killed_over_and_over_ends_where_an_undisturbed_one_does(
+    tmp_path, images, more, steps, kills_wanted, in_saves
+):
+    """Of a codebook also its restarts and usage, which stand in the last checkpoint."""
     for name in ("undisturbed", "killed"):
         (tmp_path / name).mkdir()
-    fields = arguments("run", images, **FIELDS)
+    fields = arguments("run", images, **FIELDS, **more, **{"train.max_steps": steps})
     run(1, TRAIN, *fields, output=tmp_path / "undisturbed.txt", cwd=tmp_path / "undisturbed")
     expected = hashes(tmp_path / "undisturbed" / "run")
 
     root = tmp_path / "killed"
     (root / "run.yaml").write_text((tmp_path / "undisturbed" / "run" / "config.yaml").read_text())
     draw, kills, hits, reached = random.Random(0), 0, 0, 0
-    while kills < KILLS or hits < IN_SAVES:
-        in_save = hits < IN_SAVES and (kills % 2 == 0 or kills >= KILLS - IN_SAVES)
+    while kills < kills_wanted or hits < in_saves:
+        in_save = hits < in_saves and (kills % 2 == 0 or kills >= kills_wanted - in_saves)
         hits += live_and_be_killed(root / "run", tmp_path / "killed.txt", in_save, draw)
         kills += 1
         saved = list_checkpoints(root / "run")
@@ -96,7 +104,7 @@ def test_a_run_that_is_killed_over_and_over_ends_where_an_undisturbed_one_does(t
         if saved:
             assert saved[-1][0] >= reached  # nothing that was saved is ever lost
             reached = saved[-1][0]
-    assert reached < STEPS
+    assert reached < steps
     last = start(
         command(1, TRAIN, "--config", "run.yaml", "--resume", "latest"),
         tmp_path / "killed.txt",

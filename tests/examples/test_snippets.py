@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from autoencoders import build_autoencoder
+from autoencoders import build_autoencoder, tiny_vq
 from conftest import ROOT, picture
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from pipelines import sample, stable_diffusion_xl
@@ -75,6 +75,11 @@ def made(tmp_path_factory) -> Path:
         Path("runs/look").mkdir()
         precompute(vae, "runs/demo/export", open_source("images"), "my_latents",
                    CacheOptions(resolution=16, resize=16, flip=True))  # fmt: skip
+        codes = tiny_vq()
+        measured = measure_latents(codes, [torch.rand(4, 3, 16, 16) * 2 - 1], Processes())
+        write_export(codes, measured, folder / "runs/codes/export", {})
+        precompute(codes, "runs/codes/export", open_source("images"), "my_tokens",
+                   CacheOptions(resolution=16, resize=16, representation="tokens"))  # fmt: skip
         first_stage = AutoencoderKL.from_pretrained("runs/demo/export")
         pipeline = DiTPipeline(
             transformer=transformer(), vae=first_stage, scheduler=DDIMScheduler()
@@ -162,7 +167,15 @@ def test_export_to_another_trainer(place):
     assert len(list(Path("my_latents_mar").rglob("*.npz"))) == 4
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorials/digits-to-diffusion.md"])
+def test_tokens_are_read_and_decoded(place):
+    names = run(snippet("docs/guides/which-first-stage.md", "python", "decode_preview"))
+    assert names["first"].shape == (8, 8)
+    assert names["image"].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("page", [
+    "README.md", "docs/tutorials/digits-to-diffusion.md", "docs/tutorials/digits-to-tokens.md",
+])  # fmt: skip
 def test_targets_are_there(page):
     rules = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^make (\S+)", "\n".join(snippets(ROOT / page, "bash")), re.MULTILINE)

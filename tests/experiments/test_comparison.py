@@ -103,7 +103,11 @@ def test_a_perfect_first_stage_scores_perfectly(network, photos):
 def test_scores_do_not_depend_on_the_batch_size(network, photos):
     vae = make_first_stage(row_config("mse", TINY, 0).model, 16)
     one, all_ = (score(vae, photos.held_out, network, batch_size=n) for n in (1, 64))
-    assert dataclasses.asdict(one) == pytest.approx(dataclasses.asdict(all_), rel=1e-4)
+    assert one.codes_used is one.codes_perplexity is None
+    without = {"codes_used", "codes_perplexity"}
+    found, expected = ({k: v for k, v in dataclasses.asdict(s).items() if k not in without}
+                       for s in (one, all_))  # fmt: skip
+    assert found == pytest.approx(expected, rel=1e-4)
     assert one.local_frechet > 10
 
 

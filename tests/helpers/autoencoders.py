@@ -33,14 +33,14 @@ def tiny_kl(
     return build_autoencoder(in_channels, latent_channels, widths, 1, 4, attention, True, 16).eval()
 
 
-def tiny_vq() -> VQModel:
+def tiny_vq(codes: int = 16) -> VQModel:
     torch.manual_seed(0)
     return VQModel(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         block_out_channels=(8, 16),
         latent_channels=3,
-        num_vq_embeddings=16,
+        num_vq_embeddings=codes,
         norm_num_groups=4,
     ).eval()
 

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_vidtok import FSQRegularizer
 from torch.nn import functional as F
 
 from first_stage.distributed.processes import Processes
@@ -162,6 +163,22 @@ def test_numbers_of_a_grid(levels):
     assert torch.equal(book._numbers(by_axis).view(2, 8, 8), book.tokens(latents))
     assert torch.equal(book.from_tokens(book.tokens(latents)), book.settle(latents))
     torch.testing.assert_close(rows(book.settle(latents)), by_axis)
+
+
+@pytest.mark.parametrize("levels", [(8, 5, 5, 5), (2, 3), (7, 5, 5, 5, 5), (8, 8, 8, 6, 5)])
+def test_a_grids_tokens_are_those_of_diffusers_own_fsq(levels):
+    """`FSQRegularizer` bounds by tanh and counts the first axis fastest; else both are the same."""
+    sizes = torch.tensor(levels)
+    torch.manual_seed(0)
+    places = torch.rand(4096, len(levels)) * (sizes - 1)  # between the levels, which count from 0
+    offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
+    half = (sizes - 1) * (1 + 1e-3) / 2
+    unbounded = ((places - sizes // 2 + offset) / half).atanh() - (offset / half).atanh()
+    _, theirs = FSQRegularizer(list(levels[::-1]))(unbounded.flip(1)[None])
+    latents = (places / (sizes - 1) * 2 - 1).T[None, :, :, None].contiguous()
+    ours = FiniteGrid(levels).tokens(latents).flatten()
+    assert torch.equal(ours, theirs.flatten().long())
+    assert len(ours.unique()) > min(len(places), sizes.prod()) / 2
 
 
 def test_the_search_is_chunked_and_keeps_nothing_of_its_size():

@@ -108,7 +108,7 @@ def test_comparison_of_two(tmp_path) -> None:
     page = Page(text)
     assert page.open == []
     sections = [a["id"] for a in page.all("section")]
-    assert sections == ["summary", "comparison", "pairs", "spectra", "latents", "images"]
+    assert sections == ["summary", "comparison", "pairs", "spectra", "latents", "codes", "images"]
     assert "second <b>" in page.text  # escaped, so it is text
     pairs = [a for a in page.all("figure") if (a.get("class") or "").startswith("pair")]
     assert len(pairs) == 4
@@ -207,3 +207,27 @@ def test_the_seeds_of_torch_are_left_alone(tmp_path) -> None:
     evaluation_of(tmp_path / "out", tmp_path)
     torch.manual_seed(3)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_codes_are_told_drawn_and_mapped(tmp_path) -> None:
+    """Of the first stage that has some, at its place among the two."""
+    folder = tmp_path / "out"
+    evaluation_of(folder, tmp_path, both=True)
+    codes = json.loads((folder / "metrics.json").read_text())["first_stages"][1]["codes"]
+    shares = [share for _, share in codes["by_use"]]
+    assert len(shares) == codes["count"] == 16
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(1)
+    text = write_report(folder).read_text()
+    section = text[text.index('<section id="codes">') :].split("</section>")[0]
+    page = Page(section + "</section>")
+    dead = sum(share == 0 for share in shares)
+    assert f"These images use {1 - dead / 16:.1%} of the 16 codes ({dead} are not" in page.text
+    sources = [a["src"] for a in page.all("img")]
+    files = [folder / "pairs/codes-1.png", *sorted((folder / "pairs").glob("*-tokens-1.png"))]
+    assert len(files) == 1 + 4
+    for file in files:
+        assert sources.count(
+            f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
+        )
+    assert not list((folder / "pairs").glob("*-tokens-0.png"))

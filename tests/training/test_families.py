@@ -57,6 +57,10 @@ def test_n_and_n_steps_are_2n_bit_for_bit(tmp_path, images, monkeypatch, family)
     check_export(tmp_path / "stopped" / "run", CLASSES.get(family, "VQModel"))
     last = read_log(Path("run/log.jsonl"))[-3]
     assert ("codes/used" in last) == (family not in CLASSES)
+    for name in ("codes", "tokens"):
+        assert Path(f"run/pictures/{name}.png").exists() == (family not in CLASSES)
+    card = Path("run/export/README.md").read_text()
+    assert ("codes are not used" in " ".join(card.split())) == (family not in CLASSES)
 
 
 @torch.no_grad()
@@ -68,7 +72,8 @@ def check_export(run: Path, name: str) -> None:
     assert 0 < config["scaling_factor"] != 0.18215
     stock = getattr(diffusers, name).from_pretrained(folder).eval()
     stage = FirstStage(load_autoencoder(str(folder)))
-    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    side = 8 * stage.downsample_factor
+    images = torch.rand(2, 3, side, side) * 2 - 1
     encoded = stage.encode(images).latents
     theirs = getattr(stock.encode(images), "latent" if name == "AutoencoderDC" else "latents")
     assert torch.equal(encoded, theirs)

@@ -1,0 +1,1 @@
+"""Quantizers side by side: same photos, same network, same number of images."""

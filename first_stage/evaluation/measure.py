@@ -17,6 +17,7 @@ from first_stage.evaluation.codes import CodeCounts
 from first_stage.evaluation.images import Group, ImageList, batches, require_some
 from first_stage.metrics import images as metrics
 from first_stage.metrics.feature_networks import FeatureNetwork, cosine_distance
+from first_stage.metrics.float64 import float64_device
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
 from first_stage.metrics.latents import TRANSFORMS, LatentHealth, equivariance
 from first_stage.metrics.spectrum import SharpnessSums
@@ -238,8 +239,8 @@ class Measurement:
         ]
 
     def _total(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over processes, on the CPU."""
-        return self.processes.sum(tensor.to(self.stage.device)).cpu()
+        """The sum of a float64 tensor over processes, on the CPU."""
+        return self.processes.sum(tensor.to(float64_device(self.stage.device))).cpu()
 
     def _describe(self) -> dict[str, Any]:
         stage, config = self.stage, self.stage.model.config

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from first_stage.metrics.float64 import in_float64
+
 BINS = 32
 """Rings of equal width from 0 to 0.5 cycles per pixel."""
 HIGH = 0.25
@@ -30,8 +32,7 @@ def cosine_transform(x: Tensor) -> Tensor:
         Coefficients of the same shape, float64; index `(u, v)` has the frequencies `u / 2H`
         and `v / 2W` cycles per pixel.
     """
-    x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # Apple's GPUs lack float64
-    return _cosine_transform_last(_cosine_transform_last(x.double()).mT).mT
+    return _cosine_transform_last(_cosine_transform_last(in_float64(x)).mT).mT
 
 
 def _cosine_transform_last(x: Tensor) -> Tensor:

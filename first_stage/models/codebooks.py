@@ -27,7 +27,7 @@ from first_stage.models.quantizers import (
     round_to_grid,
     straight_through,
 )
-from first_stage.seeding import Purpose, generator
+from first_stage.seeding import Purpose, generator, to_device
 
 Rule = Literal["euclidean", "cosine", "linear"]
 Gradient = Literal["straight_through", "rotation"]
@@ -253,7 +253,7 @@ class Codebook(Discrete):
         """`(count, D)` vectors of the global batch; every process has a stretch of it."""
         draw, everywhere = generator(seed, Purpose.RESTART, step), len(here) * processes.world
         chosen = draw.integers(everywhere, size=count)
-        local = torch.from_numpy(chosen - processes.rank * len(here)).to(here.device)
+        local = to_device(torch.from_numpy(chosen - processes.rank * len(here)), here.device)
         inside = (local >= 0) & (local < len(here))
         vectors = here[local.clamp(0, len(here) - 1)]
         return processes.sum(torch.where(inside[:, None], vectors, 0))

@@ -3,6 +3,7 @@
 Plain functions on tensors. Vectors are rows: N tokens `(N, D)`, a codebook of K codes `(K, D)`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -74,8 +75,14 @@ def round_to_grid(vectors: Tensor, levels: Sequence[int]) -> Tensor:
         vectors: `(N, len(levels))`.
         levels: Values on each axis.
     """
-    steps = vectors.new_tensor([count - 1 for count in levels])
+    steps = _steps(tuple(levels), vectors.dtype, vectors.device)
     return (((vectors.clamp(-1, 1) + 1) / 2 * steps).round() / steps) * 2 - 1
+
+
+@functools.lru_cache(maxsize=16)
+def _steps(levels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Steps from one end of each axis to the other; sent to a device once, not in every step."""
+    return torch.tensor([count - 1 for count in levels], dtype=dtype, device=device)
 
 
 def perplexity(shares: Tensor) -> Tensor:

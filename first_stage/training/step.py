@@ -22,7 +22,7 @@ from first_stage.models.critic import (
     update_average,
 )
 from first_stage.models.first_stage import FirstStage
-from first_stage.seeding import Purpose
+from first_stage.seeding import Purpose, to_device
 from first_stage.spans import span
 from first_stage.training.checkpoint import Snapshot, flatten_optimizer, restore_optimizer
 from first_stage.training.draws import normals, uniforms
@@ -168,9 +168,12 @@ class Trainer:
         """Clip and apply the players' gradients; then whatever counts steps counts one."""
         scaler = self.accelerator.scaler
         share = learning_rate_share(step, self.config.train)
-        for parameter in self.objective.parameters.values():  # no wrapper averages these
-            if parameter.grad is not None:
-                parameter.grad = self.processes.average(parameter.grad)
+        own = [p for p in self.objective.parameters.values() if p.grad is not None]
+        if own:  # no wrapper averages these
+            flat = torch.cat([p.grad.flatten() for p in own if p.grad is not None])
+            parts = self.processes.average(flat).split([p.numel() for p in own])
+            for parameter, part in zip(own, parts, strict=True):
+                parameter.grad = part.view_as(parameter).clone()
         for name, player in players.items():
             player.optimizer.param_groups[0]["lr"] = player.learning_rate * share
             if scaler is not None:
@@ -227,7 +230,8 @@ class Trainer:
     def _at_latents(self, decoded: Tensor, latents: Tensor, gradient: Tensor) -> Tensor:
         """Take a gradient at the pixels back through the decoder to the latents it decoded."""
         scaler = self.accelerator.scaler
-        scale = 1.0 if scaler is None else scaler.get_scale()  # float16 would lose small gradients
+        # Float16 would lose small gradients. The scale stays on the device: nothing waits for it.
+        scale = 1.0 if scaler is None else scaler.scale(gradient.new_ones(()))
         (found,) = torch.autograd.grad(decoded, latents, scale * gradient, retain_graph=True)
         return found / scale
 
@@ -247,11 +251,12 @@ class Trainer:
 
     def _normals(self, purpose: Purpose, batch: Batch) -> Tensor:
         drawn = normals(self.config.seed, purpose, batch.positions, self.latent_shape)
-        return _beside(batch, drawn)
+        return to_device(drawn, batch.pixels.device)
 
     def _mix(self, batch: Batch) -> Tensor:
         """Where between each real and its fake the critic's slope is measured, `(B,)`."""
-        return _beside(batch, uniforms(self.config.seed, Purpose.MIX, batch.positions))
+        drawn = uniforms(self.config.seed, Purpose.MIX, batch.positions)
+        return to_device(drawn, batch.pixels.device)
 
     @contextlib.contextmanager
     def _synchronized(self, players: dict[str, Player[Any]], last: bool) -> Iterator[None]:
@@ -339,14 +344,6 @@ class Trainer:
         self.meter.load_state_dict(
             _without_prefix(means, "meter."), self.processes.rank, self.processes.world
         )
-
-
-def _beside(batch: Batch, drawn: Tensor) -> Tensor:
-    """Drawn values on the device of a batch."""
-    device = batch.pixels.device
-    if device.type == "cuda":  # from pinned memory the copy does not wait for the device
-        drawn = drawn.pin_memory()
-    return drawn.to(device, non_blocking=True)
 
 
 def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ EVERYTHING = {
     "decoder alone": {"train__encoder_steps": 0},
 }  # fmt: skip
 
-SMALL_OPERATIONS = 400
+SMALL_OPERATIONS = 160
 STEADY = 3
 """Steps after which names, indices and means are known: what follows is every further step."""
 

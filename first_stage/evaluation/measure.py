@@ -17,9 +17,9 @@ from first_stage.evaluation.codes import CodeCounts
 from first_stage.evaluation.images import Group, ImageList, batches, require_some
 from first_stage.metrics import images as metrics
 from first_stage.metrics.feature_networks import FeatureNetwork, cosine_distance
-from first_stage.metrics.float64 import float64_device
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
 from first_stage.metrics.latents import TRANSFORMS, LatentHealth, equivariance
+from first_stage.metrics.precision import float64_device, full_float32
 from first_stage.metrics.spectrum import SharpnessSums
 from first_stage.models.bottlenecks import Encoded
 from first_stage.models.first_stage import FirstStage, pad, reconstruct
@@ -104,7 +104,6 @@ class Measurement:
             min(size, len(self.images) - s)
             for s in range(rank * size, len(self.images), world * size)
         )
-        # TensorFloat-32 convolutions, the default on NVIDIA GPUs, would show in the third digit.
         with (
             tqdm(
                 total=mine,
@@ -112,7 +111,7 @@ class Measurement:
                 unit="image",
                 disable=not (progress and self.processes.is_main),
             ) as bar,
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+            full_float32(),
         ):
             for groups, broken in batches(self.images, size, rank, world, self.options.workers):
                 for group in groups:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from first_stage.metrics.float64 import in_float64
+from first_stage.metrics.precision import in_float64
 
 
 class GaussianStatistics:

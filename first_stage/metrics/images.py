@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from first_stage.metrics.float64 import in_float64
+from first_stage.metrics.precision import in_float64
 
 SSIM_SIGMA = 1.5
 """Standard deviation of SSIM's Gaussian window, in pixels; its side is 11 pixels."""

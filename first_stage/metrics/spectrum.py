@@ -9,12 +9,13 @@ reaches 0.71. The mean (frequency 0) is left out everywhere.
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from first_stage.metrics.float64 import in_float64
+from first_stage.metrics.precision import full_float32, in_float64
 
 BINS = 32
 """Rings of equal width from 0 to 0.5 cycles per pixel."""
@@ -66,10 +67,29 @@ def low_pass(images: Tensor, cutoff: float) -> Tensor:
     Returns:
         The same shape, type and device.
     """
+    filtered: Tensor = _LowPass.apply(images, cutoff)  # type: ignore[no-untyped-call]
+    return filtered
+
+
+class _LowPass(torch.autograd.Function):
+    """The projection, in full float32; its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, cutoff: float) -> Tensor:
+        ctx.cutoff = cutoff
+        return _projected(images, cutoff)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return low_pass(gradients[0], ctx.cutoff), None
+
+
+def _projected(images: Tensor, cutoff: float) -> Tensor:
     height, width = images.shape[-2:]
     rows, columns = (_cosines(n, images.dtype, images.device) for n in (height, width))
     kept = _below(height, width, cutoff, images.device)
-    return rows @ ((rows.mT @ images @ columns) * kept) @ columns.mT
+    with full_float32():
+        return rows @ ((rows.mT @ images @ columns) * kept) @ columns.mT
 
 
 @functools.lru_cache(maxsize=16)

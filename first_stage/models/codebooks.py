@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from first_stage.config.types import NonNegativeInt, PositiveInt
 from first_stage.distributed.processes import Processes
+from first_stage.metrics.precision import full_float32
 from first_stage.models.bottlenecks import Bottleneck, Code
 from first_stage.models.quantizers import (
     grid,
@@ -195,7 +196,7 @@ class Codebook(Discrete):
         """`(K, D)`: the codes; of unit length for cosine; through the matrix for linear."""
         if self.rule == "linear":
             # In float32 whatever autocast computes in: the exported codes are these.
-            with torch.autocast(self.matrix.device.type, enabled=False):
+            with torch.autocast(self.matrix.device.type, enabled=False), full_float32():
                 return self.get_buffer("frozen") @ self.matrix.mT
         return F.normalize(self.codes, dim=1) if self.rule == "cosine" else self.codes
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from first_stage.metrics.precision import full_float32
+
 _TOKENS_AT_ONCE = 4096
 _TINY = 1e-6
 
@@ -26,7 +28,8 @@ def nearest(vectors: Tensor, codes: Tensor, at_once: int = _TOKENS_AT_ONCE) -> T
         codes: `(K, D)` float32.
         at_once: Tokens whose distances are held together.
     """
-    found = [torch.cdist(part, codes).argmin(1) for part in vectors.split(at_once)]
+    with full_float32():
+        found = [torch.cdist(part, codes).argmin(1) for part in vectors.split(at_once)]
     return torch.cat(found) if found else vectors.new_zeros(0, dtype=torch.int64)
 
 

@@ -25,6 +25,7 @@ from first_stage.models.first_stage import FirstStage
 from first_stage.seeding import Purpose, to_device
 from first_stage.spans import span
 from first_stage.training.checkpoint import Snapshot, flatten_optimizer, restore_optimizer
+from first_stage.training.compiling import compile_blocks, uncompiled
 from first_stage.training.draws import normals, uniforms
 from first_stage.training.meter import Meter
 from first_stage.training.players import (
@@ -33,6 +34,7 @@ from first_stage.training.players import (
     build_critic,
     learning_rate_share,
     make_first_stage,
+    make_optimizer,
 )
 
 
@@ -74,17 +76,19 @@ class Trainer:
     ) -> Player[Network]:
         # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.config.train.compile and self._compiles(network):
+            compile_blocks(network.to(self.accelerator.device), self.accelerator.device)
         module = self.accelerator.prepare_model(network)
         # The optimizers are not prepared: accelerate would update the loss scaler after each of
         # the two, and the second would unscale by another factor than its gradients carry.
-        optimizer = torch.optim.AdamW(
-            [*(p for p in network.parameters() if p.requires_grad), *extra],
-            lr=learning_rate,
-            betas=self.config.train.betas,
-            weight_decay=self.config.train.weight_decay,
-            fused=True,
-        )
+        learned = [*(p for p in network.parameters() if p.requires_grad), *extra]
+        optimizer = make_optimizer(learned, learning_rate, self.config.train)
         return Player(network, module, optimizer, learning_rate)
+
+    def _compiles(self, network: nn.Module) -> bool:
+        """Whether a network's blocks can be compiled: none that is differentiated twice."""
+        penalized = self.objective.critic.penalizes(0)
+        return not (isinstance(network, Critic) and penalized)
 
     def training_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Update both players once.
@@ -276,7 +280,8 @@ class Trainer:
         self.ema.copy_to(parameters)
         network.bottleneck.bake(network.model)
         try:
-            yield network
+            with uncompiled(self.config.train.compile):
+                yield network
         finally:
             self.ema.restore(parameters)
 

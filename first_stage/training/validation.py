@@ -11,13 +11,14 @@ from first_stage.distributed.processes import Processes
 from first_stage.evaluation.codes import CodeCounts
 from first_stage.evaluation.grids import grid
 from first_stage.metrics import images as metrics
-from first_stage.metrics.float64 import float64_device
+from first_stage.metrics.precision import float64_device, full_float32
 from first_stage.models.first_stage import FirstStage, reconstruct
 
 METRICS = {"psnr": metrics.psnr, "ssim": metrics.ssim, "l1": metrics.l1}
 """Per-image metrics of 8-bit reconstructions from the posterior's mode."""
 
 
+@full_float32()
 def validate(
     stage: FirstStage, images: FixedImages, processes: Processes, batch_size: int
 ) -> dict[str, float]:

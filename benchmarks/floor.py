@@ -1,7 +1,9 @@
 """The least time that a step's arithmetic can take: counted operations over the measured rate."""
 
+import contextlib
 import time
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -35,6 +37,16 @@ def random_batch(trainer: Trainer) -> Batch:
     return Batch(pixels, list(range(count)), [""] * count)
 
 
+_autocast = torch.autocast
+
+
+def _no_autocast_there(device_type: str, *args: Any, **options: Any) -> Any:
+    """The meta device has no autocast, which changes no count."""
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return _autocast(device_type, *args, **options)
+
+
 def step_flops(config: Config, step: Callable[[Trainer, Batch], None] | None = None) -> float:
     """Floating-point operations of one step, counted on the meta device: nothing is computed.
 
@@ -59,7 +71,12 @@ def step_flops(config: Config, step: Callable[[Trainer, Batch], None] | None = N
         trainer.objective.means.load_state_dict({"magnitude": torch.ones(len(chosen), device=meta)})
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
-    with mock.patch.object(trainer, "_update"), mock.patch("benchmarks.steps.apply"), counter:
+    with (
+        mock.patch.object(trainer, "_update"),
+        mock.patch("benchmarks.steps.apply"),
+        mock.patch.object(torch, "autocast", _no_autocast_there),
+        counter,
+    ):
         if step is None:
             trainer.training_step(0, [batch])
         else:

@@ -155,16 +155,21 @@ def _earlier(json: Path) -> dict[str, Any]:
 
 
 def _run(part: Part, setting: Setting) -> dict[str, Any]:
+    _begin_anew()
     began = time.monotonic()
     try:
         result = part(setting)
     except Exception as error:  # the parts after it are measured all the same
         result = {"error": f"{type(error).__name__}: {first_line(error)}"}
-    # Every part begins with an empty device, and joins processes of its own.
+    _begin_anew()
+    return {**result, "seconds": time.monotonic() - began}
+
+
+def _begin_anew() -> None:
+    """Every part finds an empty device, and chooses a precision of its own."""
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    return {**result, "seconds": time.monotonic() - began}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import subprocess
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from benchmarks import steps as usual
 from benchmarks.floor import random_batch
-from benchmarks.gpu_speed import timed
+from benchmarks.gpu_speed import row_major_images, timed
 from benchmarks.timing import device
 from benchmarks.training import OURS, run_apart, started
 from first_stage.config import Config, parse_config
@@ -83,7 +84,8 @@ def _gradient(config: Config, row_major: bool = False) -> list[Tensor]:
     def look(_step: int, players: dict[str, Any]) -> None:
         seen.extend(p.grad.clone() for p in players["first_stage"].parameters)
 
-    with mock.patch.object(trainer, "_update", look):
+    laid = row_major_images() if row_major else contextlib.nullcontext()
+    with mock.patch.object(trainer, "_update", look), laid:
         trainer.training_step(1, [random_batch(trainer).to(trainer.accelerator.device)])
     return seen
 

@@ -1,5 +1,6 @@
 """The page's table from the programme's results."""
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,10 @@ def _words(result: dict[str, Any]) -> str:
         return f"failed: {result['error']}"
     if "skipped" in result:
         return f"not run: {result['skipped']}"
-    figures = {k: v for k, v in _flat(result) if k != "seconds"}
-    return ", ".join(f"{k} {v}" for k, v in figures.items()).replace("|", "/")
+    return "; ".join(_said(result)).replace("|", "/")
 
 
-_UNITS = {
+_FORMS: dict[str, Callable[[float], str]] = {
     "images_per_second": lambda v: f"{v:,.1f} images/s",
     "peak_memory_bytes": lambda v: f"{v / 2**30:.2f} GiB",
     "share_of_floor": lambda v: f"{v:.0%} of the floor",
@@ -45,21 +45,27 @@ _UNITS = {
     "share": lambda v: f"{v:.1%} of a step",
     "ours_is_times": lambda v: f"ours is {v:.2f} times as fast",
     "times": lambda v: f"{v:.2f} times one",
+    "per_second": lambda v: f"{v:,.0f} a second",
 }
+_JSON_ALONE = (
+    "parts", "steps", "seconds", "seconds_until_it_ran", "matrix_flops_per_second", "processes",
+    "open_files", "resident_bytes", "images", "side", "batch_size",
+)  # fmt: skip
 
 
-def _flat(result: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Names of nested results and what they say; large tables stay in the JSON."""
-    said: list[tuple[str, str]] = []
+def _said(result: dict[str, Any]) -> Iterator[str]:
+    """What a part found, innermost names first told; the JSON alone has the rest."""
     for name, value in result.items():
-        if name in ("table", "parts", "steps", "seconds_until_it_ran", "matrix_flops_per_second"):
+        if name in _JSON_ALONE:
             continue
-        if isinstance(value, dict):
-            said += _flat(value, f"{prefix}{name}: ")
-        elif name in _UNITS:
-            said.append((f"{prefix}{_UNITS[name](value)}", ""))
-        elif isinstance(value, float):
-            said.append((f"{prefix}{name.replace('_', ' ')}", f"{value:.3g}"))
+        if name in _FORMS:
+            # Of several turns the median, of one what it found.
+            found = value["median"] if isinstance(value, dict) else value
+            yield _FORMS[name](found)
+        elif isinstance(value, dict) and all(isinstance(v, dict) for v in value.values()):
+            yield from _said(value)
+        elif isinstance(value, dict):
+            yield f"{name}: {', '.join(_said(value))}"
         else:
-            said.append((f"{prefix}{name.replace('_', ' ')}", str(value)))
-    return said
+            shown = f"{value:.3g}" if isinstance(value, float) else str(value)
+            yield f"{name.replace('_', ' ')} {shown}"

@@ -10,7 +10,7 @@ LAUNCH := OMP_NUM_THREADS=$(CORES) $(BIN)/accelerate launch --num_processes 1 --
   --mixed_precision no --dynamo_backend no
 FIRST_STAGE := $(BIN)/first-stage
 
-.PHONY: demo demo-diffusion demo-tokens test test-slow lint layers types docs format clean
+.PHONY: demo demo-diffusion demo-tokens test test-slow lint layers types docs gpu format clean
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -58,6 +58,9 @@ docs: $(STAMP)  ## The site, in site/; a broken link is an error.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	$(BIN)/python docs/generate_reference.py
 	$(BIN)/zensical build --clean --strict
+
+gpu: $(STAMP)  ## On a machine with a GPU: everything that only such a machine can show, in 9 minutes.
+	$(BIN)/python -m benchmarks gpu --page docs/benchmarks/gpu.md
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,7 @@
     python -m benchmarks read --sizes 20000 1300000 10000000
     python -m benchmarks scale --config configs/demo.yaml --picture scaling.png
     python -m benchmarks quantize --config configs/demo_vq.yaml
+    python -m benchmarks gpu
 
 Machines differ and are noisy: what is compared takes turns within one run, ratios are taken turn by
 turn, and the median is printed with the smallest and largest value.
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import caching, training
+from benchmarks.gpu import benchmark_gpu
 from benchmarks.quantizing import benchmark_quantize
 from benchmarks.reading import benchmark_read
 from benchmarks.reading_sizes import benchmark_sizes
@@ -36,7 +38,7 @@ def main() -> None:
         description=__doc__.split("\n")[0],
         epilog="Further arguments are those of training: --config FILE, --field.name value.",
     )
-    parser.add_argument("what", choices=("train", "cache", "read", "scale", "quantize"))
+    parser.add_argument("what", choices=("train", "cache", "read", "scale", "quantize", "gpu"))
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: 5)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a step form's turn, about")
     parser.add_argument("--random_vgg", action="store_true", help="train: add a VGG16 term")
@@ -49,12 +51,20 @@ def main() -> None:
                         help="scale: how many images are cached")  # fmt: skip
     parser.add_argument("--picture", type=Path, help="scale: draw the curves here")
     parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--rehearse", action="store_true", help="gpu: on tiny networks, anywhere")
+    parser.add_argument("--again", help="gpu: measure parts anew whose names begin so")
+    parser.add_argument("--page", type=Path, help="gpu: write the table between this page's marks")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options, recipe = parser.parse_known_args()
     recipe = recipe or ["--config", "configs/demo.yaml"]
     if options.only:
         found = _only(options, recipe)
         print(json.dumps(found))
+        return
+    if options.what == "gpu":
+        json_file = options.json or Path("docs/benchmarks/gpu.json")
+        if not benchmark_gpu(json_file, options.page, options.again, options.rehearse):
+            raise SystemExit(1)
         return
     results = {"machine": machine(), options.what: _measure(options, recipe)}
     print(f"\n{json.dumps(results['machine'])}")

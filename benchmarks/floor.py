@@ -1,6 +1,9 @@
 """The least time that a step's arithmetic can take: counted operations over the measured rate."""
 
+import contextlib
 import time
+from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -8,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.timing import device, synchronise
 from first_stage.config.schema import Config
-from first_stage.data import Batch
+from first_stage.data import Batch, images_from_pixels
 from first_stage.distributed.processes import Processes
 from first_stage.training.data import make_accelerator
 from first_stage.training.step import Trainer
@@ -34,8 +37,23 @@ def random_batch(trainer: Trainer) -> Batch:
     return Batch(pixels, list(range(count)), [""] * count)
 
 
-def step_flops(config: Config) -> float:
-    """Floating-point operations of one step, counted on the meta device: nothing is computed."""
+_autocast = torch.autocast
+
+
+def _no_autocast_there(device_type: str, *args: Any, **options: Any) -> Any:
+    """The meta device has no autocast, which changes no count."""
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return _autocast(device_type, *args, **options)
+
+
+def step_flops(config: Config, step: Callable[[Trainer, Batch], None] | None = None) -> float:
+    """Floating-point operations of one step, counted on the meta device: nothing is computed.
+
+    Args:
+        config: The recipe, every term entered.
+        step: A form of the step; `None`: ours.
+    """
     trainer = Trainer(config, make_accelerator(config.train, config.output_dir), Processes())
     meta = torch.device("meta")
     trainer.first_stage.network.to(meta)
@@ -47,10 +65,22 @@ def step_flops(config: Config) -> float:
     for player in [p for p in (trainer.first_stage, trainer.critic) if p is not None]:
         player.optimizer.param_groups[0]["params"] = list(player.network.parameters())
     batch = random_batch(trainer).to(meta)
+    if trainer.critic is not None:  # the learned distance begins once the layers' sizes are known
+        features = trainer.critic.network(images_from_pixels(batch.pixels)).features
+        chosen = config.loss.learned.layers or range(len(features))
+        trainer.objective.means.load_state_dict({"magnitude": torch.ones(len(chosen), device=meta)})
     counter = FlopCounterMode(display=False)
     counter.mod_tracker = NoModules()
-    with mock.patch.object(trainer, "_update"), counter:
-        trainer.training_step(0, [batch])
+    with (
+        mock.patch.object(trainer, "_update"),
+        mock.patch("benchmarks.steps.apply"),
+        mock.patch.object(torch, "autocast", _no_autocast_there),
+        counter,
+    ):
+        if step is None:
+            trainer.training_step(0, [batch])
+        else:
+            step(trainer, batch)
     return float(counter.get_total_flops())
 
 

@@ -1,10 +1,12 @@
-"""Training steps as public trainers write them, for `benchmark.py train` to compare with.
+"""Training steps as public trainers write them, for `python -m benchmarks train` to compare with.
 
 Both are written from their description (latent-diffusion's and VQGAN's training): the adaptive
 weight takes two `autograd.grad` calls down to the decoder's last layer, after which the whole loss
 is differentiated once more. `two_pass_step` also encodes and decodes the batch a second time for
 the critic. They use our networks, losses and optimizers, so that only the form of the step differs.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +15,44 @@ from first_stage.data import Batch, images_from_pixels
 from first_stage.losses.learned import feature_distances
 from first_stage.losses.pixel import pixel_error
 from first_stage.losses.terms import Inputs
+from first_stage.training.players import Player
 from first_stage.training.step import Trainer
 
 
 def one_pass_step(trainer: Trainer, batch: Batch) -> None:
     """One pass of the autoencoder; the critic sees its detached reconstruction."""
-    images = images_from_pixels(batch.pixels).contiguous()
+    images = _images(trainer, batch)
     reconstruction = _first_stage_update(trainer, images, trainer.noise(batch))
     _critic_update(trainer, images, reconstruction)
 
 
 def two_pass_step(trainer: Trainer, batch: Batch) -> None:
     """A full pass for each player, as with one optimizer index after the other."""
-    images = images_from_pixels(batch.pixels).contiguous()
+    images = _images(trainer, batch)
     _first_stage_update(trainer, images, trainer.noise(batch))
     reconstruction = trainer.first_stage.module(images, trainer.noise(batch)).images
     _critic_update(trainer, images, reconstruction)
+
+
+def as_written(trainer: Trainer) -> None:
+    """What public trainers leave at its default: mode, memory layout, optimizer, moving average."""
+    trainer.first_stage.network.train()
+    trainer.ema.foreach = False
+    for network in trainer.objective.surroundings.networks:
+        network.to(memory_format=torch.contiguous_format)
+    for player in [p for p in (trainer.first_stage, trainer.critic) if p is not None]:
+        player.network.to(memory_format=torch.contiguous_format)
+        group = player.optimizer.param_groups[0]
+        player.optimizer = torch.optim.AdamW(
+            player.parameters, lr=group["lr"], betas=group["betas"]
+        )
+
+
+def _images(trainer: Trainer, batch: Batch) -> Tensor:
+    """In the memory layout of the weights."""
+    images, weight = images_from_pixels(batch.pixels), trainer.first_stage.network.last_layer
+    ours = weight.is_contiguous(memory_format=torch.channels_last)
+    return images if ours else images.contiguous()
 
 
 def first_stage_loss(trainer: Trainer, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,8 +102,7 @@ def _first_stage_update(trainer: Trainer, images: Tensor, noise: Tensor) -> Tens
     trainer.accelerator.backward(loss)
     if trainer.critic is not None:
         trainer.critic.network.requires_grad_(True)
-    _apply(trainer, trainer.first_stage)
-    trainer.ema.step(trainer.first_stage.network.parameters())
+    apply(trainer, trainer.first_stage)
     return reconstruction
 
 
@@ -89,12 +112,14 @@ def _critic_update(trainer: Trainer, images: Tensor, reconstruction: Tensor) -> 
         return
     reals, fakes = critic.module(images), critic.module(reconstruction.detach())
     trainer.accelerator.backward(trainer.objective.critic.pair.critic(reals.logits, fakes.logits))
-    _apply(trainer, critic)
+    apply(trainer, critic)
 
 
-def _apply(trainer: Trainer, player: object) -> None:
-    optimizer: torch.optim.Optimizer = player.optimizer  # type: ignore[attr-defined]
-    parameters = player.parameters  # type: ignore[attr-defined]
-    nn.utils.clip_grad_norm_(parameters, trainer.config.train.clip_norm or float("inf"))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+def apply(trainer: Trainer, player: Player[Any]) -> None:
+    """Clip and apply a player's gradients; the first stage's average follows."""
+    limit = trainer.config.train.clip_norm or float("inf")
+    nn.utils.clip_grad_norm_(player.parameters, limit)
+    player.optimizer.step()
+    player.optimizer.zero_grad(set_to_none=True)
+    if player is trainer.first_stage:
+        trainer.ema.step(player.network.parameters())

@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 
 from benchmarks.floor import matrix_rate, random_batch, step_flops
-from benchmarks.steps import one_pass_step, two_pass_step
+from benchmarks.steps import as_written, one_pass_step, two_pass_step
 from benchmarks.timing import Stopwatch, peak_memory, show_turn, spread, synchronise, text
 from first_stage.config import Config, parse_config
 from first_stage.data import Batch, StepSampler
@@ -29,9 +29,27 @@ from first_stage.training.step import Trainer
 
 COMMAND = Path(__file__).with_name("__main__.py")
 OURS = "ours"
-STEPS: dict[str, Callable[[Trainer, Batch], None]] = {
-    "one pass, autograd.grad twice": one_pass_step,
-    "two passes, autograd.grad twice": two_pass_step,
+EQUAL = "one pass, all else equal"
+ONE, TWO = "one pass, as written", "two passes, as written"
+
+
+class Form(NamedTuple):
+    """A form of the step.
+
+    Attributes:
+        step: One step.
+        as_written: With layout, mode, optimizer and average as public trainers have them; else
+            with ours.
+    """
+
+    step: Callable[[Trainer, Batch], None]
+    as_written: bool
+
+
+FORMS = {
+    EQUAL: Form(one_pass_step, False),
+    ONE: Form(one_pass_step, True),
+    TWO: Form(two_pass_step, True),
 }
 
 
@@ -47,7 +65,7 @@ def benchmark_train(recipe: list[str], repeats: int, seconds: float) -> dict[str
         Everything that was measured, ready for JSON.
     """
     config = started(parse_config(recipe))
-    names = [OURS, *STEPS]
+    names = [OURS, *FORMS]
     variants = {name: Variant(name, config) for name in names}
     for variant in variants.values():
         variant.run(3)
@@ -62,21 +80,27 @@ def benchmark_train(recipe: list[str], repeats: int, seconds: float) -> dict[str
         for name in names:
             speeds[name].append(config.train.batch_size * steps / elapsed[name])
         show_turn(turn, repeats, speeds)
+    flops = {
+        name: step_flops(config, FORMS[name].step if name in FORMS else None) for name in names
+    }
     memory = {name: run_apart(recipe, name)["peak_memory_bytes"] for name in names}
-    print(f"\n{'form of the step':34} {'images/s':>22} {'ours is':>18} {'peak memory':>12}")
+    print(
+        f"\n{'form of the step':30} {'images/s':>22} {'ours is':>20} {'flops':>11} {'memory':>11}"
+    )
     table = {}
     for name in names:
         ratios = [a / b for a, b in zip(speeds[OURS], speeds[name], strict=True)]
         table[name] = {
             "images_per_second": spread(speeds[name]),
             "ours_is_times": spread(ratios),
+            "flops_are_times": flops[name] / flops[OURS],
             "peak_memory_bytes": memory[name],
         }
         print(
-            f"{name:34} {text(speeds[name], '.1f'):>22} {text(ratios, '.2f') + 'x':>18} "
-            f"{memory[name] / 2**20:>8.0f} MiB"
+            f"{name:30} {text(speeds[name], '.1f'):>22} {text(ratios, '.2f') + 'x':>20} "
+            f"{flops[name] / flops[OURS]:>10.2f}x {memory[name] / 2**20:>7.0f} MiB"
         )
-    needed, rate = step_flops(config), matrix_rate(config.train.precision)
+    needed, rate = flops[OURS], matrix_rate(config.train.precision)
     floor = rate / needed * config.train.batch_size
     share = statistics.median(speeds[OURS]) / floor
     print(
@@ -187,7 +211,7 @@ class Variant:
     """One form of the step, with players of its own.
 
     Args:
-        name: `ours` or a name in `STEPS`.
+        name: `ours` or a name in `FORMS`.
         config: The recipe.
     """
 
@@ -197,15 +221,15 @@ class Variant:
         self.trainer = Trainer(config, accelerator, Processes())
         self.batch = random_batch(self.trainer).to(accelerator.device)
         self.done = 0
-        if name != OURS:
-            as_usual(self.trainer)
+        if name != OURS and FORMS[name].as_written:
+            as_written(self.trainer)
 
     def step(self) -> None:
         """Run one step on the same batch; the clocks differ, not the work."""
         if self.name == OURS:
             self.trainer.training_step(self.done, [self.batch])
         else:
-            STEPS[self.name](self.trainer, self.batch)
+            FORMS[self.name].step(self.trainer, self.batch)
         self.done += 1
 
     def run(self, steps: int) -> float:
@@ -234,20 +258,6 @@ class Variant:
         ):
             total = self.run(steps) * steps
         return clock.shares(total)
-
-
-def as_usual(trainer: Trainer) -> None:
-    """What public trainers leave at its default: mode, memory layout, optimizer, moving average."""
-    trainer.first_stage.network.train()
-    trainer.ema.foreach = False
-    for network in trainer.objective.surroundings.networks:
-        network.to(memory_format=torch.contiguous_format)
-    for player in [p for p in (trainer.first_stage, trainer.critic) if p is not None]:
-        player.network.to(memory_format=torch.contiguous_format)
-        group = player.optimizer.param_groups[0]
-        player.optimizer = torch.optim.AdamW(
-            player.parameters, lr=group["lr"], betas=group["betas"]
-        )
 
 
 def data_rate(config: Config, seconds: float) -> float:

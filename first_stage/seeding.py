@@ -74,6 +74,18 @@ def hashed_bits(seed: int, purpose: Purpose, epoch: int, names: Iterable[str]) -
     return np.frombuffer(b"".join(digests), dtype="<u8").reshape(-1, 2)
 
 
+def to_device(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the host, on a device; the host goes on while it is being copied.
+
+    Args:
+        drawn: On the CPU.
+        device: Where it is wanted.
+    """
+    if device.type == "cuda":  # only from pinned memory does the copy not wait for the device
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)
+
+
 def standard_normals(seeds: Iterable[int], shape: Sequence[int]) -> Tensor:
     """Standard normal values for each seed, by torch's generator.
 

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 Crop = Literal["random", "center"]
+Optimizer = Literal["adamw", "adamw_8bit"]
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,15 @@ class TrainConfig:
     """Largest norm of a player's gradient; null: no clipping."""
     precision: Precision = may_change("no")
     """Autocast; parameters, optimizer states and the EMA are float32 in any case."""
+    tf32: bool = may_change(True)
+    """On NVIDIA GPUs, float32 convolutions and matrix products of the networks in TensorFloat-32:
+    several times as fast, with 10 bits of mantissa. Nearest codes, losses' filters and everything
+    that is measured are computed in full float32 in any case."""
+    compile: bool = may_change(False)
+    """Compile the blocks of both networks (torch.compile): faster steps after minutes of compiling;
+    needs a C++ compiler. Without the critic's where its slope is penalized."""
+    optimizer: Optimizer = "adamw"
+    """adamw; or adamw_8bit, whose states take a quarter of the memory: bitsandbytes, on GPUs."""
     ema_decay: Decay = may_change(0.999)
     """Decay of the exponential moving average of the weights, which is what is exported; it warms
     up as (1 + step) / (10 + step). 0 exports the weights themselves."""

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from first_stage.metrics.precision import float64_device
 from first_stage.models.codebooks import Discrete
 from first_stage.models.first_stage import FirstStage
 from first_stage.models.quantizers import perplexity
@@ -20,7 +21,8 @@ class CodeCounts:
         stage: The first stage.
 
     Attributes:
-        counts: `(K,)` float64 on the first stage's device; `None` without codes.
+        counts: `(K,)` float64 on the first stage's device, where that has float64; `None` without
+            codes.
     """
 
     def __init__(self, stage: FirstStage):
@@ -28,7 +30,9 @@ class CodeCounts:
         self.counts: Tensor | None = None
         if isinstance(self.bottleneck, Discrete):
             count = len(self.bottleneck.usage)
-            self.counts = torch.zeros(count, dtype=torch.float64, device=stage.device)
+            self.counts = torch.zeros(
+                count, dtype=torch.float64, device=float64_device(stage.device)
+            )
 
     @torch.no_grad()
     def update(self, latents: Tensor) -> None:
@@ -36,7 +40,7 @@ class CodeCounts:
         if self.counts is None or not isinstance(self.bottleneck, Discrete):
             return
         tokens = self.bottleneck.tokens(latents).flatten()
-        self.counts += torch.bincount(tokens, minlength=len(self.counts))
+        self.counts += torch.bincount(tokens, minlength=len(self.counts)).to(self.counts.device)
 
     def summary(self, total: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Share of the codes that were used, perplexity, and the most frequent code's share.

@@ -20,6 +20,7 @@ from first_stage.metrics import images as metrics
 from first_stage.metrics.feature_networks import FeatureNetwork, cosine_distance
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
 from first_stage.metrics.latents import TRANSFORMS, LatentHealth, equivariance
+from first_stage.metrics.precision import float64_device, full_float32
 from first_stage.metrics.spectrum import SharpnessSums
 from first_stage.models.bottlenecks import Encoded
 from first_stage.models.first_stage import FirstStage, pad, reconstruct
@@ -108,7 +109,6 @@ class Measurement:
             min(size, len(self.images) - s)
             for s in range(rank * size, len(self.images), world * size)
         )
-        # TensorFloat-32 convolutions, the default on NVIDIA GPUs, would show in the third digit.
         with (
             tqdm(
                 total=mine,
@@ -116,7 +116,7 @@ class Measurement:
                 unit="image",
                 disable=not (progress and self.processes.is_main),
             ) as bar,
-            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+            full_float32(),
             memory_told("while images are read: lower --data.workers or --batch_size"),
         ):
             for groups, broken in batches(self.images, size, rank, world, self.options.workers):
@@ -246,8 +246,8 @@ class Measurement:
         ]
 
     def _total(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over processes, on the CPU."""
-        return self.processes.sum(tensor.to(self.stage.device)).cpu()
+        """The sum of a float64 tensor over processes, on the CPU."""
+        return self.processes.sum(tensor.to(float64_device(self.stage.device))).cpu()
 
     def _describe(self) -> dict[str, Any]:
         stage, config = self.stage, self.stage.model.config

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from first_stage.distributed.processes import Processes
 from first_stage.metrics.moments import ChannelMoments, merged
+from first_stage.metrics.precision import full_float32
 from first_stage.models.first_stage import FirstStage, as_first_stage
 
 _HALF_MAX = 65504.0
@@ -54,6 +55,7 @@ class LatentStatistics:
 
 
 @torch.no_grad()
+@full_float32()
 def measure_latents(
     first_stage: FirstStage | Any, batches: Iterable[Tensor], processes: Processes
 ) -> LatentStatistics:

@@ -57,19 +57,22 @@ class LaggedMeans:
         names = sorted(self._sums)
         parts = [self._sums[n].flatten() / self._counts[n] for n in names]
         averaged = average(torch.cat(parts)).split([p.numel() for p in parts])
+        new: dict[str, Tensor] = {}
         for name, flat in zip(names, averaged, strict=True):
             value = flat.view(self._sums[name].shape)
             if finish is not None and name in finish:
                 value = finish[name](value)
             mean = self._means.get(name)
             if mean is None:
-                if bool(value.isfinite().all()):  # waits for the device once per name and run
-                    self._means[name] = value.clone()
+                new[name] = value.clone()
                 continue
             # A value that overflowed says nothing of the steps to come, and a mean never forgets
             # an infinity: float16's scaler skips such a step, and so does the mean.
             moved = torch.lerp(value, mean, self._decays.get(name, self.decay))
             self._means[name] = torch.where(value.isfinite().all(), moved, mean)
+        if new:  # waits for the device once, in the step that first measures something
+            finite = torch.stack([value.isfinite().all() for value in new.values()]).tolist()
+            self._means |= {name: new[name] for name, fine in zip(new, finite, strict=True) if fine}
         self._sums, self._counts = {}, {}
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -114,6 +114,10 @@ class Learned(Term):
     def __init__(self, config: LossConfig, surroundings: Surroundings):
         super().__init__(config, surroundings)
         self.config, self.means = config.learned, surroundings.means
+        weights = config.learned.layer_weights
+        self._layers = (
+            None if weights is None else torch.tensor(weights, device=surroundings.device)
+        )
 
     def value(self, inputs: Inputs) -> Tensor:
         """Weighted mean over the layers of distance / magnitude of the reals' features.
@@ -135,10 +139,9 @@ class Learned(Term):
             if magnitudes is None:
                 return 0.0 * distances.mean()
             distances = distances / magnitudes.clamp_min(_TINY)
-        if config.layer_weights is None:
+        if self._layers is None:
             return distances.mean()
-        weights = distances.new_tensor(config.layer_weights)
-        return (distances * weights).sum() / weights.sum()
+        return (distances * self._layers).sum() / self._layers.sum()
 
     def ramp(self, step: int) -> float:
         """As the recipe schedules it."""

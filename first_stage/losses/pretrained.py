@@ -22,11 +22,15 @@ class PretrainedFeatures(nn.Module):
         heads: For LPIPS.
     """
 
+    channels: Tensor | None
+
     def __init__(
         self, config: PretrainedConfig, network: VGG16Features, heads: LPIPSHeads | None = None
     ):
         super().__init__()
         self.config, self.network, self.heads = config, network, heads
+        channels = None if config.channels is None else torch.tensor(config.channels)
+        self.register_buffer("channels", channels, persistent=False)
         # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False)
@@ -58,8 +62,8 @@ class PretrainedFeatures(nn.Module):
 
     def _three(self, images: Tensor) -> Tensor:
         """The three channels that it looks at."""
-        if self.config.channels is not None:
-            return images[:, list(self.config.channels)]
+        if self.channels is not None:  # a list of numbers would be sent to the device every time
+            return images.index_select(1, self.channels)
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from first_stage.metrics.precision import in_float64
+
 
 class GaussianStatistics:
     """Mean and covariance of feature vectors, batch by batch.
@@ -27,11 +29,7 @@ class GaussianStatistics:
 
     def update(self, features: Tensor) -> None:
         """Count feature vectors `(B, D)`."""
-        features = (
-            features.detach().double().cpu()
-            if features.device.type == "mps"
-            else (features.detach().double())
-        )
+        features = in_float64(features)
         if self.mean.device != features.device:
             self.mean, self.scatter = self.mean.to(features), self.scatter.to(features)
         count = len(features)

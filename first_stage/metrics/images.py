@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from first_stage.metrics.precision import in_float64
+
 SSIM_SIGMA = 1.5
 """Standard deviation of SSIM's Gaussian window, in pixels; its side is 11 pixels."""
 SSIM_REACH = 5
@@ -54,7 +56,7 @@ class BandErrors:
 
     def update(self, images: Tensor, reconstructions: Tensor) -> None:
         """Add images `(B, C, H, W)` in [-1, 1]; each counts alike, whatever its size."""
-        difference = (images.double() - reconstructions.double()) / 2
+        difference = (in_float64(images) - in_float64(reconstructions)) / 2
         squares = difference.square().mean((2, 3)).sum(0).cpu().numpy()
         absolutes = difference.abs().mean((2, 3)).sum(0).cpu().numpy()
         self._add(len(images), squares, absolutes)
@@ -200,12 +202,8 @@ def _unit_range(images: Tensor, reconstructions: Tensor) -> tuple[Tensor, Tensor
             "images and reconstructions must both be (B, C, H, W), got "
             f"{tuple(images.shape)} and {tuple(reconstructions.shape)}"
         )
-    pair = []
-    for x in (images, reconstructions):
-        # Apple's GPUs have no float64.
-        x = x.detach().cpu() if x.device.type == "mps" else x.detach()
-        pair.append(x.double().add(1.0).div(2.0))
-    return pair[0], pair[1]
+    x, y = (in_float64(values).add(1.0).div(2.0) for values in (images, reconstructions))
+    return x, y
 
 
 def _ssim_map(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,10 +9,13 @@ reaches 0.71. The mean (frequency 0) is left out everywhere.
 
 import functools
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from first_stage.metrics.precision import full_float32, in_float64
 
 BINS = 32
 """Rings of equal width from 0 to 0.5 cycles per pixel."""
@@ -30,8 +33,7 @@ def cosine_transform(x: Tensor) -> Tensor:
         Coefficients of the same shape, float64; index `(u, v)` has the frequencies `u / 2H`
         and `v / 2W` cycles per pixel.
     """
-    x = x.detach().cpu() if x.device.type == "mps" else x.detach()  # Apple's GPUs lack float64
-    return _cosine_transform_last(_cosine_transform_last(x.double()).mT).mT
+    return _cosine_transform_last(_cosine_transform_last(in_float64(x)).mT).mT
 
 
 def _cosine_transform_last(x: Tensor) -> Tensor:
@@ -65,10 +67,29 @@ def low_pass(images: Tensor, cutoff: float) -> Tensor:
     Returns:
         The same shape, type and device.
     """
+    filtered: Tensor = _LowPass.apply(images, cutoff)  # type: ignore[no-untyped-call]
+    return filtered
+
+
+class _LowPass(torch.autograd.Function):
+    """The projection, in full float32; its own adjoint."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, cutoff: float) -> Tensor:
+        ctx.cutoff = cutoff
+        return _projected(images, cutoff)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return low_pass(gradients[0], ctx.cutoff), None
+
+
+def _projected(images: Tensor, cutoff: float) -> Tensor:
     height, width = images.shape[-2:]
     rows, columns = (_cosines(n, images.dtype, images.device) for n in (height, width))
     kept = _below(height, width, cutoff, images.device)
-    return rows @ ((rows.mT @ images @ columns) * kept) @ columns.mT
+    with full_float32():
+        return rows @ ((rows.mT @ images @ columns) * kept) @ columns.mT
 
 
 @functools.lru_cache(maxsize=16)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from first_stage.config.types import NonNegativeInt, PositiveInt
 from first_stage.distributed.processes import Processes
+from first_stage.metrics.precision import full_float32
 from first_stage.models.bottlenecks import Bottleneck, Code
 from first_stage.models.quantizers import (
     grid,
@@ -27,7 +28,7 @@ from first_stage.models.quantizers import (
     round_to_grid,
     straight_through,
 )
-from first_stage.seeding import Purpose, generator
+from first_stage.seeding import Purpose, generator, to_device
 
 Rule = Literal["euclidean", "cosine", "linear"]
 Gradient = Literal["straight_through", "rotation"]
@@ -195,7 +196,7 @@ class Codebook(Discrete):
         """`(K, D)`: the codes; of unit length for cosine; through the matrix for linear."""
         if self.rule == "linear":
             # In float32 whatever autocast computes in: the exported codes are these.
-            with torch.autocast(self.matrix.device.type, enabled=False):
+            with torch.autocast(self.matrix.device.type, enabled=False), full_float32():
                 return self.get_buffer("frozen") @ self.matrix.mT
         return F.normalize(self.codes, dim=1) if self.rule == "cosine" else self.codes
 
@@ -253,7 +254,7 @@ class Codebook(Discrete):
         """`(count, D)` vectors of the global batch; every process has a stretch of it."""
         draw, everywhere = generator(seed, Purpose.RESTART, step), len(here) * processes.world
         chosen = draw.integers(everywhere, size=count)
-        local = torch.from_numpy(chosen - processes.rank * len(here)).to(here.device)
+        local = to_device(torch.from_numpy(chosen - processes.rank * len(here)), here.device)
         inside = (local >= 0) & (local < len(here))
         vectors = here[local.clamp(0, len(here) - 1)]
         return processes.sum(torch.where(inside[:, None], vectors, 0))

@@ -3,11 +3,14 @@
 Plain functions on tensors. Vectors are rows: N tokens `(N, D)`, a codebook of K codes `(K, D)`.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from first_stage.metrics.precision import full_float32
 
 _DISTANCES_AT_ONCE = {"cpu": 2**20, "other": 2**26}
 """On a CPU as many as its cache holds, which halves the search among 16,384 codes; on others enough
@@ -31,7 +34,8 @@ def nearest(vectors: Tensor, codes: Tensor, at_once: int | None = None) -> Tenso
     if at_once is None:
         held = _DISTANCES_AT_ONCE["cpu" if vectors.device.type == "cpu" else "other"]
         at_once = max(held // len(codes), 16)
-    found = [torch.cdist(part, codes).argmin(1) for part in vectors.split(at_once)]
+    with full_float32():
+        found = [torch.cdist(part, codes).argmin(1) for part in vectors.split(at_once)]
     return torch.cat(found) if found else vectors.new_zeros(0, dtype=torch.int64)
 
 
@@ -80,8 +84,14 @@ def round_to_grid(vectors: Tensor, levels: Sequence[int]) -> Tensor:
         vectors: `(N, len(levels))`.
         levels: Values on each axis.
     """
-    steps = vectors.new_tensor([count - 1 for count in levels])
+    steps = _steps(tuple(levels), vectors.dtype, vectors.device)
     return (((vectors.clamp(-1, 1) + 1) / 2 * steps).round() / steps) * 2 - 1
+
+
+@functools.lru_cache(maxsize=16)
+def _steps(levels: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Steps from one end of each axis to the other; sent to a device once, not in every step."""
+    return torch.tensor([count - 1 for count in levels], dtype=dtype, device=device)
 
 
 def perplexity(shares: Tensor) -> Tensor:

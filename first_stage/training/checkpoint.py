@@ -263,4 +263,4 @@ def restore_optimizer(
     for parameter, entries in optimizer.state.items():
         for name, value in entries.items():
             if value.shape == parameter.shape:
-                entries[name] = torch.empty_like(parameter).copy_(value)
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

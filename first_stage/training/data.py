@@ -32,6 +32,7 @@ from first_stage.distributed.memory import keep_freed_memory
 from first_stage.distributed.processes import Processes, on_main, shared
 from first_stage.errors import ConfigError, DataError
 from first_stage.files import writing
+from first_stage.metrics.precision import use_tf32
 from first_stage.training.log import tracker_of
 from first_stage.training.run_folder import INVENTORY, SHARDS
 
@@ -70,6 +71,8 @@ def make_accelerator(train: TrainConfig, output_dir: str) -> Accelerator:
         print(remark, flush=True)
     if accelerator.device.type == "cpu":
         keep_freed_memory()
+    if accelerator.device.type == "cuda":
+        use_tf32(train.tf32)
     # Crops of one size, step after step: trying the algorithms once pays.
     torch.backends.cudnn.benchmark = True
     return accelerator

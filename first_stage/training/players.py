@@ -1,8 +1,9 @@
 """The two networks that train against each other, and how they are made from a recipe."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
@@ -38,6 +39,32 @@ class Player(Generic[Network]):
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer holds."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+def make_optimizer(
+    parameters: Sequence[nn.Parameter], learning_rate: float, config: TrainConfig
+) -> torch.optim.Optimizer:
+    """A player's AdamW, as `train.optimizer` says.
+
+    Raises:
+        ConfigError: When 8-bit states are asked for where bitsandbytes is not installed, or not on
+            a GPU.
+    """
+    options: dict[str, Any] = {"betas": config.betas, "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=learning_rate, fused=True, **options)
+    field = f"train.optimizer is {config.optimizer}"
+    device = parameters[0].device.type
+    if device != "cuda":
+        raise ConfigError(f"{field}, which needs a CUDA GPU, but this runs on {device}: use adamw")
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ConfigError(
+            f"{field}, but bitsandbytes cannot be imported: pip install bitsandbytes, or use adamw"
+        ) from error
+    made: torch.optim.Optimizer = AdamW8bit(parameters, lr=learning_rate, **options)
+    return made
 
 
 def learning_rate_share(step: int, config: TrainConfig) -> float:

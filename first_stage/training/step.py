@@ -22,9 +22,10 @@ from first_stage.models.critic import (
     update_average,
 )
 from first_stage.models.first_stage import FirstStage
-from first_stage.seeding import Purpose
+from first_stage.seeding import Purpose, to_device
 from first_stage.spans import span
 from first_stage.training.checkpoint import Snapshot, flatten_optimizer, restore_optimizer
+from first_stage.training.compiling import compile_blocks, uncompiled
 from first_stage.training.draws import normals, uniforms
 from first_stage.training.meter import Meter
 from first_stage.training.players import (
@@ -33,6 +34,7 @@ from first_stage.training.players import (
     build_critic,
     learning_rate_share,
     make_first_stage,
+    make_optimizer,
 )
 
 
@@ -74,17 +76,19 @@ class Trainer:
     ) -> Player[Network]:
         # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.config.train.compile and self._compiles(network):
+            compile_blocks(network.to(self.accelerator.device), self.accelerator.device)
         module = self.accelerator.prepare_model(network)
         # The optimizers are not prepared: accelerate would update the loss scaler after each of
         # the two, and the second would unscale by another factor than its gradients carry.
-        optimizer = torch.optim.AdamW(
-            [*(p for p in network.parameters() if p.requires_grad), *extra],
-            lr=learning_rate,
-            betas=self.config.train.betas,
-            weight_decay=self.config.train.weight_decay,
-            fused=True,
-        )
+        learned = [*(p for p in network.parameters() if p.requires_grad), *extra]
+        optimizer = make_optimizer(learned, learning_rate, self.config.train)
         return Player(network, module, optimizer, learning_rate)
+
+    def _compiles(self, network: nn.Module) -> bool:
+        """Whether a network's blocks can be compiled: none that is differentiated twice."""
+        penalized = self.objective.critic.penalizes(0)
+        return not (isinstance(network, Critic) and penalized)
 
     def training_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Update both players once.
@@ -168,9 +172,12 @@ class Trainer:
         """Clip and apply the players' gradients; then whatever counts steps counts one."""
         scaler = self.accelerator.scaler
         share = learning_rate_share(step, self.config.train)
-        for parameter in self.objective.parameters.values():  # no wrapper averages these
-            if parameter.grad is not None:
-                parameter.grad = self.processes.average(parameter.grad)
+        own = [p for p in self.objective.parameters.values() if p.grad is not None]
+        if own:  # no wrapper averages these
+            flat = torch.cat([p.grad.flatten() for p in own if p.grad is not None])
+            parts = self.processes.average(flat).split([p.numel() for p in own])
+            for parameter, part in zip(own, parts, strict=True):
+                parameter.grad = part.view_as(parameter).clone()
         for name, player in players.items():
             player.optimizer.param_groups[0]["lr"] = player.learning_rate * share
             if scaler is not None:
@@ -227,7 +234,8 @@ class Trainer:
     def _at_latents(self, decoded: Tensor, latents: Tensor, gradient: Tensor) -> Tensor:
         """Take a gradient at the pixels back through the decoder to the latents it decoded."""
         scaler = self.accelerator.scaler
-        scale = 1.0 if scaler is None else scaler.get_scale()  # float16 would lose small gradients
+        # Float16 would lose small gradients. The scale stays on the device: nothing waits for it.
+        scale = 1.0 if scaler is None else scaler.scale(gradient.new_ones(()))
         (found,) = torch.autograd.grad(decoded, latents, scale * gradient, retain_graph=True)
         return found / scale
 
@@ -247,11 +255,12 @@ class Trainer:
 
     def _normals(self, purpose: Purpose, batch: Batch) -> Tensor:
         drawn = normals(self.config.seed, purpose, batch.positions, self.latent_shape)
-        return _beside(batch, drawn)
+        return to_device(drawn, batch.pixels.device)
 
     def _mix(self, batch: Batch) -> Tensor:
         """Where between each real and its fake the critic's slope is measured, `(B,)`."""
-        return _beside(batch, uniforms(self.config.seed, Purpose.MIX, batch.positions))
+        drawn = uniforms(self.config.seed, Purpose.MIX, batch.positions)
+        return to_device(drawn, batch.pixels.device)
 
     @contextlib.contextmanager
     def _synchronized(self, players: dict[str, Player[Any]], last: bool) -> Iterator[None]:
@@ -271,7 +280,8 @@ class Trainer:
         self.ema.copy_to(parameters)
         network.bottleneck.bake(network.model)
         try:
-            yield network
+            with uncompiled(self.config.train.compile):
+                yield network
         finally:
             self.ema.restore(parameters)
 
@@ -339,14 +349,6 @@ class Trainer:
         self.meter.load_state_dict(
             _without_prefix(means, "meter."), self.processes.rank, self.processes.world
         )
-
-
-def _beside(batch: Batch, drawn: Tensor) -> Tensor:
-    """Drawn values on the device of a batch."""
-    device = batch.pixels.device
-    if device.type == "cuda":  # from pinned memory the copy does not wait for the device
-        drawn = drawn.pin_memory()
-    return drawn.to(device, non_blocking=True)
 
 
 def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

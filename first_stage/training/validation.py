@@ -12,6 +12,7 @@ from first_stage.evaluation.code_pictures import draw_codes, draw_tokens
 from first_stage.evaluation.codes import CodeCounts
 from first_stage.evaluation.grids import grid
 from first_stage.metrics import images as metrics
+from first_stage.metrics.precision import float64_device, full_float32
 from first_stage.models.codebooks import Discrete
 from first_stage.models.first_stage import FirstStage, reconstruct
 
@@ -19,6 +20,7 @@ METRICS = {"psnr": metrics.psnr, "ssim": metrics.ssim, "l1": metrics.l1}
 """Per-image metrics of 8-bit reconstructions from the posterior's mode."""
 
 
+@full_float32()
 def validate(
     stage: FirstStage, images: FixedImages, processes: Processes, batch_size: int
 ) -> dict[str, float]:
@@ -39,7 +41,7 @@ def validate(
     device = stage.device
     is_measured = images.reading is not None and images.reading.value_range is not None
     grade = metrics.clamped if is_measured else metrics.eight_bit
-    totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=device)
+    totals = torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=float64_device(device))
     codes = CodeCounts(stage)
     for batch in _share(images.pixels, processes, batch_size):
         originals = images_from_pixels(batch.to(device))
@@ -47,7 +49,7 @@ def validate(
         codes.update(encoded.latents)
         rebuilt = grade(rebuilt)
         originals = grade(originals)
-        totals[-1] += (originals == rebuilt).flatten(1).all(1).sum()
+        totals[-1] += (originals == rebuilt).flatten(1).all(1).sum().to(totals.device)
         for place, metric in enumerate(METRICS.values()):
             values = metric(originals, rebuilt)
             totals[place] += values[values != torch.inf].sum().to(totals)

@@ -6,8 +6,11 @@ import torch
 from conftest import arguments, run_script
 from stepping import assert_close, batch_of, gradients_of, make_trainer
 
+from benchmarks import gpu, training
 from benchmarks import steps as benchmark_steps
+from benchmarks.gpu_table import BEGIN, END
 from first_stage.data import images_from_pixels
+from first_stage.errors import UserError
 
 
 @pytest.mark.parametrize("pixels", [{}, {"loss__pixel": "l2", "loss__pixel_cutoff": 0.2}])
@@ -63,3 +66,74 @@ def test_every_benchmark_runs(tmp_path, images, what):
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["machine"]["torch"] == torch.__version__
     assert found[what]
+
+
+@pytest.mark.slow
+def test_the_gpu_programme_runs_on_tiny_networks_anywhere(tmp_path):
+    """Every part of it, so that a machine with a GPU does not end on a typo; then it goes on."""
+    page = tmp_path / "gpu.md"
+    page.write_text(f"# GPU\n\n{BEGIN}\nold\n{END}\n\nafter\n")
+    line = ("-m", "benchmarks", "gpu", "--rehearse", "--json", tmp_path / "gpu.json")
+    result = run_script(*line, "--page", page, timeout=580)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    expected = set(gpu.programme(gpu.Setting(True, 0.0, 0, 0)))
+    assert set(found["parts"]) == expected
+    assert not any("error" in part for part in found["parts"].values())
+    written = page.read_text()
+    assert all(f"| {name} |" in written for name in expected)
+    assert "old" not in written
+    assert written.endswith("after\n")
+    assert found["parts"]["out of memory"]["batch_that_fits"] == 4
+    assert "lower train.micro_batch_size" in found["parts"]["out of memory"]["training_says"]
+
+
+def test_the_gpu_programme_goes_on_where_it_was(tmp_path, monkeypatch):
+    ran, file = [], tmp_path / "gpu.json"
+
+    def part(name, fails=False):
+        def run(_setting):
+            ran.append(name)
+            assert not fails, "not this time"
+            return {"share": 0.5}
+
+        return run
+
+    parts = {"a": (part("a"), 1), "b": (part("b", fails=True), 1), "c": (part("c"), 10_000)}
+    monkeypatch.setattr(gpu, "programme", lambda _setting: parts)
+    assert not gpu.benchmark_gpu(file, None, None, rehearsal=True)
+    assert ran == ["a", "b"]  # there was no time for c
+    found = json.loads(file.read_text())["parts"]
+    assert "not this time" in found["b"]["error"]
+    parts |= {"b": (part("b"), 1), "c": (part("c"), 1)}
+    assert gpu.benchmark_gpu(file, None, None, rehearsal=True)
+    assert ran == ["a", "b", "b", "c"]
+    assert gpu.benchmark_gpu(file, None, "a", rehearsal=True)
+    assert ran == ["a", "b", "b", "c", "a"]
+
+
+def test_without_a_gpu_the_programme_says_so(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here")
+    with pytest.raises(UserError, match="no CUDA GPU is here; --rehearse"):
+        gpu.benchmark_gpu(tmp_path / "gpu.json", None, None, rehearsal=False)
+
+
+def test_with_all_else_equal_the_one_pass_form_has_our_layout(tiny):
+    equal = training.Variant(training.EQUAL, tiny())
+    written = training.Variant(training.ONE, tiny())
+    layouts = [
+        v.trainer.first_stage.network.last_layer.is_contiguous(memory_format=torch.channels_last)
+        for v in (equal, written)
+    ]
+    assert layouts == [True, False]
+    assert equal.trainer.first_stage.optimizer.defaults["fused"]
+    assert not written.trainer.first_stage.optimizer.defaults["fused"]
+
+
+def test_counted_operations_bound_what_the_form_can_gain(tiny):
+    config = training.started(tiny())
+    ours = training.step_flops(config)
+    steps = [training.FORMS[name].step for name in (training.ONE, training.TWO)]
+    one, two = (training.step_flops(config, step) for step in steps)
+    assert ours < one < two

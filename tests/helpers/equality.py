@@ -41,6 +41,10 @@ EVERYTHING = {
 
 ONE_MICRO = 2
 
+MOST_COLLECTIVES = 3
+"""In a step, whatever the recipe: a codebook counts codes and draws vectors, the balance averages.
+The gradients of both players travel beside them, in the wrappers' buckets."""
+
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Path:
@@ -105,6 +109,8 @@ def check_equal(root: Path, name: str, world: int, apart: float = 1e-3) -> None:
     """
     one, many = root / "record-one", root / f"record-{name}"
     assert samples(many, world) == samples(one, 1)
+    counted = json.loads((many / f"collectives-0-of-{world}.json").read_text())
+    assert all(1 <= count <= MOST_COLLECTIVES for count in counted.values())
 
     expected = load_file(one / "gradients-0-of-1.safetensors")
     found = load_file(many / f"gradients-0-of-{world}.safetensors")

@@ -12,8 +12,10 @@ import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 
 from first_stage.config import parse_config
@@ -48,7 +50,7 @@ class Recorder:
     def __init__(self, folder, reference):
         self.folder, self.reference = Path(folder), reference
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.samples, self.gradients = {}, {}
+        self.samples, self.gradients, self.collectives = {}, {}, {}
         self.kind = None
 
     def watch(self, trainer):
@@ -76,12 +78,16 @@ class Recorder:
             original(trainer, step, batches)
             trainer.restore(own, average)
         self.kind = f"{step}.free"
-        original(trainer, step, batches)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            original(trainer, step, batches)
+        self.collectives[step] = reduced.call_count  # beside the wrappers' own, of gradients
         self.save(trainer)
 
     def save(self, trainer):
         rank, world = trainer.processes.rank, trainer.processes.world
         (self.folder / f"samples-{rank}-of-{world}.json").write_text(json.dumps(self.samples))
+        text = json.dumps(self.collectives)
+        (self.folder / f"collectives-{rank}-of-{world}.json").write_text(text)
         save_file(self.gradients, self.folder / f"gradients-{rank}-of-{world}.safetensors")
 
 

@@ -71,6 +71,12 @@ def low_pass(images: Tensor, cutoff: float) -> Tensor:
     return rows @ ((rows.mT @ images @ columns) * kept) @ columns.mT
 
 
+def coefficients(images: Tensor) -> Tensor:
+    """The same as `cosine_transform` in the type of the images; differentiable."""
+    rows, columns = (_cosines(n, images.dtype, images.device) for n in images.shape[-2:])
+    return rows.mT @ images @ columns
+
+
 @functools.lru_cache(maxsize=16)
 def _cosines(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The DCT-II as a matrix `(n, n)`: its columns are the orthonormal cosines."""

@@ -100,6 +100,38 @@ def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
     ]
     result += [
         Column(
+            "PSNR, halved latents",
+            "higher",
+            lambda s: s["latent_health"]["equivariance"].get("scale_0.5", {}).get("psnr_to_image"),
+            _digits(2, " dB"),
+            "latents of half the size, against the image of half the size: the higher, the more "
+            "latents are like a small image, which a diffusion model learns more easily",
+        ),
+        Column(
+            "latents' slope",
+            "",
+            lambda s: s["latent_health"]["spectrum"].get("slope"),
+            _digits(2),
+            "how their energy falls with frequency, as a power of it; near 0 they are like noise, "
+            "and the images' own is in the next row",
+        ),
+        Column(
+            "images' slope",
+            "",
+            lambda s: s["sharpness"].get("slope"),
+            _digits(2),
+            "the same of the images",
+        ),
+        Column(
+            "channel redundancy",
+            "",
+            lambda s: s["latent_health"].get("redundancy"),
+            lambda v: f"{v:.0%}",
+            "how far channels repeat each other: 0% are not correlated at all",
+        ),
+    ]
+    result += [
+        Column(
             "codes used",
             "higher",
             lambda s: s.get("codes", {}).get("used"),

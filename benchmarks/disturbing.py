@@ -23,7 +23,7 @@ _WAYS: dict[str, dict[str, object]] = {
     "none": {},
     "equivariance (scale)": {
         "disturb.equivariance.probability": 1,
-        "disturb.equivariance.least_scale": 0.5,
+        "disturb.equivariance.least_scale": 0.5,  # the critic needs so many pixels
     },
     "equivariance (flip, turn)": {
         "disturb.equivariance.probability": 1,

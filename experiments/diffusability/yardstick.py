@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments.diffusability.diffusion import Budget, sample, train_diffusion
@@ -33,6 +33,8 @@ from latent_tools import CacheOptions, LatentDataset, precompute
 
 _REFERENCE = 5000
 """Real images that samples are held against, at most."""
+_SEEN = 2000
+"""Of these, how many the evaluation network looks at: a twelfth of a second each on a core."""
 _MEASURED = 500
 """Held-out images to reconstruct, at most."""
 SAMPLES = "samples.png"
@@ -102,9 +104,10 @@ class Yardstick:
         self._real, self._labels = _real_images(images)
         self.classes = int(self._labels.max()) + 1
         self.judge: Judge | None = None
-        self._references: dict[str, GaussianStatistics] = {}
+        self._shared = output / "shared" / _hashed(self._about())
         if images.label is not None:
-            self.judge = trained_judge(output / "judge.safetensors", self._real, self._labels)
+            file = self._shared / "judge.safetensors"
+            self.judge = trained_judge(file, self._real, self._labels)
 
     def judge_accuracy(self) -> float | None:
         """Share of the held-out real images that the judge reads right."""
@@ -150,16 +153,21 @@ class Yardstick:
             )
         return stored
 
-    def _identity(self, stage: FirstStage) -> str:
-        parts = {
-            "first_stage": fingerprint_weights(stage.model),
-            "budget": dataclasses.asdict(self.budget),
+    def _about(self) -> dict[str, Any]:
+        """What all cells share."""
+        return {
             "images": fingerprint(self.images.training),
             "held_out": fingerprint(self.images.held_out),
             "resolution": self.images.resolution,
+        }
+
+    def _identity(self, stage: FirstStage) -> str:
+        own = {
+            "first_stage": fingerprint_weights(stage.model),
+            "budget": dataclasses.asdict(self.budget),
             "network": self.network.key if self.network else None,
         }
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+        return _hashed(self._about() | own)
 
     def _make(self, stage: FirstStage, first_stage: str, folder: Path, seed: int) -> Cell:
         began = time.perf_counter()
@@ -176,11 +184,13 @@ class Yardstick:
             judge = self.judge
             features, classes = judge.look(pictures)
             read = float((classes == asked).float().mean())
-            by_judge = self._distance("judge", features, lambda x: judge.look(x)[0])
+            real = _statistics(judge.look(self._real)[0])
+            by_judge = frechet_distance(real, _statistics(features)).value
         if self.network is not None:
-            by_network = self._distance(self.network.key, self._seen(pictures), self._seen)
+            seen = _statistics(self._seen(pictures))
+            by_network = frechet_distance(self._reference(), seen).value
         cell = Cell(by_judge, by_network, read, seconds)
-        self.say(f"{stage.name}, seed {seed}: {described(cell)} ({seconds / 60:.1f} min)")
+        self.say(f"{folder.parent.name}, seed {seed}: {described(cell)} ({seconds / 60:.1f} min)")
         return cell
 
     def _cached(self, stage: FirstStage, first_stage: str, folder: Path) -> LatentDataset:
@@ -198,15 +208,24 @@ class Yardstick:
             return torch.zeros(len(dataset), dtype=torch.int64)
         return torch.tensor(dataset.column(self.images.label).to_pylist())
 
-    def _distance(self, key: str, features: Tensor, look: Callable[[Tensor], Tensor]) -> float:
-        if key not in self._references:
-            self._references[key] = _statistics(look(self._real))
-        return frechet_distance(self._references[key], _statistics(features)).value
-
     @torch.no_grad()
     def _seen(self, images: Tensor) -> Tensor:
         assert self.network is not None
         return torch.cat([self.network(some) for some in images.split(_AT_ONCE)])
+
+    def _reference(self) -> GaussianStatistics:
+        """What the evaluation network says of real images; kept in a file."""
+        assert self.network is not None
+        file = self._shared / f"{self.network.key.replace(':', '.')}.safetensors"
+        if not file.exists():
+            made = _statistics(self._seen(self._real[:_SEEN]))
+            values = {"mean": made.mean, "scatter": made.scatter, "count": torch.tensor(made.count)}
+            write_atomic(file, lambda path: save_file(values, path))
+        values = load_file(file)
+        found = GaussianStatistics(len(values["mean"]))
+        found.mean, found.scatter = values["mean"], values["scatter"]
+        found.count = int(values["count"])
+        return found
 
     def _evaluate(self, stage: FirstStage) -> dict[str, Any]:
         """What the evaluator says of reconstructions of held-out images, and of their latents."""
@@ -257,6 +276,10 @@ def _real_images(images: Images) -> tuple[Tensor, Tensor]:
         raise UserError(f"none of the images of {images.training.name!r} can be decoded")
     stacked = torch.stack(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     return stacked, torch.tensor(labels)
+
+
+def _hashed(about: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _statistics(features: Tensor) -> GaussianStatistics:

@@ -20,8 +20,10 @@ else:
 
 @dataclass(frozen=True)
 class EquivarianceConfig:
-    """Decode changed latents against images that were changed alike (EQ-VAE, Kouzelis et al. 2025):
-    latents become like small images."""
+    """Decode changed latents against images that were changed alike: like small images.
+
+    EQ-VAE, Kouzelis et al. 2025.
+    """
 
     probability: Share = 0.0
     """Share of the steps that do so; 0: off, 0.5 in the paper. The others train as usual."""
@@ -34,8 +36,10 @@ class EquivarianceConfig:
 
 @dataclass(frozen=True)
 class LatentNoiseConfig:
-    """Decode latents that were mixed with noise (l-DeTok, Yang et al. 2025): the decoder forgives
-    what a diffusion model gets wrong."""
+    """Decode latents that were mixed with noise: the decoder forgives a diffusion model's errors.
+
+    l-DeTok, Yang et al. 2025.
+    """
 
     probability: Share = 0.0
     """Share of the samples whose latents get noise; 0: off, 1 in the paper."""
@@ -47,8 +51,10 @@ class LatentNoiseConfig:
 
 @dataclass(frozen=True)
 class PrefixConfig:
-    """Decode the first channels of the latents alone (DC-AE 1.5, Chen et al. 2025): the first ones
-    carry the most, and a diffusion model may use fewer."""
+    """Decode the first channels alone: they carry the most, and a diffusion model may use fewer.
+
+    DC-AE 1.5, Chen et al. 2025.
+    """
 
     probability: Share = 0.0
     """Share of the samples whose later channels are set to 0; 0: off."""
@@ -58,8 +64,10 @@ class PrefixConfig:
 
 @dataclass(frozen=True)
 class DisturbConfig:
-    """Changes of the latents between bottleneck and decoder, in training and while the encoder
-    learns: for latents that a diffusion model learns more easily."""
+    """Changes of latents before they are decoded, for latents that diffusion models learn easily.
+
+    Only in training, and only while the encoder learns.
+    """
 
     equivariance: EquivarianceConfig = field(default_factory=EquivarianceConfig)
     noise: LatentNoiseConfig = field(default_factory=LatentNoiseConfig)

@@ -48,7 +48,7 @@ def test_the_usual_steps_train_both_players(tiny, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["train", "cache", "read", "scale"])
+@pytest.mark.parametrize("what", ["train", "cache", "read", "scale", "disturb"])
 def test_every_benchmark_runs(tmp_path, images, what):
     recipe = [] if what == "read" else arguments(tmp_path / "run", images, data__workers=None)
     result = run_script(

@@ -100,17 +100,17 @@ def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
     ]
     result += [
         Column(
-            "PSNR, halved latents",
+            "halved latents",
             "higher",
-            lambda s: s["latent_health"]["equivariance"].get("scale_0.5", {}).get("psnr_to_image"),
+            _at("latent_health", "equivariance", "scale_0.5", "psnr_to_image"),
             _digits(2, " dB"),
-            "latents of half the size, against the image of half the size: the higher, the more "
+            "PSNR of what halved latents decode to, against halved images: the higher, the more "
             "latents are like a small image, which a diffusion model learns more easily",
         ),
         Column(
             "latents' slope",
             "",
-            lambda s: s["latent_health"]["spectrum"].get("slope"),
+            _at("latent_health", "spectrum", "slope"),
             _digits(2),
             "how their energy falls with frequency, as a power of it; near 0 they are like noise, "
             "and the images' own is in the next row",
@@ -118,14 +118,14 @@ def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
         Column(
             "images' slope",
             "",
-            lambda s: s["sharpness"].get("slope"),
+            _at("sharpness", "slope"),
             _digits(2),
             "the same of the images",
         ),
         Column(
             "channel redundancy",
             "",
-            lambda s: s["latent_health"].get("redundancy"),
+            _at("latent_health", "redundancy"),
             lambda v: f"{v:.0%}",
             "how far channels repeat each other: 0% are not correlated at all",
         ),
@@ -219,6 +219,18 @@ def _band(channel: int, name: str) -> Callable[[dict[str, Any]], float | None]:
     def value(stage: dict[str, Any]) -> float | None:
         found = [band[name] for band in stage.get("bands", []) if band["channel"] == channel]
         return found[0] if found else None
+
+    return value
+
+
+def _at(*keys: str) -> Callable[[dict[str, Any]], float | None]:
+    """What lies behind these keys; `None` where an earlier version's evaluation has none."""
+
+    def value(stage: dict[str, Any]) -> float | None:
+        found: Any = stage
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
 
     return value
 

@@ -41,19 +41,19 @@ class Variance(LatentTerm):
         super().__init__(config, surroundings)
         self.means: LaggedMeans = surroundings.means
 
-    def latent_value(self, code: Code, images: Tensor) -> Tensor:
+    def latent_value(self, code: Code, images: Tensor) -> Tensor | None:
         """A mean over channels, of variances over samples and places without posterior noise.
 
         The moments are those of earlier steps, averaged over processes and micro-batches; of a
-        step's own, the gradient would depend on how its batch is split. In the first step there
-        are none, and no gradient.
+        step's own, value and gradient would depend on how its batch is split. In the first step
+        there are none yet.
         """
         z = code.signal
         self.means.observe("variance/mean", z.mean((0, 2, 3)))
         self.means.observe("variance/square", z.square().mean((0, 2, 3)))
         mean, square = self.means.get("variance/mean"), self.means.get("variance/square")
         if mean is None or square is None:
-            return inverse_variance(z.detach(), *moments(z.detach()), self.config.floor)
+            return None
         return inverse_variance(z, mean, square - mean.square(), self.config.floor)
 
 

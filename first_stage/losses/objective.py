@@ -162,7 +162,8 @@ class Objective:
         loss, log = self.latent.loss(inputs.step, inputs.encoded, code)
         pulls = {"penalties": loss}
         for name, latent_term in self.latent_terms.items():
-            value = latent_term.latent_value(code, inputs.encoded)
+            if (value := latent_term.latent_value(code, inputs.encoded)) is None:
+                continue
             log[f"loss/{name}"] = value.detach()
             pulls[name] = latent_term.strength(inputs.step) * value
             loss = loss + pulls[name]

@@ -191,12 +191,15 @@ class LatentTerm(Term):
         return inputs.decoded.new_zeros(())
 
     @abstractmethod
-    def latent_value(self, code: Code, images: Tensor) -> Tensor:
+    def latent_value(self, code: Code, images: Tensor) -> Tensor | None:
         """A scalar with a graph over `code`; its docstring says what was averaged.
 
         Args:
             code: Of the images, with the encoder's graph.
             images: `(B, C, H, W)` in [-1, 1], those that were encoded.
+
+        Returns:
+            `None` in a step that only measures what later ones need.
         """
 
 

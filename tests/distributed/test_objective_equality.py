@@ -43,7 +43,6 @@ MIXES = {
         "disturb.prefix.channels": 1,
         "loss.variance.weight": 0.1,
         "loss.spectrum.weight": 0.1,
-        "loss.adversarial.prior_samples": "true",
     },
     "decoder alone after three steps": {
         "train.encoder_steps": 3,

@@ -41,6 +41,8 @@ _FUNCTIONS = (
     "first_stage.losses.adversarial",
     "first_stage.losses.penalties",
     "first_stage.losses.learned",
+    "first_stage.losses.latent_terms",
+    "first_stage.models.disturb",
 )
 """Modules of functions that take tensors and numbers."""
 

@@ -11,6 +11,7 @@ from first_stage.config.losses import (
     LearnedConfig,
     LossConfig,
     PretrainedConfig,
+    latent_term_names,
     term_names,
 )
 from first_stage.config.schema import Config, DataConfig
@@ -98,11 +99,17 @@ def factor_problems(c: Config, factor: int) -> Iterator[str]:
 
 def _disturb_problems(c: Config, side: int) -> Iterator[str]:
     equivariance = c.disturb.equivariance
-    if c.disturb.in_use and c.train.encoder_steps == 0:
-        yield (
-            "train.encoder_steps is 0, and latents are disturbed only while the encoder learns: "
-            "raise it, or set every disturb.*.probability to 0"
-        )
+    if c.train.encoder_steps == 0:
+        if c.disturb.in_use:
+            yield (
+                "train.encoder_steps is 0, and latents are disturbed only while the encoder "
+                "learns: raise it, or set every disturb.*.probability to 0"
+            )
+        for name in latent_term_names(c.loss):
+            yield (
+                f"train.encoder_steps is 0, and loss.{name} has only the encoder to teach: raise "
+                f"it, or set loss.{name}.weight to 0"
+            )
     if not equivariance.probability:
         return
     if not equivariance.transforms:

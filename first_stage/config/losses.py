@@ -240,8 +240,15 @@ class LossConfig:
 
 def term_names(loss: LossConfig) -> list[str]:
     """Names of the terms in use that see the pixels, as in the log."""
-    latent = {n for n, kind in sections_of("loss").items() if issubclass(kind, LatentTermConfig)}
+    latent = latent_term_names(loss)
     return [name for name, weight in term_weights(loss).items() if weight > 0 if name not in latent]
+
+
+def latent_term_names(loss: LossConfig) -> list[str]:
+    """Names of the terms in use that see the latents, as in the log."""
+    registered = sections_of("loss").items()
+    kinds = [name for name, kind in registered if issubclass(kind, LatentTermConfig)]
+    return [name for name in kinds if term_weights(loss)[name] > 0]
 
 
 def term_weights(loss: LossConfig) -> dict[str, float]:

@@ -154,6 +154,7 @@ def test_n_and_n_steps_are_2n_bit_for_bit(tmp_path, images, monkeypatch):
 
 @pytest.mark.parametrize(("fields", "words"), [
     ({"disturb.noise.probability": 0.5, "train.encoder_steps": 0}, "train.encoder_steps is 0"),
+    ({"loss.spectrum.weight": 1, "train.encoder_steps": 0}, "loss.spectrum has only the encoder"),
     ({"disturb.equivariance.probability": 0.5, "disturb.equivariance.transforms": "[]"},
      "transforms is empty"),
     ({"disturb.equivariance.probability": 0.5, "disturb.equivariance.least_scale": 0.2},

@@ -70,11 +70,11 @@ def test_a_launch_on_two_machines_with_cpus(monkeypatch):
     assert "launch" not in command_line("latents", "info", "c")  # one process is enough
 
 
-def test_the_line_runs_in_a_shell(tmp_path):
-    """The program that this environment really has, with an argument that needs quotes."""
+def test_the_line_runs_in_a_shell():
+    """This environment's program, run where it is printed (a clone's is relative), with quotes."""
     line = command_line("recipes", "no 'such' recipe")
     result = subprocess.run(
-        ["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True,
+        ["bash", "-c", line], capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert result.returncode == 2, result.stderr

@@ -4,7 +4,10 @@ import errno
 import os
 import signal
 import threading
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
+from contextlib import suppress
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -78,30 +81,26 @@ def start_loader(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
 
     torch also installs a handler that raises as soon as a worker dies, wherever the training is
     just then: in the middle of an update or of a save. Without it the loader itself notices within
-    5 s, between two steps, where everything can still be saved.
+    5 s, between two steps, where everything can still be saved. torch installs it once in a
+    process, so it stays silent from here on, for every loader of the process.
 
     Returns:
         The batches. Closing it ends the workers.
     """
-    before = signal.getsignal(signal.SIGCHLD)
     try:
         batches = iter(loader)
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise DataError(no_shared_memory(int(os.environ.get("RANK", "0")))) from error
-    if threading.current_thread() is not threading.main_thread():
-        return _deliver(batches)
-    # An earlier loader of this process may have left torch's handler, which raises all the same.
-    is_torchs = getattr(before, "__module__", "") == "torch.utils.data._utils.signal_handling"
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL if is_torchs or before is None else before)
-    return _deliver(batches, before if is_torchs else None)
+    handler = signal.getsignal(signal.SIGCHLD)
+    is_torchs = getattr(handler, "__module__", "") == "torch.utils.data._utils.signal_handling"
+    if callable(handler) and is_torchs and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, partial(_without_raising, handler))
+    return (batch for batch in batches)
 
 
-def _deliver(batches: Iterator[Batch], handler: Any = None) -> Generator[Batch, None, None]:
-    """The batches; then torch's handler is put back for loaders that are not ours."""
-    try:
-        yield from batches
-    finally:
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)
+def _without_raising(handler: Callable[[int, FrameType | None], Any], *arguments: Any) -> None:
+    """torch's handler calls the one that it found, which is the user's."""
+    with suppress(RuntimeError):
+        handler(*arguments)

@@ -94,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     yardstick: Yardstick | None = None
     for seed in seeds:
         for name, setting in stages.items():
-            folder = _trained(options, name, seed) if setting else options_path(options, name)
+            folder = _trained(options, name, seed) if setting else _named(options)[name]
             if yardstick is None:
                 yardstick = _yardstick(options, folder)
                 if (accuracy := yardstick.judge_accuracy()) is not None:
@@ -157,11 +157,6 @@ def _named(options: Options) -> dict[str, str]:
     return dict(zip(short, given, strict=True))
 
 
-def options_path(options: Options, name: str) -> str:
-    """Where a first stage that was given lies, by its name in the table."""
-    return _named(options)[name]
-
-
 def _trained(options: Options, name: str, seed: int) -> str:
     """The export of a setting's first stage; trained where it is not there yet."""
     folder = Path(options.output) / "first_stages" / name / f"seed-{seed}"
@@ -190,6 +185,11 @@ def _yardstick(options: Options, first_stage: str) -> Yardstick:
     elif data.path in NAMES:
         held_out = data.open("validation", say=_say)
     label = options.label if options.label in training.columns else None
+    if label is None and options.network is None:
+        raise ConfigError(
+            f"--network is null, and {data.path!r} has no column {options.label!r} for a judge to "
+            "learn: samples could not be held against anything. Name a network, or the column"
+        )
     images = Images(training, held_out, data, resolution, FirstStage(model).in_channels, label)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = load_feature_network(options.network, device) if options.network else None

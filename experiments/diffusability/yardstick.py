@@ -29,7 +29,7 @@ from first_stage.metrics.feature_networks import FeatureNetwork
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
 from first_stage.models.first_stage import FirstStage
 from first_stage.models.loading import fingerprint_weights, load_autoencoder
-from latent_tools import CacheOptions, LatentDataset, precompute
+from latent_tools import CacheOptions, LatentDataset, Process, precompute
 
 _REFERENCE = 5000
 """Real images that samples are held against, at most."""
@@ -101,6 +101,7 @@ class Yardstick:
     ):
         self.images, self.budget, self.output = images, budget, output
         self.network, self.say = network, say
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._real, self._labels = _real_images(images)
         self.classes = int(self._labels.max()) + 1
         self.judge: Judge | None = None
@@ -128,7 +129,8 @@ class Yardstick:
         Returns:
             The result, and what the evaluator says of the first stage on held-out images.
         """
-        stage = FirstStage(load_autoencoder(first_stage, field="--first_stage"), name=name)
+        model = load_autoencoder(first_stage, field="--first_stage").to(self.device)
+        stage = FirstStage(model, name=name)
         folder = self.output / name / f"seed-{seed}"
         made = self._kept(
             folder / "cell.json",
@@ -200,7 +202,8 @@ class Yardstick:
             resize=shorter_side(images.config.resize, images.resolution),
             reading=images.config.reading(images.channels),
         )
-        precompute(stage, first_stage, images.training, folder, options)
+        process = Process(device=self.device)
+        precompute(stage, first_stage, images.training, folder, options, process)
         return LatentDataset(folder, normalize="channel")
 
     def _classes_of(self, dataset: LatentDataset) -> Tensor:
@@ -211,7 +214,8 @@ class Yardstick:
     @torch.no_grad()
     def _seen(self, images: Tensor) -> Tensor:
         assert self.network is not None
-        return torch.cat([self.network(some) for some in images.split(_AT_ONCE)])
+        parts = images.split(_AT_ONCE)
+        return torch.cat([self.network(some.to(self.device)).cpu() for some in parts])
 
     def _reference(self) -> GaussianStatistics:
         """What the evaluation network says of real images; kept in a file."""
@@ -236,7 +240,7 @@ class Yardstick:
             images.config.view(images.resolution),
             _MEASURED,
         )
-        found = evaluate([(stage.name, stage.to("cpu"))], chosen, Measured(pairs=0)).first_stages[0]
+        found = evaluate([(stage.name, stage)], chosen, Measured(pairs=0)).first_stages[0]
         kept = ("metrics", "sharpness", "latent_health", "latent_channels", "downsample_factor")
         return {key: found[key] for key in kept}
 

@@ -152,6 +152,7 @@ def test_the_judge_learns_to_read_and_is_kept(tmp_path):
 @pytest.mark.parametrize(("more", "words"), [
     (["--seeds", "x"], "--seeds has 'x'"),
     (["--settings", "unheard_of"], "names 'unheard_of'"),
+    (["--label", "null"], "samples could not be held against anything"),
     (["--settings", "none", "--changes", "train.max_steps"], "write field=value"),
 ])  # fmt: skip
 def test_what_cannot_work_is_said_in_one_line(made, tmp_path, more, words):

@@ -18,6 +18,7 @@ from experiments.diffusability.results import (
     verdicts,
 )
 from experiments.diffusability.yardstick import Images, Yardstick
+from first_stage.commands import export
 from first_stage.commands.evaluate import short_names
 from first_stage.config.images import ImagesConfig
 from first_stage.config.parsing import parse_config, read_options
@@ -33,6 +34,8 @@ from first_stage.models.loading import load_autoencoder, training_resolution
 from first_stage.training.loop import train
 
 _HERE = Path(__file__).parent
+WHITEN = "whiten"
+"""In a setting: whiten its first stage afterwards (`first-stage export --whiten`)."""
 _SEVERAL = {
     "first_stage": "A diffusers folder or a hub id; several, separated by spaces, are compared. "
     "(type: list[str] | null)",
@@ -158,16 +161,37 @@ def _named(options: Options) -> dict[str, str]:
 
 
 def _trained(options: Options, name: str, seed: int) -> str:
-    """The export of a setting's first stage; trained where it is not there yet."""
-    folder = Path(options.output) / "first_stages" / name / f"seed-{seed}"
+    """The export of a setting's first stage; trained where it is not there yet.
+
+    A setting with `whiten` is that of the same changes without it, whitened: it is trained once.
+    """
+    settings = _settings(options)
+    changes = {key: value for key, value in settings[name].items() if key != WHITEN}
+    if WHITEN not in settings[name]:
+        return str(_exported(options, name, changes, seed))
+    plain = next((other for other, made in settings.items() if made == changes), f"plain {name}")
+    whitened = _folder(options, name, seed) / "export"
+    if not whitened.exists():
+        line = ["--first_stage", _exported(options, plain, changes, seed), "--whiten"]
+        line += ["--output", whitened, "--data.path", options.data.path]
+        export.main(list(map(str, line)))
+    return str(whitened)
+
+
+def _exported(options: Options, name: str, changes: dict[str, Any], seed: int) -> Path:
+    folder = _folder(options, name, seed)
     if not (folder / "export" / "config.json").is_file():
-        fields = {**_settings(options)[name], "seed": seed, "output_dir": folder}
+        fields = {**changes, "seed": seed, "output_dir": folder}
         fields |= dict(change.split("=", 1) for change in options.changes or ())
         line = ["--config", options.recipe, "--resume", "latest"]
         for key, value in fields.items():
             line += [f"--{key}", "null" if value is None else str(value)]
         train(parse_config(line))
-    return str(folder / "export")
+    return folder / "export"
+
+
+def _folder(options: Options, name: str, seed: int) -> Path:
+    return Path(options.output) / "first_stages" / name / f"seed-{seed}"
 
 
 def _yardstick(options: Options, first_stage: str) -> Yardstick:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from autoencoders import build_autoencoder
 from conftest import picture
+from diffusers import AutoencoderKL
 
 from experiments.diffusability import command, judge, yardstick
 from experiments.diffusability.results import (
@@ -138,6 +139,54 @@ def test_the_same_seed_gives_the_same_samples(made, tmp_path, monkeypatch):
         assert one[name][0]["cell"]["judge_distance"] == two[name][0]["cell"]["judge_distance"]
 
 
+def test_without_labels_the_evaluation_network_looks(made, tmp_path):
+    command.main([*line(made, tmp_path), "--label", "null", "--network", "efficientnet_lite0"])
+    (cell,), _ = json.loads((tmp_path / "table.json").read_text()).values()
+    assert cell["cell"]["judge_distance"] is None
+    assert cell["cell"]["network_distance"] > 0
+    assert "Fréchet distance, network" in (tmp_path / "table.md").read_text()
+    (kept,) = tmp_path.glob("shared/*/efficientnet_lite0.safetensors")
+    before = kept.stat().st_mtime_ns
+    command.main(
+        [
+            *line(made, tmp_path),
+            "--label",
+            "null",
+            "--network",
+            "efficientnet_lite0",
+            "--seeds",
+            "1",
+        ]
+    )
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_a_whitened_setting_is_trained_once(made, tmp_path, monkeypatch):
+    """It is the first stage of the same changes without it, with white latents."""
+    trained = []
+
+    def train(config):
+        trained.append(config.output_dir)
+        folder = Path(config.output_dir) / "export"
+        torch.manual_seed(0)
+        build_autoencoder(3, 4, (8, 16), 1, 4, False, True, 16).save_pretrained(folder)
+
+    monkeypatch.setattr(command, "train", train)
+    file = tmp_path / "settings.yaml"
+    file.write_text("none: {}\nwhitening: {whiten: true}\n")
+    options = command.parse_options(
+        [*line(made, tmp_path / "out")[:-3], "--settings", "none", "--settings_file", str(file)]
+    )
+    plain, white = (command._trained(options, name, 0) for name in ("none", "whitening"))
+    assert command._trained(options, "whitening", 0) == white
+    assert trained == [str(Path(plain).parent)]
+    one, other = (AutoencoderKL.from_pretrained(folder) for folder in (plain, white))
+    images = torch.rand(2, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        torch.testing.assert_close(other(images).sample, one(images).sample, atol=1e-4, rtol=0)
+    assert not torch.equal(one.quant_conv.weight, other.quant_conv.weight)
+
+
 def test_the_judge_learns_to_read_and_is_kept(tmp_path):
     images = torch.cat([torch.full((20, 1, 16, 16), v) for v in (-0.8, 0.8)])
     images = images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
@@ -165,5 +214,6 @@ def test_every_setting_is_a_recipe(tmp_path):
     """What settings.yaml changes, the recipe has."""
     options = command.parse_options(["--settings", "none"])
     for changes in command._settings(options).values():
+        changes = {name: value for name, value in changes.items() if name != command.WHITEN}
         fields = [str(part) for name, value in changes.items() for part in (f"--{name}", value)]
         command.parse_config(["--config", options.recipe, *fields])

@@ -54,9 +54,11 @@ def _of_evaluation(*keys: str) -> Callable[[Result], float | None]:
 
 JUDGED = Column("Fréchet distance, judge", ".2f", lambda r: r.cell.judge_distance)
 SEEN = Column("Fréchet distance, network", ".1f", lambda r: r.cell.network_distance)
+FLOOR = Column("of reconstructions", ".2f", _of_evaluation("judge_floor"))
 PSNR = Column("PSNR (dB)", ".2f", _of_evaluation("metrics", "psnr", "of_mean_error"))
 COLUMNS = (
     JUDGED,
+    FLOOR,
     SEEN,
     Column("read as asked (%)", ".1f", lambda r: _percent(r.cell.read_as_asked)),
     PSNR,
@@ -164,7 +166,7 @@ def correlations(results: Results) -> list[str]:
     every = [result for found in results.values() for result in found]
     measured = JUDGED if any(values(found, JUDGED) for found in results.values()) else SEEN
     lines = []
-    for column in COLUMNS[3:]:
+    for column in (FLOOR, *COLUMNS[COLUMNS.index(PSNR) :]):
         pairs = [
             (a, b)
             for result in every

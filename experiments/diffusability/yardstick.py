@@ -27,7 +27,7 @@ from first_stage.evaluation.measure import Options as Measured
 from first_stage.files import write_atomic, write_json
 from first_stage.metrics.feature_networks import FeatureNetwork
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
-from first_stage.models.first_stage import FirstStage
+from first_stage.models.first_stage import FirstStage, reconstruct
 from first_stage.models.loading import fingerprint_weights, load_autoencoder
 from latent_tools import CacheOptions, LatentDataset, Process, precompute
 
@@ -242,7 +242,21 @@ class Yardstick:
         )
         found = evaluate([(stage.name, stage)], chosen, Measured(pairs=0)).first_stages[0]
         kept = ("metrics", "sharpness", "latent_health", "latent_channels", "downsample_factor")
-        return {key: found[key] for key in kept}
+        return {key: found[key] for key in kept} | {"judge_floor": self._floor(stage)}
+
+    @torch.no_grad()
+    def _floor(self, stage: FirstStage) -> float | None:
+        """The judge's distance of as many reconstructions: what the decoder alone costs.
+
+        No transformer can be expected to come nearer to the real images.
+        """
+        if self.judge is None:
+            return None
+        parts = self._real[: self.budget.samples].split(_AT_ONCE)
+        rebuilt = [reconstruct(stage, x.to(self.device))[0].clamp(-1, 1).cpu() for x in parts]
+        features = self.judge.look(torch.cat(rebuilt))[0]
+        real = _statistics(self.judge.look(self._real)[0])
+        return frechet_distance(real, _statistics(features)).value
 
 
 def described(cell: Cell) -> str:

@@ -29,6 +29,7 @@ from first_stage.metrics.feature_networks import FeatureNetwork
 from first_stage.metrics.frechet import GaussianStatistics, frechet_distance
 from first_stage.models.first_stage import FirstStage, reconstruct
 from first_stage.models.loading import fingerprint_weights, load_autoencoder
+from first_stage.seeding import Purpose, generator
 from latent_tools import CacheOptions, LatentDataset, Process, precompute
 
 _REFERENCE = 5000
@@ -222,7 +223,7 @@ class Yardstick:
         assert self.network is not None
         file = self._shared / f"{self.network.key.replace(':', '.')}.safetensors"
         if not file.exists():
-            made = _statistics(self._seen(self._real[:_SEEN]))
+            made = _statistics(self._seen(_evenly(self._real, _SEEN)))
             values = {"mean": made.mean, "scatter": made.scatter, "count": torch.tensor(made.count)}
             write_atomic(file, lambda path: save_file(values, path))
         values = load_file(file)
@@ -252,7 +253,7 @@ class Yardstick:
         """
         if self.judge is None:
             return None
-        parts = self._real[: self.budget.samples].split(_AT_ONCE)
+        parts = _evenly(self._real, self.budget.samples).split(_AT_ONCE)
         rebuilt = [reconstruct(stage, x.to(self.device))[0].clamp(-1, 1).cpu() for x in parts]
         features = self.judge.look(torch.cat(rebuilt))[0]
         real = _statistics(self.judge.look(self._real)[0])
@@ -282,7 +283,9 @@ def _real_images(images: Images) -> tuple[Tensor, Tensor]:
     view = images.config.view(images.resolution)
     reading = images.config.reading(images.channels)
     pixels, labels = [], []
-    for index in range(min(len(images.training), _REFERENCE)):
+    # A data set may be sorted by class: its first images are not like the rest.
+    chosen = generator(0, Purpose.SPLIT, 3).permutation(len(images.training))[:_REFERENCE]
+    for index in sorted(chosen.tolist()):
         found = images.training.read(index)
         try:
             picture = view.apply(open_image(found.image, reading))[0]
@@ -294,6 +297,12 @@ def _real_images(images: Images) -> tuple[Tensor, Tensor]:
         raise UserError(f"none of the images of {images.training.name!r} can be decoded")
     stacked = torch.stack(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
     return stacked, torch.tensor(labels)
+
+
+def _evenly(images: Tensor, count: int) -> Tensor:
+    """So many of the images, from first to last."""
+    count = min(count, len(images))
+    return images[torch.linspace(0, len(images) - 1, count).round().long()]
 
 
 def _hashed(about: dict[str, Any]) -> str:

@@ -139,6 +139,18 @@ def test_the_same_seed_gives_the_same_samples(made, tmp_path, monkeypatch):
         assert one[name][0]["cell"]["judge_distance"] == two[name][0]["cell"]["judge_distance"]
 
 
+def test_what_is_held_against_samples_is_of_every_class(made, tmp_path, monkeypatch):
+    """Folders list class after class: the first images would all be of one."""
+    monkeypatch.setattr(judge.trained_judge, "__defaults__", (1,))
+    seen = []
+    monkeypatch.setattr(
+        yardstick, "reconstruct", lambda stage, x: (seen.append(x.mean((1, 2, 3))), (x, None))[1]
+    )
+    command.main(line(made, tmp_path))
+    for brightness in seen:  # one class is dark, the other bright
+        assert 0 < (brightness > 0).float().mean() < 1
+
+
 def test_without_labels_the_evaluation_network_looks(made, tmp_path):
     command.main([*line(made, tmp_path), "--label", "null", "--network", "efficientnet_lite0"])
     (cell,), _ = json.loads((tmp_path / "table.json").read_text()).values()

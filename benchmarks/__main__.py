@@ -7,6 +7,7 @@
     python -m benchmarks read --sizes 20000 1300000 10000000
     python -m benchmarks scale --config configs/demo.yaml --picture scaling.png
     python -m benchmarks quantize --config configs/demo_vq.yaml
+    python -m benchmarks disturb --config configs/demo.yaml
     python -m benchmarks gpu
 
 Machines differ and are noisy: what is compared takes turns within one run, ratios are taken turn by
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import caching, training
+from benchmarks.disturbing import benchmark_disturb
 from benchmarks.gpu import benchmark_gpu
 from benchmarks.quantizing import benchmark_quantize
 from benchmarks.reading import benchmark_read
@@ -38,7 +40,9 @@ def main() -> None:
         description=__doc__.split("\n")[0],
         epilog="Further arguments are those of training: --config FILE, --field.name value.",
     )
-    parser.add_argument("what", choices=("train", "cache", "read", "scale", "quantize", "gpu"))
+    parser.add_argument(
+        "what", choices=("train", "cache", "read", "scale", "quantize", "disturb", "gpu")
+    )
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: 5)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a step form's turn, about")
     parser.add_argument("--random_vgg", action="store_true", help="train: add a VGG16 term")
@@ -90,6 +94,8 @@ def _measure(options: argparse.Namespace, recipe: list[str]) -> dict[str, Any]:
         return caching.benchmark_cache(recipe, options.images, options.side, repeats)
     if options.what == "quantize":
         return benchmark_quantize(recipe, repeats)
+    if options.what == "disturb":
+        return benchmark_disturb(recipe, repeats)
     if options.what == "read" and options.sizes:
         return benchmark_sizes(options.sizes, _LATENT_SHAPE, repeats)
     if options.what == "read":

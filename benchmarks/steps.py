@@ -63,7 +63,7 @@ def first_stage_loss(trainer: Trainer, images: Tensor, noise: Tensor) -> tuple[T
     """
     config = trainer.config.loss
     stage, critic = trainer.first_stage, trainer.critic
-    reconstruction, code, _ = stage.module(images, noise)
+    reconstruction, code, *_ = stage.module(images, noise)
     pixel = pixel_error(
         reconstruction, images, config.pixel, config.huber_delta, config.pixel_cutoff
     )

@@ -23,7 +23,8 @@ from first_stage.__main__ import COMMANDS, usage
 from first_stage.commands import cache, evaluate, export
 from first_stage.config.schema import Config
 from first_stage.config.sections import with_sections
-from first_stage.models import built_in  # noqa: F401  # families bring sections of their own
+from first_stage.losses import objective  # noqa: F401  # terms and families bring sections
+from first_stage.models import built_in  # noqa: F401
 from latent_tools import __main__ as latents
 
 FOLDER = Path(__file__).resolve().parent / "reference"
@@ -40,6 +41,8 @@ _FUNCTIONS = (
     "first_stage.losses.adversarial",
     "first_stage.losses.penalties",
     "first_stage.losses.learned",
+    "first_stage.losses.latent_terms",
+    "first_stage.models.disturb",
 )
 """Modules of functions that take tensors and numbers."""
 

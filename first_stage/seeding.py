@@ -33,6 +33,10 @@ class Purpose(IntEnum):
     """Vectors of a step's batch that unused codes are moved to: (step,)."""
     MIX = 8
     """Where between real and fake a penalty is taken: (position in the stream of samples,)."""
+    GEOMETRY = 10
+    """How the latents of a step are scaled, flipped or turned: (step,)."""
+    DISTURBANCE = 11
+    """Noise and mask of a sample's latents: (position in the stream of samples,)."""
 
 
 def generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Generator:

@@ -20,6 +20,13 @@ from first_stage.files import write_folder, write_json
 from first_stage.handover.folding import common_deviation, fold_statistics
 from first_stage.handover.public import public_name
 from first_stage.handover.statistics import measure_latents
+from first_stage.handover.whitening import (
+    CovarianceSums,
+    LatentCovariance,
+    fold_whitening,
+    measure_covariance,
+)
+from first_stage.metrics.latents import redundancy
 from first_stage.models.first_stage import FirstStage
 from first_stage.models.loading import (
     STATISTICS_FILE,
@@ -29,6 +36,7 @@ from first_stage.models.loading import (
 from latent_tools import LatentDataset
 
 _AT_ONCE = 16
+_SWITCHES = {"--fold_statistics": "true", "--whiten": "true"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,10 @@ class Options:
     fold_statistics: bool = False
     """Fold the per-channel mean and standard deviation of the latents into the 1x1 convolutions:
     the same reconstructions, latents with mean 0 and variance 1, scaling_factor 1, no shift."""
+    whiten: bool = False
+    """Instead, fold the whole covariance of the latents into them: channels that do not repeat each
+    other, the most signal first. Measured on images or a cache; each channel's posterior noise
+    becomes its average."""
     latents: str | None = None
     """Take the statistics of this cache, which the first stage made."""
     data: ExportData = field(default_factory=ExportData)
@@ -69,10 +81,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if Path(options.output).exists():
         raise ConfigError(f"output {options.output!r} is already there: give another folder")
     vae = load_autoencoder(options.first_stage, field="--first_stage")
-    mean, std = statistics(options, vae)
-    if isinstance(vae, VQModel):
-        std = common_deviation(std)
-    folded = fold_statistics(vae, mean, std)
+    if options.whiten:
+        found = covariance(options, vae)
+        folded = fold_whitening(vae, found)
+        mean, std = found.mean.tolist(), found.total.diagonal().sqrt().tolist()
+        print(f"channels repeated others by {redundancy(found.total.numpy()):.0%}")
+    else:
+        mean, std = statistics(options, vae)
+        if isinstance(vae, VQModel):
+            std = common_deviation(std)
+        folded = fold_statistics(vae, mean, std)
     print("channel   mean      std       are now 0 and 1")
     for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
         print(f"{channel:<9} {m:<9.4f} {s:<9.4f}")
@@ -123,6 +141,29 @@ def statistics(options: Options, vae: Any) -> tuple[list[float], list[float]]:
     return list(mean), list(std)
 
 
+def covariance(options: Options, vae: Any) -> LatentCovariance:
+    """How the channels of the latents vary together: from a cache, or from data.
+
+    Raises:
+        ConfigError: When neither is given.
+    """
+    if options.latents is not None:
+        cached = LatentDataset(options.latents, sample="raw", normalize="none", expect=vae)
+        channels = cached.manifest.first_stage["latent_channels"]
+        sums = CovarianceSums(channels)
+        for index in range(len(cached)):
+            moments = cached[index]["latents"][None]
+            mean, logvar = moments[:, :channels], moments[:, channels:]
+            sums.update(mean, logvar if logvar.numel() else None)
+        return sums.merged(Processes())
+    if options.data.path is None:
+        raise ConfigError(
+            "--whiten needs the covariance of the latents, which no config holds: measure it with "
+            "--data.path, or take a cache's with --latents"
+        )
+    return measure_covariance(vae, images(options, vae), Processes())
+
+
 def images(options: Options, vae: Any) -> Iterator[torch.Tensor]:
     """Batches of images `(B, C, H, W)` in [-1, 1] to measure on."""
     factor, data = FirstStage(vae).downsample_factor, options.data
@@ -149,6 +190,10 @@ def card(options: Options, vae: Any, mean: list[float], std: list[float]) -> str
         f"| {channel} | {m:.6f} | {s:.6f} |"
         for channel, (m, s) in enumerate(zip(mean, std, strict=True))
     )
+    folded = ("statistics", "(z there - mean) / std")
+    if options.whiten:
+        folded = ("covariance", "W (z there - mean), with a matrix W and channels that are not "
+                  "correlated")  # fmt: skip
     return f"""---
 library_name: diffusers
 tags: [autoencoder, latent-diffusion, first-stage]
@@ -156,10 +201,10 @@ tags: [autoencoder, latent-diffusion, first-stage]
 
 # First stage with standard latents
 
-`{public_name(options.first_stage)}` with the statistics of its latents folded into the 1x1
+`{public_name(options.first_stage)}` with the {folded[0]} of its latents folded into the 1x1
 convolutions around them. Reconstructions are the same; every latent channel has mean 0 and variance
 1 over the images measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the
-two are not interchangeable: z here is (z there - mean) / std.
+two are not interchangeable: z here is {folded[1]}.
 
 ```python
 from diffusers import {name}
@@ -182,10 +227,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     Raises:
         ConfigError: In one line for anything that cannot work.
     """
-    options = read_options(Options, arguments, switches={"--fold_statistics": "true"})
+    options = read_options(Options, arguments, switches=_SWITCHES)
     for name in ("first_stage", "output"):
         if not getattr(options, name):
             raise ConfigError(f"--{name} is missing: see --help")
-    if not options.fold_statistics:
-        raise ConfigError("nothing to do: add --fold_statistics")
+    if options.fold_statistics == options.whiten:
+        raise ConfigError(
+            "--fold_statistics and --whiten are two ways: choose one"
+            if options.whiten
+            else "nothing to do: add --fold_statistics or --whiten"
+        )
     return options

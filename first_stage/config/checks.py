@@ -11,6 +11,7 @@ from first_stage.config.losses import (
     LearnedConfig,
     LossConfig,
     PretrainedConfig,
+    latent_term_names,
     term_names,
 )
 from first_stage.config.schema import Config, DataConfig
@@ -35,6 +36,7 @@ def _problems(c: Config) -> Iterator[str]:
     yield from _layout_problems(c)
     side = min(c.data.crop_shape or (c.data.resolution,))
     yield from loss_problems(c.loss, c.critic, c.model.in_channels, side)
+    yield from _disturb_problems(c, side)
     yield from _schedule_problems(c)
 
 
@@ -93,6 +95,44 @@ def factor_problems(c: Config, factor: int) -> Iterator[str]:
                 f"{name} ({side}) is not a multiple of the downsample factor ({factor}): use "
                 f"{max(side // factor, 1) * factor} or {(side // factor + 1) * factor}"
             )
+
+
+def _disturb_problems(c: Config, side: int) -> Iterator[str]:
+    equivariance = c.disturb.equivariance
+    if c.train.encoder_steps == 0:
+        if c.disturb.in_use:
+            yield (
+                "train.encoder_steps is 0, and latents are disturbed only while the encoder "
+                "learns: raise it, or set every disturb.*.probability to 0"
+            )
+        for name in latent_term_names(c.loss):
+            yield (
+                f"train.encoder_steps is 0, and loss.{name} has only the encoder to teach: raise "
+                f"it, or set loss.{name}.weight to 0"
+            )
+    if not equivariance.probability:
+        return
+    if not equivariance.transforms:
+        yield (
+            "disturb.equivariance.transforms is empty: name scale, flip or turn, or set "
+            "disturb.equivariance.probability to 0"
+        )
+    if "scale" not in equivariance.transforms:
+        return
+    least = equivariance.least_scale * side
+    needs = {"the critic": c.critic.smallest_image if c.critic.rests_on(c.loss) else 0,
+             "VGG16": _VGG_SMALLEST if c.loss.pretrained.in_use else 0}  # fmt: skip
+    for name, pixels in needs.items():
+        if least < pixels:
+            yield (
+                f"disturb.equivariance.least_scale ({equivariance.least_scale:g}) makes images of "
+                f"{side} pixels as small as {least:g}, and {name} needs {pixels}: raise it to "
+                f"{pixels / side:.3g}, or use flip and turn alone"
+            )
+
+
+_VGG_SMALLEST = 16
+"""Four halvings lie before its last layers."""
 
 
 def _schedule_problems(c: Config) -> Iterator[str]:

@@ -194,6 +194,11 @@ class TermConfig:
 
 
 @dataclass(frozen=True)
+class LatentTermConfig(TermConfig):
+    """The same of a term of the latents, which has no share of the gradient at the pixels."""
+
+
+@dataclass(frozen=True)
 class LossConfig:
     """The autoencoder's objective: a weighted sum of terms."""
 
@@ -234,8 +239,16 @@ class LossConfig:
 
 
 def term_names(loss: LossConfig) -> list[str]:
-    """Names of the terms in use, as in the log."""
-    return [name for name, weight in term_weights(loss).items() if weight > 0]
+    """Names of the terms in use that see the pixels, as in the log."""
+    latent = latent_term_names(loss)
+    return [name for name, weight in term_weights(loss).items() if weight > 0 if name not in latent]
+
+
+def latent_term_names(loss: LossConfig) -> list[str]:
+    """Names of the terms in use that see the latents, as in the log."""
+    registered = sections_of("loss").items()
+    kinds = [name for name, kind in registered if issubclass(kind, LatentTermConfig)]
+    return [name for name in kinds if term_weights(loss)[name] > 0]
 
 
 def term_weights(loss: LossConfig) -> dict[str, float]:

@@ -7,6 +7,7 @@ may go on with another value of it. What several fields must fulfil together sta
 from dataclasses import dataclass, field
 from typing import Literal
 
+from first_stage.config.disturb import DisturbConfig
 from first_stage.config.images import ImagesConfig, shorter_side
 from first_stage.config.losses import (
     AdversarialConfig,
@@ -36,6 +37,7 @@ __all__ = [
     "Config",
     "CriticConfig",
     "DataConfig",
+    "DisturbConfig",
     "ExportConfig",
     "LearnedConfig",
     "LossConfig",
@@ -220,6 +222,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    disturb: DisturbConfig = field(default_factory=DisturbConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     validation: ValidationConfig = section_may_change(ValidationConfig)
     export: ExportConfig = section_may_change(ExportConfig)

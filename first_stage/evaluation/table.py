@@ -100,6 +100,38 @@ def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
     ]
     result += [
         Column(
+            "halved latents",
+            "higher",
+            _at("latent_health", "equivariance", "scale_0.5", "psnr_to_image"),
+            _digits(2, " dB"),
+            "PSNR of what halved latents decode to, against halved images: the higher, the more "
+            "latents are like a small image, which a diffusion model learns more easily",
+        ),
+        Column(
+            "latents' slope",
+            "",
+            _at("latent_health", "spectrum", "slope"),
+            _digits(2),
+            "how their energy falls with frequency, as a power of it; near 0 they are like noise, "
+            "and the images' own is in the next row",
+        ),
+        Column(
+            "images' slope",
+            "",
+            _at("sharpness", "slope"),
+            _digits(2),
+            "the same of the images",
+        ),
+        Column(
+            "channel redundancy",
+            "",
+            _at("latent_health", "redundancy"),
+            lambda v: f"{v:.0%}",
+            "how far channels repeat each other: 0% are not correlated at all",
+        ),
+    ]
+    result += [
+        Column(
             "codes used",
             "higher",
             lambda s: s.get("codes", {}).get("used"),
@@ -187,6 +219,18 @@ def _band(channel: int, name: str) -> Callable[[dict[str, Any]], float | None]:
     def value(stage: dict[str, Any]) -> float | None:
         found = [band[name] for band in stage.get("bands", []) if band["channel"] == channel]
         return found[0] if found else None
+
+    return value
+
+
+def _at(*keys: str) -> Callable[[dict[str, Any]], float | None]:
+    """What lies behind these keys; `None` where an earlier version's evaluation has none."""
+
+    def value(stage: dict[str, Any]) -> float | None:
+        found: Any = stage
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
 
     return value
 

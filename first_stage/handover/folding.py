@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from first_stage.errors import UserError
 
 # What the posterior clamps its log-variance to (diffusers' DiagonalGaussianDistribution).
-_LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
+LOGVAR_BOUNDS = _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
 
 
 @torch.no_grad()
@@ -58,15 +58,15 @@ def fold_statistics(
         )
     channels = autoencoder.config.latent_channels
     _check(mean, std, channels)
-    folded = _with_convolutions(autoencoder)
+    folded = with_convolutions(autoencoder)
     shift = torch.tensor(mean, dtype=torch.float64)
     scale = torch.tensor(std, dtype=torch.float64)
 
     to_moments = folded.quant_conv
     rows = torch.cat([1.0 / scale, torch.ones_like(scale)])
     offset = torch.cat([-shift / scale, -2.0 * scale.log()])
-    _store(to_moments.weight, to_moments.weight.double().cpu() * rows[:, None, None, None])
-    _store(to_moments.bias, to_moments.bias.double().cpu() * rows + offset)
+    store(to_moments.weight, to_moments.weight.double().cpu() * rows[:, None, None, None])
+    store(to_moments.bias, to_moments.bias.double().cpu() * rows + offset)
 
     _unfold(folded.post_quant_conv, shift, scale)
 
@@ -101,9 +101,9 @@ def _fold_codebook(model: VQModel, mean: Sequence[float], std: Sequence[float]) 
     folded = copy.deepcopy(model)
     shift, scale = torch.tensor(mean, dtype=torch.float64), float(std[0])
     to_latents, codes = folded.quant_conv, folded.quantize.embedding.weight
-    _store(to_latents.weight, to_latents.weight.double().cpu() / scale)
-    _store(to_latents.bias, (to_latents.bias.double().cpu() - shift) / scale)
-    _store(codes, (codes.double().cpu() - shift) / scale)
+    store(to_latents.weight, to_latents.weight.double().cpu() / scale)
+    store(to_latents.bias, (to_latents.bias.double().cpu() - shift) / scale)
+    store(codes, (codes.double().cpu() - shift) / scale)
     _unfold(folded.post_quant_conv, shift, torch.full_like(shift, scale))
     folded.register_to_config(scaling_factor=1.0)
     return folded
@@ -113,8 +113,8 @@ def _unfold(from_latents: nn.Conv2d, shift: Tensor, scale: Tensor) -> None:
     """Let a 1x1 convolution take (z - shift) / scale where it took z."""
     weight = from_latents.weight.double().cpu()
     assert from_latents.bias is not None  # diffusers' 1x1 convolutions have a bias
-    _store(from_latents.bias, from_latents.bias.double().cpu() + weight[:, :, 0, 0] @ shift)
-    _store(from_latents.weight, weight * scale[None, :, None, None])
+    store(from_latents.bias, from_latents.bias.double().cpu() + weight[:, :, 0, 0] @ shift)
+    store(from_latents.weight, weight * scale[None, :, None, None])
 
 
 def _check(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
@@ -136,7 +136,7 @@ def _check(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
             )
 
 
-def _with_convolutions(autoencoder: AutoencoderKL) -> AutoencoderKL:
+def with_convolutions(autoencoder: AutoencoderKL) -> AutoencoderKL:
     """A copy that has both 1x1 convolutions; the ones it lacked do nothing."""
     if autoencoder.quant_conv is not None and autoencoder.post_quant_conv is not None:
         return copy.deepcopy(autoencoder)
@@ -151,11 +151,12 @@ def _with_convolutions(autoencoder: AutoencoderKL) -> AutoencoderKL:
     ):
         if present is None:
             convolution: nn.Conv2d = getattr(result, name)
-            _store(convolution.weight, torch.eye(width)[:, :, None, None])
-            _store(convolution.bias, torch.zeros(width))
+            store(convolution.weight, torch.eye(width)[:, :, None, None])
+            store(convolution.bias, torch.zeros(width))
     return result.to(reference.device, reference.dtype).train(autoencoder.training)
 
 
-def _store(parameter: Tensor | None, value: Tensor) -> None:
+def store(parameter: Tensor | None, value: Tensor) -> None:
+    """Give a parameter new values, in its own type and place."""
     assert parameter is not None  # diffusers' 1x1 convolutions have a bias
     parameter.copy_(value.to(parameter))

@@ -19,14 +19,23 @@ from first_stage.losses.balance import Balance, gradient_at, mean_inner_product,
 from first_stage.losses.critic_loss import CriticLoss
 from first_stage.losses.lagged_means import Average, LaggedMeans
 from first_stage.losses.latent import LatentLoss
+from first_stage.losses.latent_terms import Spectrum, Variance
 from first_stage.losses.learned import Learned
 from first_stage.losses.pixel import Pixel
 from first_stage.losses.pretrained import LPIPS, VGG, Gram
-from first_stage.losses.terms import TERMS, Autocast, Inputs, Surroundings, Term, register_term
+from first_stage.losses.terms import (
+    TERMS,
+    Autocast,
+    Inputs,
+    LatentTerm,
+    Surroundings,
+    Term,
+    register_term,
+)
 from first_stage.models.bottlenecks import Code
 from first_stage.spans import span
 
-for _term in (Pixel, VGG, LPIPS, Gram, Learned, Adversarial):
+for _term in (Pixel, VGG, LPIPS, Gram, Learned, Adversarial, Variance, Spectrum):
     register_term(_term)
 
 
@@ -56,7 +65,8 @@ class Objective:
 
     Attributes:
         surroundings: What the terms were built with.
-        terms: Those in use, by name.
+        terms: Those in use that see the pixels, by name.
+        latent_terms: Those in use that see the latents, by name.
         critic: The critic's side.
         means: What it remembers from step to step; a checkpoint needs it.
     """
@@ -74,10 +84,14 @@ class Objective:
         self.balance = Balance(config.balance, self.means)
         self.surroundings = Surroundings(device, self.means, autocast)
         # The pixel term is always measured: the log and the progress bar show it.
-        self.terms: dict[str, Term] = {
+        used = {
             name: term(config, self.surroundings)
             for name, term in TERMS.items()
             if name == "pixel" or config.weight_of(name) > 0
+        }
+        self.latent_terms = {n: term for n, term in used.items() if isinstance(term, LatentTerm)}
+        self.terms: dict[str, Term] = {
+            n: term for n, term in used.items() if n not in self.latent_terms
         }
         for term in self.terms.values():
             term.others = [other for other in self.terms.values() if other is not term]
@@ -145,7 +159,17 @@ class Objective:
         Returns:
             Their weighted sum and scalars for the log.
         """
-        loss, log = self.latent.loss(inputs.step, inputs.images, code)
+        loss, log = self.latent.loss(inputs.step, inputs.encoded, code)
+        pulls = {"penalties": loss}
+        for name, latent_term in self.latent_terms.items():
+            if (value := latent_term.latent_value(code, inputs.encoded)) is None:
+                continue
+            log[f"loss/{name}"] = value.detach()
+            pulls[name] = latent_term.strength(inputs.step) * value
+            loss = loss + pulls[name]
+        if self.latent_terms and code.signal.requires_grad:
+            for name, pull in pulls.items():
+                log[f"latent_square_norm/{name}"] = _square_norm_at(pull, code.signal)
         for term in self.terms.values():
             if (own := term.own_loss(inputs)) is not None:
                 loss, log = loss + own[0], log | own[1]
@@ -170,3 +194,11 @@ class Objective:
         for name, parameter in self.parameters.items():
             parameter.data.copy_(rest.pop(f"parameter.{name}"))
         self.means.load_state_dict(rest)
+
+
+def _square_norm_at(value: Tensor, latents: Tensor) -> Tensor:
+    """Mean over samples of the squared norm of a value's gradient at the latents."""
+    if not value.requires_grad:
+        return value.detach() * 0
+    (found,) = torch.autograd.grad(value, latents, retain_graph=True, allow_unused=True)
+    return value.detach() * 0 if found is None else mean_square_norm(found)

@@ -22,9 +22,10 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from first_stage.config.losses import LossConfig, TermConfig
+from first_stage.config.losses import LatentTermConfig, LossConfig, TermConfig
 from first_stage.config.sections import add_section, section
 from first_stage.losses.lagged_means import LaggedMeans
+from first_stage.models.bottlenecks import Code
 from first_stage.models.critic import CriticOutput
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -60,22 +61,29 @@ class Inputs:
 
     Attributes:
         step: The step, for schedules.
-        images: `(B, C, H, W)` in [-1, 1].
+        images: `(B, C, H, W)` in [-1, 1], what the reconstructions are to be.
         decoded: `(n, C, H, W)`, the pixels at which every loss stops: a leaf. The reconstructions,
             then, where the recipe asks for them, decoded prior samples.
         critic: What the critic says of both; `None` while it is not run.
+        given: The images that the encoder got, where `images` were changed since; else `None`.
     """
 
     step: int
     images: Tensor
     decoded: Tensor
     critic: CriticOutputs | None = None
+    given: Tensor | None = None
     _shared: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def rebuilt(self) -> Tensor:
         """The reconstructions `(B, C, H, W)` of the images, in their order."""
         return self.decoded[: len(self.images)]
+
+    @property
+    def encoded(self) -> Tensor:
+        """The images `(B, C, H, W)` that the encoder got."""
+        return self.images if self.given is None else self.given
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """Something that several terms share on a micro-batch; made by the first that asks."""
@@ -165,6 +173,34 @@ class Term(ABC):
     def own_loss(self, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]] | None:
         """The loss of its own parameters, with a graph over them alone, and scalars for the log."""
         return None
+
+
+class LatentTerm(Term):
+    """A term of the latents instead of the pixels, such as of their spectrum.
+
+    It says `latent_value`, and its section is a `LatentTermConfig`. Its gradient does not pass
+    through the decoder, so it cannot be held against those at the pixels: it weighs what its weight
+    says, whatever the balance. `latent_norm/<name>` and `latent_share/<name>` in the log hold it
+    against what else acts on the latents directly: the bottleneck's penalties and terms like it.
+    """
+
+    section: ClassVar[type[LatentTermConfig]]
+
+    def value(self, inputs: Inputs) -> Tensor:
+        """Nothing at the pixels."""
+        return inputs.decoded.new_zeros(())
+
+    @abstractmethod
+    def latent_value(self, code: Code, images: Tensor) -> Tensor | None:
+        """A scalar with a graph over `code`; its docstring says what was averaged.
+
+        Args:
+            code: Of the images, with the encoder's graph.
+            images: `(B, C, H, W)` in [-1, 1], those that were encoded.
+
+        Returns:
+            `None` in a step that only measures what later ones need.
+        """
 
 
 TERMS: dict[str, type[Term]] = {}

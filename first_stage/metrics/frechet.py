@@ -32,14 +32,21 @@ class GaussianStatistics:
         features = in_float64(features)
         if self.mean.device != features.device:
             self.mean, self.scatter = self.mean.to(features), self.scatter.to(features)
-        count = len(features)
-        mean = features.mean(0)
-        centred = features - mean
-        total = self.count + count
-        shift = mean - self.mean
-        self.scatter += centred.T @ centred
-        self.scatter += torch.outer(shift, shift) * (self.count * count / total)
-        self.mean = self.mean + shift * (count / total)
+        part = GaussianStatistics(0)
+        part.count, part.mean = len(features), features.mean(0)
+        centred = features - part.mean
+        part.scatter = centred.T @ centred
+        self.merge(part)
+
+    def merge(self, other: "GaussianStatistics") -> None:
+        """Add the vectors of another one, which lies on the same device."""
+        total = self.count + other.count
+        if other.count == 0:
+            return
+        shift = other.mean - self.mean
+        self.scatter += other.scatter
+        self.scatter += torch.outer(shift, shift) * (self.count * other.count / total)
+        self.mean = self.mean + shift * (other.count / total)
         self.count = total
 
     def merged(self, total: Callable[[Tensor], Tensor]) -> "GaussianStatistics":

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from first_stage.metrics.frechet import GaussianStatistics
 from first_stage.metrics.images import mean_squared_error
 from first_stage.metrics.moments import ChannelMoments
 from first_stage.metrics.spectrum import (
@@ -23,6 +24,7 @@ from first_stage.metrics.spectrum import (
     radial_frequency,
     ring_centres,
     ring_energy,
+    slope,
 )
 
 ACTIVE = 0.01
@@ -48,6 +50,27 @@ def is_active(signal: float, noise: float | None) -> bool:
         noise: Mean variance of its posteriors; `None` without posteriors.
     """
     return signal > (_NO_NOISE if noise is None else ACTIVE * noise)
+
+
+def redundancy(covariance: np.ndarray) -> float:
+    """How far channels repeat each other, from 0 (not correlated) to 1 - 1/C (all the same).
+
+    1 - R / C with the effective rank R of their correlation matrix: exp of the entropy of its
+    eigenvalues' shares (Roy & Vetterli 2007). Linear maps of other channels count as repetition,
+    whatever their size.
+
+    Args:
+        covariance: `(C, C)` of the channels; those that never vary are left out.
+    """
+    deviations = np.sqrt(np.clip(np.diag(covariance), 0, None))
+    varies = deviations > 0
+    if not varies.any():
+        return 0.0
+    scale = deviations[varies]
+    eigenvalues = np.linalg.eigvalsh(covariance[np.ix_(varies, varies)] / np.outer(scale, scale))
+    shares = np.clip(eigenvalues, 0, None) / np.clip(eigenvalues, 0, None).sum()
+    entropy = -sum(s * math.log(s) for s in shares.tolist() if s > 0)
+    return max(1.0 - math.exp(entropy) / len(scale), 0.0)
 
 
 class HigherMoments(ChannelMoments):
@@ -104,6 +127,7 @@ class LatentHealth:
     def __init__(self, channels: int):
         self.images = 0
         self.moments = HigherMoments(channels)
+        self.together = GaussianStatistics(channels)
         self.kl = np.zeros(channels)
         self.noise = np.zeros(channels)
         self.posteriors = 0
@@ -122,6 +146,7 @@ class LatentHealth:
         """
         self.images += len(mean)
         self.moments.update(mean)
+        self.together.update(mean.movedim(1, -1).flatten(0, -2).cpu())
         if logvar is not None:
             self.posteriors += len(mean)
             mu, lv = mean.cpu().double(), logvar.cpu().double()
@@ -141,6 +166,7 @@ class LatentHealth:
         self.images += other.images
         self.posteriors += other.posteriors
         self.moments.merge(other.moments)
+        self.together.merge(other.together)
         for name in ("kl", "noise", "energy", "count", "total", "high"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
@@ -150,10 +176,12 @@ class LatentHealth:
         Returns:
             `channels` with one entry per channel: `mean`, `std`, `excess_kurtosis`, `kl` (nats per
             image, summed over positions), `noise_std`, `signal_to_noise` (variance of the modes
-            over the posterior's variance), `active`. `active_channels`. `kl` (nats per image).
-            `spectrum`: `frequency` in cycles per latent, `energy` per coefficient with every
-            channel scaled to the same total, and `high_frequency_share`, the mean share of a
-            channel's energy at a quarter of a cycle and above; white noise has about 0.8.
+            over the posterior's variance), `active`, `variance_share` (of the sum over channels).
+            `active_channels`. `kl` (nats per image). `redundancy` (see there). `spectrum`:
+            `frequency` in cycles per latent, `energy` per coefficient with every channel scaled to
+            the same total, `slope` (see `metrics.spectrum.slope`), and `high_frequency_share`, the
+            mean share of a channel's energy at a quarter of a cycle and above; white noise has
+            about 0.8.
         """
         m = self.moments
         posterior = self.posteriors > 0
@@ -173,6 +201,7 @@ class LatentHealth:
                 "noise_std": math.sqrt(float(noise[c])) if posterior else None,
                 "signal_to_noise": _number(signal[c] / noise[c]) if posterior else None,
                 "active": active[c],
+                "variance_share": _number(signal[c] / signal.sum()) if signal.sum() > 0 else None,
             }
             for c in range(len(signal))
         ]
@@ -187,9 +216,11 @@ class LatentHealth:
             "channels": channels,
             "active_channels": sum(active),
             "kl": float(self.kl.sum() / n) if posterior else None,
+            "redundancy": redundancy(self.together.scatter.numpy()),
             "spectrum": {
                 "frequency": ring_centres(),
                 "energy": relative,
+                "slope": slope(ring_centres(), relative),
                 "high_frequency_share": share,
             },
         }

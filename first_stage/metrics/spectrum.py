@@ -9,6 +9,7 @@ reaches 0.71. The mean (frequency 0) is left out everywhere.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -90,6 +91,13 @@ def _projected(images: Tensor, cutoff: float) -> Tensor:
     kept = _below(height, width, cutoff, images.device)
     with full_float32():
         return rows @ ((rows.mT @ images @ columns) * kept) @ columns.mT
+
+
+def coefficients(images: Tensor) -> Tensor:
+    """The same as `cosine_transform` in the type of the images; differentiable."""
+    rows, columns = (_cosines(n, images.dtype, images.device) for n in images.shape[-2:])
+    with full_float32():
+        return rows.mT @ images @ columns
 
 
 @functools.lru_cache(maxsize=16)
@@ -198,7 +206,8 @@ class SharpnessSums:
 
         Returns:
             `frequency` (cycles per pixel), `original` and `reconstruction` (mean energy per
-            coefficient; `None` in rings that no image reaches), `high_frequency_kept` and
+            coefficient; `None` in rings that no image reaches), `slope` of the originals,
+            `high_frequency_kept` and
             `high_frequency_agreement` (`None` where the originals have no energy there).
         """
         energy_x, energy_y, product = (float(v) for v in self.high)
@@ -207,6 +216,7 @@ class SharpnessSums:
             "frequency": ring_centres(),
             "original": mean_energy(self.original, self.count),
             "reconstruction": mean_energy(self.reconstruction, self.count),
+            "slope": slope(ring_centres(), mean_energy(self.original, self.count)),
             "high_frequency_kept": energy_y / energy_x if energy_x > 0 else None,
             "high_frequency_agreement": product / both if both > 0 else None,
         }
@@ -216,3 +226,24 @@ def mean_energy(total: np.ndarray, count: np.ndarray) -> list[float | None]:
     """Energy per coefficient; `None` where there is none."""
     pairs = zip(total.tolist(), count.tolist(), strict=True)
     return [t / c if c > 0 else None for t, c in pairs]
+
+
+def slope(frequency: Sequence[float], energy: Sequence[float | None]) -> float | None:
+    """How energy changes with frequency: the exponent a of the power law f^a that fits best.
+
+    About -2 in photos, 0 in white noise. A line through the logarithms by least squares, in which
+    every octave counts alike: a ring counts as the inverse of its frequency.
+
+    Args:
+        frequency: Of each ring, above 0.
+        energy: Per coefficient; rings without any are left out.
+
+    Returns:
+        `None` with fewer than three rings.
+    """
+    found = [(f, e) for f, e in zip(frequency, energy, strict=True) if e is not None and e > 0]
+    if len(found) < 3:
+        return None
+    x, y = (np.log([pair[k] for pair in found]) for k in (0, 1))
+    weights = [1 / math.sqrt(f) for f, _ in found]
+    return float(np.polyfit(x, y, 1, w=weights)[0])

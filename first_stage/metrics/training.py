@@ -39,7 +39,7 @@ def critic_log(real_logits: Tensor, fake_logits: Tensor, boundary: float) -> dic
 _FEW_CODES = 0.1
 """Share of the codes below which the log warns."""
 _SIGNAL = ("signal_mean", "signal_square", "noise_square")
-_CONSUMED = ("square_norm/", "inner/", *(f"{name}/" for name in _SIGNAL))
+_CONSUMED = ("square_norm/", "latent_square_norm/", "inner/", *(f"{name}/" for name in _SIGNAL))
 
 
 def derived(values: Mapping[str, float]) -> dict[str, float]:
@@ -54,15 +54,17 @@ def derived(values: Mapping[str, float]) -> dict[str, float]:
         All of them but `square_norm` and `inner`, and instead: `norm/x`, the norm of each term's
         gradient; `share/x`, its share of the sum of these norms; `cosine/x`, the cosine between
         its gradient and the pixel term's (near 0 it adds something of its own, near 1 it repeats
-        the pixel term, below 0 the two pull in opposite directions); `kl/active_channels`, the
+        the pixel term, below 0 the two pull in opposite directions); `latent_norm/x` and
+        `latent_share/x`, the same of what acts on the latents directly; `kl/active_channels`, the
         number of channels that carry signal (see `metrics.latents.is_active`).
     """
-    norms = {k: math.sqrt(v) for k, v in _under("square_norm/", values).items()}
-    total = sum(norms.values())
     result = {k: v for k, v in values.items() if not k.startswith(_CONSUMED)}
-    for name, norm in norms.items():
-        result[f"norm/{name}"] = norm
-        result[f"share/{name}"] = norm / total if total > 0 else 0.0
+    for where in ("latent_", ""):
+        norms = {k: math.sqrt(v) for k, v in _under(f"{where}square_norm/", values).items()}
+        total = sum(norms.values())
+        for name, norm in norms.items():
+            result[f"{where}norm/{name}"] = norm
+            result[f"{where}share/{name}"] = norm / total if total > 0 else 0.0
     for name, inner in _under("inner/", values).items():
         size = norms[name] * norms["pixel"]
         result[f"cosine/{name}"] = inner / size if size > 0 else 0.0

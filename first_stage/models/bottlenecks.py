@@ -45,11 +45,19 @@ class Code(NamedTuple):
         penalties: By name, `(B,)` each with a graph: what the encoder pays for its latents. The
             objective weights them by these names.
         facts: By name, scalars or `(C,)`: what the log says of the latents.
+        mean: The latents without the noise of the draw, with their graph; `None` where no noise is
+            drawn.
     """
 
     latents: Tensor
     penalties: Mapping[str, Tensor]
     facts: Mapping[str, Tensor]
+    mean: Tensor | None = None
+
+    @property
+    def signal(self) -> Tensor:
+        """The latents `(B, C, h, w)` without the noise of the draw."""
+        return self.latents if self.mean is None else self.mean
 
 
 class Bottleneck(nn.Module):
@@ -113,7 +121,7 @@ class Gaussian(Bottleneck):
         latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         kl = kl_divergence(mean, logvar)
         facts = {"kl_channel": kl.mean((0, 2, 3)), **signal_facts(mean, logvar)}
-        return Code(latents, {"kl": kl.flatten(1).sum(1)}, facts)
+        return Code(latents, {"kl": kl.flatten(1).sum(1)}, facts, mean)
 
     def encode(self, output: Tensor) -> Encoded:
         """Mean and clamped log-variance."""

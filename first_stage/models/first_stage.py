@@ -13,6 +13,7 @@ from first_stage.errors import UserError
 from first_stage.models import built_in  # noqa: F401  # its families register themselves
 from first_stage.models.bottlenecks import Bottleneck, Code, Encoded
 from first_stage.models.codebooks import Discrete
+from first_stage.models.disturb import Disturbance, disturb, like
 from first_stage.models.families import Family, family_of
 
 
@@ -24,11 +25,14 @@ class Reconstruction(NamedTuple):
         code: Of the images.
         latents: `(B, C, h, w)`, what `images` was decoded from; a leaf where the decoder was cut
             off from the encoder.
+        targets: `(B, C_in, H, W)`, what the images decoded are to be: those given, or as they were
+            changed along with their latents.
     """
 
     images: Tensor
     code: Code
     latents: Tensor
+    targets: Tensor
 
 
 class FirstStage(nn.Module):
@@ -148,6 +152,7 @@ class FirstStage(nn.Module):
         noise: Tensor | None = None,
         prior: Tensor | None = None,
         cut_off: bool = False,
+        disturbance: Disturbance | None = None,
     ) -> Reconstruction:
         """Reconstruct images through their bottleneck.
 
@@ -156,6 +161,8 @@ class FirstStage(nn.Module):
             noise: `(B, C, h, w)` standard normal, or `None` to decode without a draw.
             prior: `(P, C, h, w)`, further latents to decode in the same pass.
             cut_off: End the decoder's graph at the latents, before the encoder.
+            disturbance: What is done to the latents before they are decoded; further latents are
+                cropped to their size alone.
 
         Returns:
             All of it float32, whatever autocast computes in.
@@ -164,11 +171,13 @@ class FirstStage(nn.Module):
         latents = code.latents
         if cut_off:
             latents = latents.detach().requires_grad_()
-        decoded = latents
+        decoded, targets = latents, images
+        if disturbance is not None:
+            decoded, targets = disturb(latents, images, disturbance)
         if prior is not None:
-            decoded = torch.cat([latents, self.bottleneck.settle(prior)])
+            decoded = torch.cat([decoded, self.bottleneck.settle(like(decoded, prior))])
         images = self.family.to_images(self.model, decoded).float()
-        return Reconstruction(images, code, latents)
+        return Reconstruction(images, code, latents, targets)
 
 
 def as_first_stage(model: Any, name: str | None = None) -> FirstStage:

@@ -43,10 +43,10 @@ def _stage(stage: dict[str, Any], place: int, pairs: Sequence[dict[str, Any]], f
     if share is not None:
         text += f"; {share:.0%} of their energy is at 0.25 cycles per latent and above"
         text += " (white noise: about 80%)"
-    body = f"<p>{escape(text)}.</p>"
+    body = f"<p>{escape(text)}.</p>" + _for_diffusion(stage)
     pictures = _pictures(place, pairs, folder)
     rows = [_channel(c, entry) for c, entry in enumerate(channels)]
-    head = ["channel", "histogram", "mean", "std", "excess kurtosis"]
+    head = ["channel", "histogram", "mean", "std", "share of variance", "excess kurtosis"]
     if health["posterior"]:
         head += ["KL (nats)", "noise std", "signal / noise", "active"]
     else:
@@ -55,6 +55,56 @@ def _stage(stage: dict[str, Any], place: int, pairs: Sequence[dict[str, Any]], f
     if len(rows) > _OPEN_CHANNELS:
         figures = details(f"All {len(rows)} channels", figures)
     return body + pictures + figures + _transforms(stage)
+
+
+def _for_diffusion(stage: dict[str, Any]) -> str:
+    """What says without training how easily a diffusion model learns these latents."""
+    health = stage["latent_health"]
+    rows = []
+    halved = health["equivariance"].get("scale_0.5", {}).get("psnr_to_image")
+    if halved is not None:
+        rows.append(
+            [
+                "halved latents",
+                f"{halved:.2f} dB",
+                "what they decode to, against the halved image: the higher, the more latents are "
+                "like a small image",
+            ]
+        )
+    slope, images = health["spectrum"].get("slope"), stage["sharpness"].get("slope")
+    if slope is not None and images is not None:
+        rows.append(
+            [
+                "slope of the spectrum",
+                f"{slope:.2f} (images: {images:.2f})",
+                "how energy falls with frequency, as a power of it: near 0 latents are like noise, "
+                "which has nothing coarse to begin with",
+            ]
+        )
+    if (repeated := health.get("redundancy")) is not None:
+        rows.append(
+            [
+                "redundancy of channels",
+                f"{repeated:.0%}",
+                "how far channels repeat each other: at 0% none does, and whitening "
+                "(first-stage export --whiten) takes it away",
+            ]
+        )
+    shares = sorted((c.get("variance_share") or 0.0 for c in health["channels"]), reverse=True)
+    half = next((n for n in range(1, len(shares) + 1) if sum(shares[:n]) >= 0.5), None)
+    if half is not None:
+        rows.append(
+            [
+                "channels with half of the variance",
+                f"{half} of {len(shares)}",
+                "a diffusion model that scales channels to unit variance makes the others as loud "
+                "as these",
+            ]
+        )
+    if not rows:
+        return ""
+    head = ["for a diffusion model", "", "what it says"]
+    return table(head, rows, numeric_from=len(head))
 
 
 def _channel(place: int, entry: dict[str, Any]) -> list[str]:
@@ -67,6 +117,7 @@ def _channel(place: int, entry: dict[str, Any]) -> list[str]:
         chart,
         f"{entry['mean']:.3f}",
         f"{entry['std']:.3f}",
+        "–" if (share := entry.get("variance_share")) is None else f"{share:.1%}",
         "–" if kurtosis is None else f"{kurtosis:.2f}",
     ]
     if entry["kl"] is not None:

@@ -38,6 +38,8 @@ _ABOUT = {
     "share": "Share of the gradient that reaches the decoder",
     "critic": "The critic's verdicts",
     "norm": "Norm of each term's weighted gradient at the reconstruction",
+    "latent_share": "Share of what acts on the latents directly, beside the decoder's gradient",
+    "latent_norm": "Norm of that weighted gradient at the latents",
     "balance": "Factor on a term's weight that follows from the gradients' norms",
     "cosine": "Between each term's gradient and the pixel term's: near 0 it adds something of its "
     "own, below 0 the two pull in opposite directions",

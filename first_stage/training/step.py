@@ -21,12 +21,13 @@ from first_stage.models.critic import (
     advance_spectral_norm,
     update_average,
 )
+from first_stage.models.disturb import Disturbance, check_disturb
 from first_stage.models.first_stage import FirstStage
 from first_stage.seeding import Purpose, to_device
 from first_stage.spans import span
 from first_stage.training.checkpoint import Snapshot, flatten_optimizer, restore_optimizer
 from first_stage.training.compiling import compile_blocks, uncompiled
-from first_stage.training.draws import normals, uniforms
+from first_stage.training.draws import disturbance, normals, uniforms
 from first_stage.training.meter import Meter
 from first_stage.training.players import (
     Network,
@@ -54,6 +55,7 @@ class Trainer:
         height, width = config.data.view(config.data.resolution).size
         channels, rows, _ = first_stage.latent_shape(height)
         self.latent_shape = (channels, rows, first_stage.latent_shape(width)[2])
+        check_disturb(config.disturb, first_stage.bottleneck, channels)
         critic = build_critic(config.critic, first_stage) if config.needs_critic else None
         self.objective = Objective(
             config.loss, accelerator.device, accelerator.autocast, first_stage.bottleneck.weights
@@ -116,11 +118,12 @@ class Trainer:
                         self.noise(batch),
                         prior=self._prior_samples(step, batch),
                         cut_off=self.objective.cuts_off(step) and encoder_learns,
+                        disturbance=self._disturbance(step, batch) if encoder_learns else None,
                     )
-                decoded = output.images.detach().requires_grad_()
+                decoded, targets = output.images.detach().requires_grad_(), output.targets
                 with span("critic"):
-                    outputs = None if critic is None else self._look(critic, images, decoded)
-                inputs = Inputs(step, images, decoded, outputs)
+                    outputs = None if critic is None else self._look(critic, targets, decoded)
+                inputs = Inputs(step, targets, decoded, outputs, images)
                 with span("losses"):
                     gradient = self.objective.gradient(
                         inputs, output.images, self.first_stage.network.last_layer
@@ -141,7 +144,7 @@ class Trainer:
                         loss, critic_log = self.objective.critic.loss(outputs)
                         if self.objective.critic.penalizes(step):
                             found, log = self.objective.critic.penalty(
-                                critic.network.logits, images, decoded, self._mix(batch)
+                                critic.network.logits, targets, decoded, self._mix(batch)
                             )
                             loss, critic_log = loss + found, critic_log | log
                     with span("critic backward"):
@@ -252,6 +255,17 @@ class Trainer:
         if not wanted or step < self.config.critic.start_step:
             return None
         return self._normals(Purpose.PRIOR, batch)
+
+    def _disturbance(self, step: int, batch: Batch) -> Disturbance | None:
+        """What is done to the latents of a micro-batch before they are decoded."""
+        config = self.config.disturb
+        if not config.in_use:
+            return None
+        drawn = disturbance(self.config.seed, config, step, batch.positions, self.latent_shape)
+        device = batch.pixels.device
+        return Disturbance(
+            drawn.geometry, *(t if t is None else to_device(t, device) for t in drawn[1:])
+        )
 
     def _normals(self, purpose: Purpose, batch: Batch) -> Tensor:
         drawn = normals(self.config.seed, purpose, batch.positions, self.latent_shape)

@@ -34,6 +34,16 @@ MIXES = {
         "critic.layers": 1,
         "critic.scales": 2,
     },
+    "disturbed": {
+        "disturb.equivariance.probability": 0.7,
+        "disturb.equivariance.transforms": "[scale,flip,turn]",
+        "disturb.equivariance.least_scale": 0.75,
+        "disturb.noise.probability": 0.5,
+        "disturb.prefix.probability": 0.5,
+        "disturb.prefix.channels": 1,
+        "loss.variance.weight": 0.1,
+        "loss.spectrum.weight": 0.1,
+    },
     "decoder alone after three steps": {
         "train.encoder_steps": 3,
         "loss.pixel": "l2",

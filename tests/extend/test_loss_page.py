@@ -57,6 +57,20 @@ def test_it_can_be_balanced_by_shares(tmp_path, images, run):
     assert trained.returncode == 0, trained.stderr
 
 
+def test_a_toy_term_of_the_latents_trains_and_is_logged(tmp_path, images, run):
+    main = (tmp_path / "train_smoothly.py").read_text()
+    (tmp_path / "train_smoothly.py").write_text("import small_latents\n" + main)
+    line = arguments(tmp_path / "run", images, train__max_steps=3)
+    trained = run(*line, "--loss.latent_size.weight", 0.3, "--loss.latent_size.start_step", 1)
+    assert trained.returncode == 0, trained.stderr
+    log = [e for e in read_log(tmp_path / "run/log.jsonl") if "loss/latent_size" in e]
+    assert len(log) == 3
+    assert log[0]["latent_share/latent_size"] == 0  # it enters at step 1
+    assert 0 < log[-1]["latent_share/latent_size"] <= 1
+    assert "share/latent_size" not in log[-1]
+    assert "latent_size" in (tmp_path / "run/report.html").read_text()
+
+
 def test_its_fields_are_in_the_help_and_checked(run):
     helped = run("--help")
     assert "--loss.total_variation.power" in helped.stdout

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
-from first_stage.metrics.latents import HigherMoments, LatentHealth, equivariance
+from first_stage.metrics.latents import HigherMoments, LatentHealth, equivariance, redundancy
 from first_stage.metrics.spectrum import radial_frequency
 
 
@@ -134,3 +134,35 @@ def test_odd_latents_are_halved_rounded_down() -> None:
     )
     assert found["scale_0.5"][0].shape == (1,)
     assert found["scale_0.5"][0].isfinite().all()
+
+
+def test_redundancy_by_hand() -> None:
+    assert redundancy(np.diag([4.0, 0.01, 1.0])) == pytest.approx(0)
+    same = np.outer([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0])
+    assert redundancy(same) == pytest.approx(1 - 1 / 4)
+    # Correlation 0.6: eigenvalues 1.6 and 0.4, shares 0.8 and 0.2.
+    half = np.array([[1.0, 0.6], [0.6, 1.0]])
+    rank = math.exp(-(0.8 * math.log(0.8) + 0.2 * math.log(0.2)))
+    assert redundancy(half) == pytest.approx(1 - rank / 2)
+    with_dead = np.zeros((3, 3))
+    with_dead[:2, :2] = half
+    assert redundancy(with_dead) == pytest.approx(1 - rank / 2)
+    assert redundancy(np.zeros((2, 2))) == 0
+
+
+def test_what_predicts_diffusability_is_summed_over_parts() -> None:
+    x = skewed()
+    x[:, 2] = x[:, 0] * 3 + 0.01 * x[:, 2]
+    whole, parts = LatentHealth(3), [LatentHealth(3) for _ in range(3)]
+    whole.update(x, None)
+    for part, some in zip(parts, x.split(15), strict=True):
+        part.update(some, None)
+    parts[0].merge(parts[1])
+    parts[0].merge(parts[2])
+    one, other = whole.summary(), parts[0].summary()
+    assert other["redundancy"] == pytest.approx(one["redundancy"], rel=1e-9)
+    rows = x.movedim(1, -1).reshape(-1, 3).double().numpy()
+    assert one["redundancy"] == pytest.approx(redundancy(np.cov(rows.T)), rel=1e-9)
+    shares = [c["variance_share"] for c in one["channels"]]
+    assert shares == pytest.approx(rows.var(0) / rows.var(0).sum())
+    assert sum(shares) == pytest.approx(1)

@@ -6,7 +6,14 @@ import torch
 from scipy.fft import dctn
 
 from first_stage.metrics import spectrum
-from first_stage.metrics.spectrum import SharpnessSums
+from first_stage.metrics.spectrum import (
+    SharpnessSums,
+    cosine_transform,
+    mean_energy,
+    ring_centres,
+    ring_energy,
+    slope,
+)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 6), (7, 5), (16, 9)])
@@ -115,3 +122,22 @@ def test_a_low_pass_is_a_projection_at_any_shape_and_keeps_constants() -> None:
     assert abs(coefficients[..., beyond]).max() < 1e-12
     expected = 2 * dctn(x.detach().numpy(), axes=(-2, -1), norm="ortho")
     np.testing.assert_allclose(coefficients[..., ~beyond], expected[..., ~beyond], atol=1e-12)
+
+
+def test_the_slope_of_a_power_law_is_its_exponent():
+    frequency = ring_centres()
+    for exponent in (-2.0, 0.0, 0.7):
+        energy = [7.0 * f**exponent for f in frequency]
+        assert slope(frequency, energy) == pytest.approx(exponent)
+    assert slope(frequency, [None, *energy[1:]]) == pytest.approx(0.7)
+    assert slope(frequency[:3], [1.0, None, 2.0]) is None
+
+
+def test_noise_is_flat_and_its_running_sum_is_not():
+    noise = torch.randn(40, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = []
+    for x in (noise, noise.cumsum(-1).cumsum(-2)):
+        rings, count = ring_energy(cosine_transform(x).square())
+        found.append(slope(ring_centres(), mean_energy(rings.mean((0, 1)).numpy(), count.numpy())))
+    assert found[0] == pytest.approx(0, abs=0.05)
+    assert found[1] < -1

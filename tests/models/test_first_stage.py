@@ -27,7 +27,8 @@ def test_one_forward_gives_reconstruction_and_posterior():
     vae = tiny_vae()
     stage = FirstStage(vae)
     images, noise = torch.randn(2, 3, 16, 16), torch.randn(2, 4, 8, 8)
-    reconstruction, code, drawn = stage(images, noise)
+    reconstruction, code, drawn, targets = stage(images, noise)
+    assert targets is images
     distribution = vae.encode(images).latent_dist
     assert torch.equal(stage.encode(images).latents, distribution.mean)
     assert torch.equal(stage.encode(images).logvar, distribution.logvar)

@@ -99,6 +99,16 @@ def test_run_with_evaluation(run, tmp_path) -> None:
     assert sections == ["summary", "pairs", "training", "spectra", "latents", "images", "recipe"]
     links = [a["href"] for a in page.all("a")]
     assert links == [f"#{s}" for s in sections]
+    stage = json.loads((run / "evaluation/metrics.json").read_text())["first_stages"][0]
+    health = stage["latent_health"]
+    for figure in (
+        f"{health['spectrum']['slope']:.2f} (images: {stage['sharpness']['slope']:.2f})",
+        f"{health['redundancy']:.0%}",
+        f"{health['equivariance']['scale_0.5']['psnr_to_image']:.2f} dB",
+        f"{health['channels'][0]['variance_share']:.1%}",
+        "channels with half of the variance",
+    ):
+        assert figure in page.text
 
 
 def test_comparison_of_two(tmp_path) -> None:

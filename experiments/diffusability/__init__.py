@@ -1,0 +1,1 @@
+"""How well a small diffusion transformer learns the latents of a first stage."""

@@ -99,8 +99,14 @@ class ModelConfig:
     """Which autoencoder: kl (AutoencoderKL), or another registered family; a pretrained one's is
     found by its class."""
     pretrained: str | None = None
-    """Fine-tune this first stage (a diffusers folder, a pipeline's folder, or a hub id); the fields
-    of the layout below are then taken from it. null: train a new one."""
+    """Fine-tune this first stage (a diffusers folder, a pipeline's folder, a single file or whole
+    checkpoint, or a hub id, owner/name@revision for one of its revisions); the fields of the layout
+    below are then taken from it. null: train a new one."""
+    scaling_factor: PositiveFloat | None = None
+    """What pipelines multiply a pretrained first stage's latents by, where its file does not say
+    (0.18215 in Stable Diffusion 1.x, 0.13025 in XL); null: as it says."""
+    shift_factor: float | None = None
+    """What they subtract before; null: as it says."""
     in_channels: PositiveInt = 3
     """Channels of the images: 1 (gray), 3 (RGB), 4 (RGBA), or as many as the files have."""
     latent_channels: PositiveInt = 4

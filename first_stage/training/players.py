@@ -98,6 +98,11 @@ def _pretrained(config: ModelConfig, name: str) -> FirstStage:
     model = load_autoencoder(name, field="model.pretrained")
     family = trainable_family_of(model, name, config.family)
     stage = FirstStage(model, family, family.bottleneck(model, config), name)
+    if config.scaling_factor is not None or config.shift_factor is not None:
+        scaling, shift = family.carrier.read(model)
+        scaling = scaling if config.scaling_factor is None else config.scaling_factor
+        shift = shift if config.shift_factor is None else config.shift_factor
+        family.carrier.write(model, scaling, shift)
     if stage.in_channels != config.in_channels:
         raise ConfigError(
             f"model.in_channels is {config.in_channels}, but model.pretrained {name!r} takes "

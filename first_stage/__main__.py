@@ -17,7 +17,7 @@ COMMANDS = {
     "evaluate": "Measure first stages and compare them; write a report to look at.",
     "cache": "Precompute the latents of a data set.",
     "latents": "Look after a cache: info, verify, stats, preview, gc, export.",
-    "export": "Write a first stage anew, with the latents' statistics folded into its weights.",
+    "export": "Write a first stage anew: as one file, into a checkpoint, with standard latents.",
     "recipes": "List the recipes that come with first-stage, or print one.",
 }
 """The commands and what they do; each is `main()` of its module in `first_stage.commands`."""

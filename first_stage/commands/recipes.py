@@ -35,7 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _listing() -> list[str]:
-    lines = [f"{name:<12}{about(name)}" for name in recipe_names()]
+    names = recipe_names()
+    width = max(map(len, names)) + 2
+    lines = [f"{name:<{width}}{about(name)}" for name in names]
     train = command_line("train", "--config", "kl_f8", "--data.path", "FOLDER", processes=1)
     return [*lines, "", f"In {recipe_folder()}; use one by its name:", f"  {train}"]
 

@@ -37,6 +37,7 @@ def _problems(c: Config) -> Iterator[str]:
     side = min(c.data.crop_shape or (c.data.resolution,))
     yield from loss_problems(c.loss, c.critic, c.model.in_channels, side)
     yield from _disturb_problems(c, side)
+    yield from _part_problems(c)
     yield from _schedule_problems(c)
 
 
@@ -133,6 +134,26 @@ def _disturb_problems(c: Config, side: int) -> Iterator[str]:
 
 _VGG_SMALLEST = 16
 """Four halvings lie before its last layers."""
+
+
+def _part_problems(c: Config) -> Iterator[str]:
+    parts, steps = c.train.parts, c.train.encoder_steps
+    if not parts:
+        yield "train.parts is empty: name what learns, such as decoder, or all"
+    if "all" in parts and len(parts) > 1:
+        yield f"train.parts is {list(parts)}: all is everything already, so name it alone"
+    if steps is not None and "all" not in parts:
+        yield (
+            f"train.encoder_steps is {steps}, but train.parts {list(parts)} says already what "
+            "learns: set train.encoder_steps to null, or train.parts to [all]"
+        )
+    balance = c.loss.balance
+    last = {"all", "decoder", "last_block", "conv_out"}
+    if balance.kind == "adaptive" and balance.at == "last_layer" and not last & set(parts):
+        yield (
+            f"loss.balance.at is last_layer, but train.parts {list(parts)} leaves the last layer "
+            "as it is: add last_block, or set loss.balance.at to pixels"
+        )
 
 
 def _schedule_problems(c: Config) -> Iterator[str]:

@@ -49,6 +49,8 @@ __all__ = [
 
 Crop = Literal["random", "center"]
 Optimizer = Literal["adamw", "adamw_8bit"]
+Part = Literal["all", "encoder", "decoder", "mid", "last_block", "conv_in", "conv_out"]
+_OF_ENCODER = ("all", "encoder", "conv_in")
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,20 @@ class ModelConfig:
     """Which autoencoder: kl (AutoencoderKL), or another registered family; a pretrained one's is
     found by its class."""
     pretrained: str | None = None
-    """Fine-tune this first stage (a diffusers folder, a pipeline's folder, or a hub id); the fields
-    of the layout below are then taken from it. null: train a new one."""
+    """Fine-tune this first stage (a diffusers folder, a pipeline's folder, a single file or whole
+    checkpoint, or a hub id, owner/name@revision for one of its revisions); the fields of the layout
+    below are then taken from it. null: train a new one."""
+    scaling_factor: PositiveFloat | None = None
+    """What pipelines multiply a pretrained first stage's latents by, where its file does not say
+    (0.18215 in Stable Diffusion 1.x, 0.13025 in XL); null: as it says."""
+    shift_factor: float | None = None
+    """What they subtract before; null: as it says."""
+    inflate_channels: bool = False
+    """Give a pretrained first stage in_channels image channels where it has others: 3 become 1, 4
+    (RGBA) or more. At step 0 it does to the channels it had what it did before."""
+    more_latent_channels: NonNegativeInt = 0
+    """Add latent channels to a pretrained AutoencoderKL; at step 0 the others and the images are
+    as they were."""
     in_channels: PositiveInt = 3
     """Channels of the images: 1 (gray), 3 (RGB), 4 (RGBA), or as many as the files have."""
     latent_channels: PositiveInt = 4
@@ -129,6 +143,10 @@ class TrainConfig:
     decoder learns alone, at less cost: what latents mean no longer changes, while textures still
     improve (as the last phase of DC-AE, Chen et al. 2024). 0 trains the decoder only, null both to
     the end."""
+    parts: tuple[Part, ...] = ("all",)
+    """What learns: all; encoder or decoder, with its 1x1 convolution; of the decoder mid (its
+    middle), last_block (with the last convolution) or conv_out (that alone); conv_in, the encoder's
+    first convolution. Several add up. Without a part of the encoder latents stay as they are."""
     batch_size: PositiveInt = 32
     """Images per update over all processes and micro-batches."""
     micro_batch_size: PositiveInt | None = may_change(None)
@@ -231,6 +249,12 @@ class Config:
     def needs_critic(self) -> bool:
         """Whether any term of the objective uses the critic."""
         return self.loss.learned.weight > 0 or self.loss.adversarial.weight > 0
+
+    @property
+    def keeps_latents(self) -> bool:
+        """Whether latents stay those of `model.pretrained`: nothing of its encoder learns."""
+        still = self.train.encoder_steps == 0 or not set(self.train.parts) & set(_OF_ENCODER)
+        return self.model.pretrained is not None and still and not self.model.more_latent_channels
 
     @property
     def held_out_view(self) -> View:

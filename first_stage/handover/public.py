@@ -7,7 +7,7 @@ from pathlib import Path
 from first_stage.config.schema import Config
 from first_stage.data import is_builtin
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 def public_name(path: str) -> str:

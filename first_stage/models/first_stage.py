@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from first_stage.errors import UserError
-from first_stage.models import built_in  # noqa: F401  # its families register themselves
+from first_stage.models import built_in, flux2  # noqa: F401  # families register themselves
 from first_stage.models.bottlenecks import Bottleneck, Code, Encoded
 from first_stage.models.codebooks import Discrete
 from first_stage.models.disturb import Disturbance, disturb, like

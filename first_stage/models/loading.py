@@ -21,12 +21,14 @@ from torch import nn
 from first_stage.errors import UserError, first_line
 from first_stage.files import standing
 from first_stage.models.families import FAMILIES
+from first_stage.models.single_file import SUFFIXES, is_single_file, load_single_file
 
 STATISTICS_FILE = "latent_statistics.json"
 """Beside the config of one of our exports: what was measured of its latents."""
 _PREFIXES = ("_orig_mod.", "module.")
 """What `torch.compile` and data-parallel wrappers put before every weight's name."""
 _SHOWN = 3
+_WEIGHTS = "diffusion_pytorch_model"
 _PATIENCE = 6.0
 """Seconds to wait for an answer of the hub before it counts as out of reach."""
 _LOG = logging.getLogger(__name__)
@@ -56,11 +58,13 @@ class _Place:
 
 
 def load_autoencoder(name: str, revision: str | None = None, field: str = "first_stage") -> Any:
-    """Load any diffusers autoencoder: a folder, a pipeline's folder, or a hub id.
+    """Load any diffusers autoencoder: a folder, a pipeline's folder, a single file, or a hub id.
 
     Args:
-        name: A folder with `config.json` and safetensors weights, a pipeline's folder with a `vae`
-            subfolder, or a hub id of either.
+        name: A folder with `config.json` and safetensors weights (whole, in shards, or as the fp16
+            variant), a pipeline's folder with a `vae` subfolder, a hub id of either, with
+            `@REVISION` where it is not the newest, or a single file: a first stage, or a whole
+            checkpoint that holds one (see `single_file`).
         revision: The hub revision.
         field: The option or field that names it, for messages.
 
@@ -71,10 +75,15 @@ def load_autoencoder(name: str, revision: str | None = None, field: str = "first
         UserError: When it cannot be loaded, is not an autoencoder with `encode` and `decode`, or
             when its weights are not those that its `config.json` asks for.
     """
-    place = _find(name, revision, field)
     try:
-        config = _read_config(place)
-        model = _load(place, _class_of(config, place))
+        if is_single_file(file := standing(Path(name))):
+            place = _Place(name, field, str(file), None, {})
+            model, remark = load_single_file(file, place.problem)
+            if remark:
+                _LOG.warning("%s %r: %s", field, name, remark)
+        else:
+            place = _find(name, revision, field)
+            model = _load(place, _class_of(_read_config(place), place))
     except UserError:
         raise
     except Exception as error:
@@ -154,14 +163,30 @@ def _find(name: str, revision: str | None, field: str) -> _Place:
         if subfolder is None and not (local / "config.json").exists():
             raise UserError(
                 f"{field} {name!r} is no diffusers folder: it has neither config.json nor "
-                "vae/config.json"
+                f"vae/config.json{_single_files(local)}"
             )
-        return _Place(name, field, str(local), subfolder, {})
+        return _Place(name, field, str(local), subfolder, _variant(local / (subfolder or ".")))
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(
             f"{field} {name!r} does not exist (and is no hub id of the form owner/name)"
         )
-    return _find_on_hub(name, revision, field)
+    name, _, named_revision = name.partition("@")
+    return _find_on_hub(name, revision or named_revision or None, field)
+
+
+def _single_files(folder: Path) -> str:
+    """What to take instead of a folder that only holds files."""
+    found = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES)
+    return f"; name the file itself ({', '.join(found[:3])})" if found else ""
+
+
+def _variant(folder: Path) -> dict[str, str]:
+    """Argument of `from_pretrained` for a folder that has no other weights than fp16's."""
+    for name in ("safetensors", "safetensors.index.json"):
+        if (folder / f"{_WEIGHTS}.{name}").exists():
+            return {}
+    halves = (f"{_WEIGHTS}.fp16.safetensors", f"{_WEIGHTS}.safetensors.index.fp16.json")
+    return {"variant": "fp16"} if any((folder / name).exists() for name in halves) else {}
 
 
 def _find_on_hub(name: str, revision: str | None, field: str) -> _Place:
@@ -264,11 +289,19 @@ def _load(place: _Place, cls: Any) -> Any:
 def _from_pretrained(
     cls: Any, source: str, subfolder: str | None, options: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    with _quiet_diffusers():
-        found: tuple[Any, dict[str, Any]] = cls.from_pretrained(
+    def load(**more: str) -> Any:
+        return cls.from_pretrained(
             source, subfolder=subfolder, use_safetensors=True, torch_dtype=torch.float32,
-            output_loading_info=True, ignore_mismatched_sizes=True, **options,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options, **more,
         )  # fmt: skip
+
+    with _quiet_diffusers():
+        try:
+            found: tuple[Any, dict[str, Any]] = load()
+        except OSError:
+            if Path(source).exists():
+                raise
+            found = load(variant="fp16")  # on the hub: what its folder holds is seen only now
     return found
 
 
@@ -332,10 +365,11 @@ def _weight_files(place: _Place) -> list[Path]:
         from huggingface_hub import snapshot_download
 
         inside = f"{place.subfolder}/" if place.subfolder else ""
-        options = {**place.options, "allow_patterns": f"{inside}diffusion_pytorch_model*"}
+        options = {**place.options, "allow_patterns": f"{inside}{_WEIGHTS}*"}
         folder = Path(snapshot_download(place.source, **options), place.subfolder or ".")
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    variant = f".{place.options['variant']}" if "variant" in place.options else ""
+    index = folder / f"{_WEIGHTS}.safetensors.index{variant}.json"
     if not index.exists():
-        return [folder / "diffusion_pytorch_model.safetensors"]
+        return [folder / f"{_WEIGHTS}{variant}.safetensors"]
     names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     return [folder / Path(name).name for name in sorted(names)]

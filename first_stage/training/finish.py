@@ -38,7 +38,7 @@ def hand_over(
     picture = frames[-1][1]
     save_gif([(f"step {step}", file) for step, file in frames], cell, folder / files.GIF)
     kept = None
-    if config.model.pretrained is not None and config.train.encoder_steps == 0:
+    if config.keeps_latents:
         kept = first_stage.scaling_and_shift
     card = model_card(
         first_stage,

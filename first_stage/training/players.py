@@ -11,6 +11,7 @@ from torch import nn
 from first_stage.config.losses import CriticConfig
 from first_stage.config.schema import ModelConfig, TrainConfig
 from first_stage.errors import ConfigError
+from first_stage.models.channels import add_latent_channels, inflate_images
 from first_stage.models.critic import Critic, make_critic
 from first_stage.models.families import family_named, trainable_family_of
 from first_stage.models.first_stage import FirstStage
@@ -123,11 +124,19 @@ def build_critic(config: CriticConfig, first_stage: FirstStage) -> Critic:
 
 def _pretrained(config: ModelConfig, name: str) -> FirstStage:
     model = load_autoencoder(name, field="model.pretrained")
+    if config.inflate_channels:
+        inflate_images(model, config.in_channels)
+    add_latent_channels(model, config.more_latent_channels)
     family = trainable_family_of(model, name, config.family)
     stage = FirstStage(model, family, family.bottleneck(model, config), name)
+    if config.scaling_factor is not None or config.shift_factor is not None:
+        scaling, shift = family.carrier.read(model)
+        scaling = scaling if config.scaling_factor is None else config.scaling_factor
+        shift = shift if config.shift_factor is None else config.shift_factor
+        family.carrier.write(model, scaling, shift)
     if stage.in_channels != config.in_channels:
         raise ConfigError(
             f"model.in_channels is {config.in_channels}, but model.pretrained {name!r} takes "
-            f"{stage.in_channels} channels"
+            f"{stage.in_channels} channels: set it to that, or model.inflate_channels to true"
         )
     return stage

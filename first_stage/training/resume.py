@@ -82,7 +82,8 @@ def as_saved(config: Config, checkpoint: Path | None) -> Config:
     """
     if checkpoint is None or config.model.pretrained is None:
         return config
-    return replace(config, model=replace(config.model, pretrained=str(checkpoint / "ema")))
+    model = replace(config.model, pretrained=str(checkpoint / "ema"), more_latent_channels=0)
+    return replace(config, model=model)
 
 
 def lasting(config: Config) -> Config:

@@ -23,6 +23,7 @@ from first_stage.models.critic import (
 )
 from first_stage.models.disturb import Disturbance, check_disturb
 from first_stage.models.first_stage import FirstStage
+from first_stage.models.parts import select_parts
 from first_stage.seeding import Purpose, to_device
 from first_stage.spans import span
 from first_stage.training.checkpoint import Snapshot, flatten_optimizer, restore_optimizer
@@ -52,6 +53,7 @@ class Trainer:
         self.config, self.accelerator, self.processes = config, accelerator, processes
         torch.manual_seed(config.seed)
         first_stage = make_first_stage(config.model, config.data.resolution)
+        select_parts(first_stage, config.train.parts)
         height, width = config.data.view(config.data.resolution).size
         channels, rows, _ = first_stage.latent_shape(height)
         self.latent_shape = (channels, rows, first_stage.latent_shape(width)[2])

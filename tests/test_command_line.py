@@ -11,6 +11,8 @@ from conftest import ROOT
 
 from first_stage import command_line as module
 from first_stage.command_line import command_line
+from first_stage.commands.recipes import about
+from first_stage.recipes import recipe_names
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +83,10 @@ def test_the_line_runs_in_a_shell():
     assert "\"no 'such' recipe\" is no recipe: there are " in result.stderr
     assert all(f" {name}, " in result.stderr for name in ("demo", "kl_f16"))
     assert shlex.split(line)[-1] == "no 'such' recipe"
+
+
+def test_a_recipe_is_told_by_its_whole_first_sentence():
+    for name in recipe_names():
+        told = about(name)
+        assert told.count("(") == told.count(")"), told
+        assert not told.endswith("et al"), told

@@ -1,5 +1,6 @@
 """`first-stage recipes [NAME]`: list the recipes that come with first-stage, or print one."""
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -49,4 +50,5 @@ def about(name: str) -> str:
         if not line.startswith("#"):
             break
         comment.append(line.lstrip("# "))
-    return " ".join(comment).split(". ")[0].rstrip(".")
+    # "et al. 2023" ends no sentence.
+    return re.split(r"(?<! al)\.\s+", " ".join(comment))[0].rstrip(".")

@@ -227,10 +227,9 @@ def _told_apart(file: Any) -> str:
     """What an unreadable file is, where that is known."""
     if not isinstance(file, bytes | str | Path):
         return ""
-    try:
-        head = file[:512] if isinstance(file, bytes) else read_bytes(file)[:512]
-    except BrokenImage:
-        head = b"?"
+    head = b"?"
+    with contextlib.suppress(BrokenImage):
+        head = (file if isinstance(file, bytes) else read_bytes(file))[:512]
     return foreign.told_apart(head)
 
 

@@ -28,7 +28,7 @@ from latent_tools.build.unit import trimmed
 from latent_tools.format.files import CacheError
 from latent_tools.format.index import INDEX
 from latent_tools.format.plan import Plan, committed_units
-from latent_tools.format.shards import SHARDS, commit_path, read_commit
+from latent_tools.format.shards import COMMITS, SHARDS, commit_path, read_commit
 
 RELEASED = ".released"
 _READ_BEFORE = 600.0
@@ -84,7 +84,10 @@ def notice(
     there = set(committed_units(folder))
     checked = checked_when(folder)
     spots = _spots(sorted(there))
-    is_known = not everything and is_as_checked(folder)
+    # A sample may have been read some time before its commit: until all were compared once after
+    # the last commit, what was touched since then does not tell what changed.
+    since_commits = checked > (folder / COMMITS).stat().st_mtime
+    is_known = not everything and since_commits and is_as_checked(folder)
     for unit in plan.units:
         if unit.number not in there:
             continue

@@ -137,7 +137,7 @@ def test_sampling(place):
 
 
 def test_training_loop(place):
-    names = run(snippet("docs/guides/read-the-cache.md", "python", "def collate"))
+    names = run(snippet("docs/guides/read-the-cache.md", "python", "noise = torch"))
     torch.manual_seed(1)
     before = transformer()
     assert names["loss"].isfinite()

@@ -46,7 +46,7 @@ def test_one_forward_gives_reconstruction_and_posterior():
 def test_autocast_outputs_are_float32():
     with torch.autocast("cpu", torch.bfloat16):
         stage, images = FirstStage(tiny_vae()), torch.randn(1, 3, 16, 16)
-        reconstruction, code, _ = stage(images)
+        reconstruction, code, *_ = stage(images)
         encoded = stage.encode(images)
     found = [reconstruction, code.latents, code.penalties["kl"], encoded.latents, encoded.logvar]
     assert {tensor.dtype for tensor in found} == {torch.float32}

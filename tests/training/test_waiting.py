@@ -14,7 +14,7 @@ from first_stage.handover.statistics import measure_latents
 from first_stage.metrics.feature_networks import FeatureNetwork
 from first_stage.models.vgg import VGG16Features
 from first_stage.training.step import Trainer
-from first_stage.training.validation import draw_grid, validate
+from first_stage.training.validation import draw_pictures, validate
 
 # Between them every term, penalty, draw and kind of latents that a recipe can ask for.
 EVERYTHING = {
@@ -161,7 +161,7 @@ def test_validation_export_and_evaluation_need_no_float64_there(tiny, images):
             there.forget()
             with trainer.ema_weights() as stage:
                 found = validate(stage, shown, Processes(), 2)
-                draw_grid(stage, shown, 2)
+                draw_pictures(stage, shown, 2)
                 batch = images_from_pixels(shown.pixels.to(DEVICE))
                 statistics = measure_latents(stage, [batch], Processes())
                 options = Options(batch_size=2, networks=(network,))

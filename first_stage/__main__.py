@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from first_stage import __version__
-from first_stage.errors import ConfigError, run_command
+from first_stage.errors import ConfigError, interrupted_at_once, run_command
 
 COMMANDS = {
     "train": "Train a first stage on your images, and export it.",
@@ -31,17 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command's name and its arguments; `None` reads `sys.argv`.
     """
-    name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
-    if name in ("", "-h", "--help"):
-        print(usage())
-    elif name == "--version":
-        print(f"first-stage {__version__}")
-    else:
-        run_command(lambda: run(name, rest[:-1]))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    run_command(lambda: run(given[0] if given else "--help", given[1:]))
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
-    """Run one of `COMMANDS`.
+    """Run one of `COMMANDS`, or say which there are.
 
     Args:
         name: Which.
@@ -50,13 +45,21 @@ def run(name: str, arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: When there is no such command.
     """
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name == "--version":
+        print(f"first-stage {__version__}")
+        return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
         raise ConfigError(f"{name!r} is no command: {hint} first-stage --help says more")
     wait_without_spinning()
     sys.argv = [f"first-stage {name}", *arguments]
-    import_module(f"first_stage.commands.{name}").main()
+    with interrupted_at_once():
+        command = import_module(f"first_stage.commands.{name}")
+    command.main()
 
 
 def usage() -> str:

@@ -22,7 +22,10 @@ COMMANDS = {
 }
 """The commands and what they do; each is `main()` of its module in `first_stage.commands`."""
 
-_WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_WAITS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+"""How OpenMP's threads wait. GNU's, which torch brings on Linux, reads the second, others the
+first."""
+_OTHER_WAITS = ("KMP_BLOCKTIME",)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -81,14 +84,16 @@ def usage() -> str:
 
 
 def wait_without_spinning() -> None:
-    """Let OpenMP's threads sleep while they wait; a value that the user set stays.
+    """Let OpenMP's threads spin for a tenth of a millisecond, then sleep; what the user set stays.
 
-    Spinning threads take the cores from those that have work: beside other processes on the same
-    cores a training step was eight times slower. The library reads the variable once, when it is
+    Threads that spin on take the cores from those that have work: beside other processes on the
+    same cores a training step was up to eight times slower. Threads that sleep at once are woken
+    thousands of times in a step, which costs more than a short spin does, on a quiet machine too
+    (figures: docs/guides/why-is-my-step-slow.md). The library reads the variables once, when it is
     loaded, so this comes before the first import of torch.
     """
-    if not any(name in os.environ for name in _WAITS):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if not any(name in os.environ for name in (*_WAITS, *_OTHER_WAITS)):
+        os.environ.update(_WAITS)
 
 
 if __name__ == "__main__":

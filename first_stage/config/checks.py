@@ -100,17 +100,7 @@ def factor_problems(c: Config, factor: int) -> Iterator[str]:
 
 def _disturb_problems(c: Config, side: int) -> Iterator[str]:
     equivariance = c.disturb.equivariance
-    if c.train.encoder_steps == 0:
-        if c.disturb.in_use:
-            yield (
-                "train.encoder_steps is 0, and latents are disturbed only while the encoder "
-                "learns: raise it, or set every disturb.*.probability to 0"
-            )
-        for name in latent_term_names(c.loss):
-            yield (
-                f"train.encoder_steps is 0, and loss.{name} has only the encoder to teach: raise "
-                f"it, or set loss.{name}.weight to 0"
-            )
+    yield from _still_encoder_problems(c)
     if not equivariance.probability:
         return
     if not equivariance.transforms:
@@ -130,6 +120,31 @@ def _disturb_problems(c: Config, side: int) -> Iterator[str]:
                 f"{side} pixels as small as {least:g}, and {name} needs {pixels}: raise it to "
                 f"{pixels / side:.3g}, or use flip and turn alone"
             )
+
+
+def _still_encoder_problems(c: Config) -> Iterator[str]:
+    """What asks an encoder to learn that does not, or to stay near one that is not there."""
+    if "original" in latent_term_names(c.loss) and c.model.pretrained is None:
+        yield (
+            "loss.original has a weight, but there is no original encoder to hold latents to: give "
+            "model.pretrained, or set loss.original.weight to 0"
+        )
+    if c.trains_encoder:
+        return
+    still, remedy = "train.encoder_steps is 0", "raise it"
+    if c.train.encoder_steps != 0:
+        still = f"train.parts {list(c.train.parts)} has nothing of the encoder"
+        remedy = "add encoder"
+    if c.disturb.in_use:
+        yield (
+            f"{still}, and latents are disturbed only while the encoder learns: {remedy}, or set "
+            "every disturb.*.probability to 0"
+        )
+    for name in latent_term_names(c.loss):
+        yield (
+            f"{still}, and loss.{name} has only the encoder to teach: {remedy}, or set "
+            f"loss.{name}.weight to 0"
+        )
 
 
 _VGG_SMALLEST = 16

@@ -251,10 +251,15 @@ class Config:
         return self.loss.learned.weight > 0 or self.loss.adversarial.weight > 0
 
     @property
+    def trains_encoder(self) -> bool:
+        """Whether anything that decides what latents mean learns, at least at first."""
+        return self.train.encoder_steps != 0 and bool(set(self.train.parts) & set(_OF_ENCODER))
+
+    @property
     def keeps_latents(self) -> bool:
         """Whether latents stay those of `model.pretrained`: nothing of its encoder learns."""
-        still = self.train.encoder_steps == 0 or not set(self.train.parts) & set(_OF_ENCODER)
-        return self.model.pretrained is not None and still and not self.model.more_latent_channels
+        same = not self.trains_encoder and not self.model.more_latent_channels
+        return self.model.pretrained is not None and same
 
     @property
     def held_out_view(self) -> View:

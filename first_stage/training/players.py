@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from first_stage.config.losses import CriticConfig
-from first_stage.config.schema import ModelConfig, TrainConfig
+from first_stage.config.schema import Config, ModelConfig, TrainConfig
 from first_stage.errors import ConfigError
 from first_stage.models.channels import add_latent_channels, inflate_images
+from first_stage.models.codebooks import Discrete
 from first_stage.models.critic import Critic, make_critic
 from first_stage.models.families import family_named, trainable_family_of
 from first_stage.models.first_stage import FirstStage
 from first_stage.models.loading import load_autoencoder
+from first_stage.models.original import OriginalEncoder
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -108,6 +110,31 @@ def make_first_stage(config: ModelConfig, resolution: int) -> FirstStage:
     # Nothing in it acts otherwise in training mode (no dropout, no batch norm), in which diffusers'
     # residual blocks copy their largest inputs out of the channels-last layout: 8 % of a step.
     return stage.eval()
+
+
+def keep_original(
+    config: Config, stage: FirstStage, device: torch.device
+) -> OriginalEncoder | None:
+    """A copy of the pretrained encoder, where `loss.original` holds latents to it.
+
+    Args:
+        config: The run's configuration.
+        stage: The first stage to train, as it begins.
+        device: Where the copy goes.
+
+    Raises:
+        ConfigError: When latents are codes: between those there is no distance to learn by.
+    """
+    if config.loss.weight_of("original") == 0 or config.model.pretrained is None:
+        return None
+    if isinstance(stage.bottleneck, Discrete):
+        raise ConfigError(
+            "loss.original has a weight, but this first stage's latents are codes of a codebook, "
+            "which stay or change whole: set it to 0, or train the decoder alone (train.parts "
+            "[decoder]), which keeps them"
+        )
+    original = OriginalEncoder(stage, config.model.more_latent_channels).to(device)
+    return original.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
 
 def build_critic(config: CriticConfig, first_stage: FirstStage) -> Critic:

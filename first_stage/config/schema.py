@@ -234,6 +234,10 @@ class Config:
     """Only say what the run would do, and what a few timed steps say it would cost."""
     resume: str | None = may_change(None)
     """Go on from a checkpoint: latest, or a checkpoint's folder."""
+    start_from: str | None = None
+    """Begin a new run from this checkpoint's folder of another: weights, average, critic and the
+    optimizers go over; steps, schedules and the order of the data begin at 0. Data and recipe may
+    be others, model and critic may not. null: from model.pretrained, or from random weights."""
     seed: NonNegativeInt = 0
     """Seed of weights, order, crops, flips and posterior noise."""
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,5 +1,6 @@
 """The export's card: what it is, how to load it, how good it is, what made it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from first_stage.handover.statistics import LatentStatistics
@@ -38,6 +39,7 @@ def model_card(
     picture: str | None,
     kept: tuple[float, float] | None = None,
     force_upcast: bool | None = None,
+    started_from: Mapping[str, Any] | None = None,
 ) -> str:
     """The export's README: what it is, how to load it, how good it is, what made it.
 
@@ -52,6 +54,7 @@ def model_card(
         picture: File name of the grid beside the README.
         kept: Scaling and shift of the first stage whose encoder it kept; `None`: as measured.
         force_upcast: What the config says; `None`: as measured.
+        started_from: `step` and `sha256` of the checkpoint that it began from, if any.
 
     Returns:
         Markdown.
@@ -65,6 +68,7 @@ def model_card(
     shown = f"\n![Originals above, reconstructions below]({picture})\n" if picture else ""
     name = type(stage.model).__name__
     article = "An" if name.startswith("A") else "A"
+    began = _began(started_from)
     return f"""---
 library_name: diffusers
 tags: [autoencoder, latent-diffusion, first-stage]
@@ -73,7 +77,7 @@ tags: [autoencoder, latent-diffusion, first-stage]
 # First stage f{stage.downsample_factor}, {len(statistics.mean)} latent channels
 
 {article} `{name}` trained on `{data}` for {steps:,} steps ({images_seen:,} images, repeats
-counted) with a patch critic and the perceptual distance that the critic learned.
+counted) with a patch critic and the perceptual distance that the critic learned.{began}
 {shown}
 ## Use
 
@@ -101,6 +105,16 @@ Per channel (also in `latent_statistics.json`):
 {recipe.rstrip()}
 ```
 """
+
+
+def _began(started_from: Mapping[str, Any] | None) -> str:
+    """The run whose checkpoint was the beginning."""
+    if started_from is None:
+        return ""
+    return (
+        f" It began from\nstep {started_from['step']:,} of another run (checkpoint "
+        f"`{started_from['sha256'][:16]}`), with its average, critic and optimizers."
+    )
 
 
 def _origin(

@@ -11,14 +11,10 @@ from first_stage.models.first_stage import FirstStage, as_first_stage
 def load_snippet(first_stage: FirstStage, folder: str) -> str:
     """The lines of Python that load an export with diffusers alone, and encode and decode."""
     family, name = first_stage.family, type(first_stage.model).__name__
-    encoded, decoded = f"vae.encode(images).{family.encoded_as}", ""
-    if family.carrier.carries_shift:
-        encoded, decoded = f"({encoded} - vae.config.shift_factor)", " + vae.config.shift_factor"
     lines = [
         f"from diffusers import {name}",
         f'vae = {name}.from_pretrained("{folder}")',
-        f"latents = {encoded} * vae.config.scaling_factor",
-        f"images = vae.decode(latents / vae.config.scaling_factor{decoded}).sample",
+        *family.carrier.usage(f"vae.encode({family.images_as}).{family.encoded_as}"),
     ]
     if isinstance(first_stage.bottleneck, Discrete):
         lines += [
@@ -122,6 +118,16 @@ def _origin(
 ) -> str:
     """Where scaling and shift come from, and which pipelines ignore a shift."""
     scaling, shift = kept or statistics.scaling_and_shift
+    if (place := stage.family.carrier.channels_in) is not None:
+        if kept is None:
+            return (
+                f"Mean and standard deviation of each latent channel, over\n{statistics.images:,} "
+                f"training images, are in {place},\nwhere its pipelines look for them.\n"
+            )
+        return (
+            "Only the decoder was trained: latents are those of the first\nstage it was made from, "
+            f"and so is what {place} say.\n"
+        )
     if not stage.family.carrier.carries_shift:
         return (
             f"`scaling_factor` {scaling:.6f} is one over the standard deviation of the\nlatents of "

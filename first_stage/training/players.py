@@ -15,7 +15,7 @@ from first_stage.models.channels import add_latent_channels, inflate_images
 from first_stage.models.codebooks import Discrete
 from first_stage.models.critic import Critic, make_critic
 from first_stage.models.families import family_named, trainable_family_of
-from first_stage.models.first_stage import FirstStage
+from first_stage.models.first_stage import FirstStage, lay_out
 from first_stage.models.loading import load_autoencoder
 from first_stage.models.original import OriginalEncoder
 
@@ -134,7 +134,8 @@ def keep_original(
             "[decoder]), which keeps them"
         )
     original = OriginalEncoder(stage, config.model.more_latent_channels).to(device)
-    return original.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    lay_out(original)
+    return original
 
 
 def build_critic(config: CriticConfig, first_stage: FirstStage) -> Critic:
@@ -155,6 +156,8 @@ def _pretrained(config: ModelConfig, name: str) -> FirstStage:
         inflate_images(model, config.in_channels)
     add_latent_channels(model, config.more_latent_channels)
     family = trainable_family_of(model, name, config.family)
+    for part in family.idle_parts(model):
+        part.requires_grad_(False)
     stage = FirstStage(model, family, family.bottleneck(model, config), name)
     if config.scaling_factor is not None or config.shift_factor is not None:
         scaling, shift = family.carrier.read(model)

@@ -22,7 +22,7 @@ from first_stage.models.critic import (
     update_average,
 )
 from first_stage.models.disturb import Disturbance, check_disturb
-from first_stage.models.first_stage import FirstStage
+from first_stage.models.first_stage import FirstStage, lay_out
 from first_stage.models.parts import select_parts
 from first_stage.seeding import Purpose, to_device
 from first_stage.spans import span
@@ -84,8 +84,7 @@ class Trainer:
     def _player(
         self, network: Network, learning_rate: float, extra: Sequence[nn.Parameter] = ()
     ) -> Player[Network]:
-        # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out(network)
         if self.config.train.compile and self._compiles(network):
             compile_blocks(network.to(self.accelerator.device), self.accelerator.device)
         module = self.accelerator.prepare_model(network)

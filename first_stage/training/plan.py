@@ -26,6 +26,7 @@ from first_stage.training.data import (
     open_stream,
 )
 from first_stage.training.introduction import Phase, draw_first_batch, introduction, phases
+from first_stage.training.start_from import as_started, built_for, find_origin
 from first_stage.training.step import Trainer
 
 _TIMED_STEPS = 3
@@ -79,7 +80,9 @@ def _lines(config: Config, accelerator: Accelerator, processes: Processes) -> It
         config.data, folder=folder, processes=processes, say=found.append, **sizes
     )
     yield from found
-    trainer = Trainer(config, accelerator, processes)
+    origin = find_origin(config, processes)
+    config = as_started(config, origin)
+    trainer = Trainer(built_for(config, None, origin), accelerator, processes)
     stage = trainer.first_stage.network
     for problem in factor_problems(config, stage.downsample_factor):
         raise ConfigError(problem)

@@ -19,6 +19,8 @@ from safetensors import SafetensorError
 
 from first_stage.errors import DISK_REMEDIES, UserError
 
+FILE_LIST = "files.txt"
+"""What a folder calls the list of the data files that were read, and of those left out and why."""
 TEMPORARY = ".tmp-"
 """Prefix of what is being written; leftovers with it are never read."""
 _OLD = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]{8}-old-(.+)", re.DOTALL)

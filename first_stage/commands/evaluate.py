@@ -22,6 +22,7 @@ from first_stage.evaluation.drift import check_alike, drift_in_words
 from first_stage.evaluation.files import METRICS
 from first_stage.evaluation.images import EvaluationImages
 from first_stage.evaluation.table import comparison_table, remarks
+from first_stage.files import FILE_LIST
 from first_stage.metrics.feature_networks import (
     FeatureNetwork,
     default_networks,
@@ -32,8 +33,6 @@ from first_stage.models.first_stage import FirstStage
 from first_stage.models.loading import load_autoencoder
 from first_stage.report import REPORT, write_report
 
-FILES = "files.txt"
-"""Beside the metrics: every file that was found and left out."""
 _SEVERAL = {
     "first_stage": "A diffusers folder, a pipeline's folder or a hub id; several, separated by "
     "spaces, are compared side by side. (required, type: list[str])",
@@ -186,7 +185,7 @@ class _Images:
             part,
             say=say,
             once=lambda make: shared(processes, make),
-            keep=lambda inventory: inventory.write(Path(a.output) / FILES),
+            keep=lambda inventory: inventory.write(Path(a.output) / FILE_LIST),
         )
         self.arguments, self.say, self.is_main = a, say, processes.is_main
 

@@ -36,7 +36,7 @@ from first_stage.data import arrays, deep_color, foreign, reduced
 from first_stage.data.broken import BrokenImage, MachineFault
 from first_stage.data.color import to_srgb
 from first_stage.errors import first_line
-from first_stage.files import MachineError, patiently
+from first_stage.files import MachineError, is_of_the_machine, patiently
 
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG"),
@@ -139,6 +139,8 @@ def open_image(
     except Exception as error:
         # Format plugins raise anything: OSError, SyntaxError, RuntimeError, struct.error,
         # TypeError, MemoryError... A file that cannot be decoded never ends a run.
+        if isinstance(error, OSError) and is_of_the_machine(error):  # read while it is decoded
+            raise MachineFault(first_line(error)) from None
         raise BrokenImage(first_line(error)) from None
 
 

@@ -31,10 +31,10 @@ from first_stage.distributed.accelerator import make_plain_accelerator
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.distributed.processes import Processes, on_main, shared
 from first_stage.errors import ConfigError, DataError
-from first_stage.files import writing
+from first_stage.files import FILE_LIST, writing
 from first_stage.metrics.precision import use_tf32
 from first_stage.training.log import tracker_of
-from first_stage.training.run_folder import INVENTORY, SHARDS
+from first_stage.training.run_folder import SHARDS
 
 _ANY = None
 """Of a data set of its own, the only split there is."""
@@ -117,11 +117,11 @@ def open_data(
         training, spread = split_stream(rows, share)
         held_out = spread if held_out is None else held_out
     elif is_builtin(data.path):
-        training = opener.open(data.path, "train", data.split, INVENTORY)
+        training = opener.open(data.path, "train", data.split, FILE_LIST)
         if held_out is None:
-            held_out = opener.open(data.path, "validation", data.split, INVENTORY)
+            held_out = opener.open(data.path, "validation", data.split, FILE_LIST)
     else:
-        training = opener.open(data.path, "train", data.split, INVENTORY)
+        training = opener.open(data.path, "train", data.split, FILE_LIST)
         if share:
             return split_source(training, share, seed)
     if held_out is not None and share == 0.0 and not is_builtin(data.path):
@@ -169,7 +169,7 @@ class _Opener:
         root: str | None = None
         if "://" not in path and (inventory := take_inventory(path, split)).kind != "hub":
             urls, root = shards_of(inventory), os.fsdecode(inventory.root)
-            inventory.write(self.folder / INVENTORY)
+            inventory.write(self.folder / FILE_LIST)
             for line in inventory.lines():
                 self.say(line)
         else:

@@ -167,10 +167,12 @@ class ChunkReader(Dataset[DecodedChunk]):
         image = open_image(file, self.preprocessing.reading, view.scale)
         size = size_of(image)
         image, crop = view.apply(image)
-        columns = {
-            column: plain_value(sample.columns.get(column), column)
-            for column in self.preprocessing.columns
-        }
+        found = patiently(
+            lambda: [sample.columns.get(column) for column in self.preprocessing.columns],
+            f"what is said of the sample {name!r}",
+        )
+        names = self.preprocessing.columns
+        columns = {n: plain_value(value, n) for n, value in zip(names, found, strict=True)}
         record = SampleRecord(name, content_hash(file), size, crop, columns)
         return record, pixels_of(image, self.preprocessing.reading)
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from first_stage.data.broken import BrokenImage
-from first_stage.data.decode import Reading, as_reading, open_image, read_bytes
+from first_stage.data.decode import Reading, as_reading, open_image
+from first_stage.data.files import read_bytes
 from first_stage.data.images import Mirror, View, pixels_of
 from first_stage.data.paths import Paths
 from first_stage.data.sample import Sample, Source

@@ -210,12 +210,12 @@ class Run:
             self._save(done)
         if ending.fault is not None:
             raise type(ending.fault)(f"{ending.fault}. {self.saved_so_far()}")
-        if summary := self.broken.summary():
-            self._say(summary)
         finished = done == train.max_steps
         if finished:
             metrics = metrics or self._measure()
             self._hand_over(metrics)
+        if summary := self.broken.summary():
+            self._say(summary)
         return Outcome(finished, done, metrics, self.held_out, self.processes.world)
 
     # -- parts of the loop -------------------------------------------------------------------

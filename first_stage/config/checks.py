@@ -4,6 +4,7 @@ Every problem names the field, its value, what would happen, and the remedy.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from first_stage.config.losses import (
     AdversarialConfig,
@@ -33,6 +34,7 @@ def check(config: Config) -> None:
 
 def _problems(c: Config) -> Iterator[str]:
     yield from misfits(c)
+    yield from _start_problems(c)
     yield from _data_problems(c.data)
     yield from _layout_problems(c)
     side = min(c.data.crop_shape or (c.data.resolution,))
@@ -41,6 +43,17 @@ def _problems(c: Config) -> Iterator[str]:
     yield from _part_problems(c)
     yield from _latents_problems(c)
     yield from _schedule_problems(c)
+
+
+def _start_problems(c: Config) -> Iterator[str]:
+    if c.start_from is None or c.resume is not None:
+        return
+    folder = Path(c.output_dir).resolve()
+    if Path(c.start_from).resolve().is_relative_to(folder):
+        yield (
+            f"start_from ({c.start_from!r}) lies in output_dir ({c.output_dir!r}): a new run needs "
+            "a folder of its own, or go on with --resume"
+        )
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -102,17 +115,7 @@ def factor_problems(c: Config, factor: int) -> Iterator[str]:
 
 def _disturb_problems(c: Config, side: int) -> Iterator[str]:
     equivariance = c.disturb.equivariance
-    if c.train.encoder_steps == 0:
-        if c.disturb.in_use:
-            yield (
-                "train.encoder_steps is 0, and latents are disturbed only while the encoder "
-                "learns: raise it, or set every disturb.*.probability to 0"
-            )
-        for name in latent_term_names(c.loss):
-            yield (
-                f"train.encoder_steps is 0, and loss.{name} has only the encoder to teach: raise "
-                f"it, or set loss.{name}.weight to 0"
-            )
+    yield from _still_encoder_problems(c)
     if not equivariance.probability:
         return
     if not equivariance.transforms:
@@ -132,6 +135,32 @@ def _disturb_problems(c: Config, side: int) -> Iterator[str]:
                 f"{side} pixels as small as {least:g}, and {name} needs {pixels}: raise it to "
                 f"{pixels / side:.3g}, or use flip and turn alone"
             )
+
+
+def _still_encoder_problems(c: Config) -> Iterator[str]:
+    """What asks an encoder to learn that does not, or to stay near one that is not there."""
+    begins_anew = c.model.pretrained is None and c.start_from is None
+    if "original" in latent_term_names(c.loss) and begins_anew:
+        yield (
+            "loss.original has a weight, but there is no original encoder to hold latents to: give "
+            "model.pretrained, or set loss.original.weight to 0"
+        )
+    if c.trains_encoder:
+        return
+    still, remedy = "train.encoder_steps is 0", "raise it"
+    if c.train.encoder_steps != 0:
+        still = f"train.parts {list(c.train.parts)} has nothing of the encoder"
+        remedy = "add encoder"
+    if c.disturb.in_use:
+        yield (
+            f"{still}, and latents are disturbed only while the encoder learns: {remedy}, or set "
+            "every disturb.*.probability to 0"
+        )
+    for name in latent_term_names(c.loss):
+        yield (
+            f"{still}, and loss.{name} has only the encoder to teach: {remedy}, or set "
+            f"loss.{name}.weight to 0"
+        )
 
 
 _VGG_SMALLEST = 16

@@ -28,6 +28,7 @@ from first_stage.training.data import (
     pair_latents,
 )
 from first_stage.training.introduction import Phase, draw_first_batch, introduction, phases
+from first_stage.training.start_from import as_started, built_for, find_origin
 from first_stage.training.step import Trainer
 
 _TIMED_STEPS = 3
@@ -43,13 +44,13 @@ class Timings:
         seconds: Per step, for each phase.
         waited: Share of the time that was spent waiting for data.
         broken: Ids and reasons of images that could not be decoded.
-        looked_at: How many images were taken.
+        looked_at: Ids of the images that were taken.
     """
 
     seconds: list[float] = field(default_factory=list)
     waited: float = 0.0
     broken: dict[str, str] = field(default_factory=dict)
-    looked_at: int = 0
+    looked_at: set[str] = field(default_factory=set)
 
 
 def plan(config: Config, latents: LatentStore | None = None) -> None:
@@ -79,8 +80,14 @@ def _lines(
     folder, micro = Path(config.output_dir), micro_batch_size(config, processes.world)
     sizes: dict[str, Any] = {"seed": config.seed, "batch_size": config.train.batch_size}
     on_main(processes, lambda: files.prepare_folder(folder, overwrite=False, resume=True))
-    source, held_out = open_data(config.data, folder=folder, processes=processes, **sizes)
-    trainer = Trainer(config, accelerator, processes)
+    found: list[str] = []
+    source, held_out = open_data(
+        config.data, folder=folder, processes=processes, say=found.append, **sizes
+    )
+    yield from found
+    origin = find_origin(config, processes)
+    config = as_started(config, origin)
+    trainer = Trainer(built_for(config, None, origin), accelerator, processes)
     stage = trainer.first_stage.network
     for problem in factor_problems(config, stage.downsample_factor):
         raise ConfigError(problem)
@@ -126,7 +133,7 @@ def _time(
                 waited += time.perf_counter() - start
             for batch in micro_batches:
                 found.broken |= batch.broken
-                found.looked_at += len(batch.ids) + len(batch.broken)
+                found.looked_at |= {*batch.ids, *batch.broken}
             trainer.training_step(min(phase.start + 1, phase.end - 1), micro_batches)
             if trainer.accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -145,8 +152,8 @@ def _costs(config: Config, course: list[Phase], timings: Timings) -> Iterator[st
         steps = phase.end - phase.start
         total += steps * seconds
         yield (
-            f"time      {duration(steps * seconds):>10} for {steps:,} steps of {seconds:.3g} s "
-            f"from step {phase.start:,} on: {phase.begins}"
+            f"time      {duration(steps * seconds):>10} for {steps:,} step{'s' * (steps > 1)} of "
+            f"{seconds:.3g} s from step {phase.start:,} on: {phase.begins}"
         )
     rate = config.train.max_steps * config.train.batch_size / total
     yield (
@@ -156,8 +163,8 @@ def _costs(config: Config, course: list[Phase], timings: Timings) -> Iterator[st
     if timings.broken:
         name, reason = next(iter(timings.broken.items()))
         yield (
-            f"left out  {len(timings.broken)} of the first {timings.looked_at} images cannot be "
-            f"decoded, such as {name}: {reason}"
+            f"left out  {len(timings.broken)} of {len(timings.looked_at)} images that were looked "
+            f"at cannot be decoded, such as {name}: {reason}"
         )
 
 

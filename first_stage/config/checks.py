@@ -18,6 +18,7 @@ from first_stage.config.losses import (
 from first_stage.config.schema import Config, DataConfig
 from first_stage.config.types import misfits
 from first_stage.data.sources import is_builtin
+from first_stage.data.stream import flip_named
 from first_stage.errors import ConfigError
 
 
@@ -40,6 +41,7 @@ def _problems(c: Config) -> Iterator[str]:
     yield from loss_problems(c.loss, c.critic, c.model.in_channels, side)
     yield from _disturb_problems(c, side)
     yield from _part_problems(c)
+    yield from _latents_problems(c)
     yield from _schedule_problems(c)
 
 
@@ -182,6 +184,32 @@ def _part_problems(c: Config) -> Iterator[str]:
         yield (
             f"loss.balance.at is last_layer, but train.parts {list(parts)} leaves the last layer "
             "as it is: add last_block, or set loss.balance.at to pixels"
+        )
+
+
+def _latents_problems(c: Config) -> Iterator[str]:
+    data = c.data
+    if data.latents is None:
+        return
+    given = f"data.latents is {data.latents!r}"
+    if c.model.pretrained is None:
+        yield f"{given}, but no first stage: name the one that made the cache in model.pretrained"
+    elif not c.keeps_latents:
+        yield (
+            f"{given}, but train.parts {list(c.train.parts)} would change the encoder, and with it "
+            "the latents: set train.parts to [decoder]"
+        )
+    if data.crop != "center":
+        yield f"{given}, but data.crop is {data.crop}: a cache holds centre crops; set it to center"
+    if flip_named(data.flip) not in ("none", "horizontal"):
+        yield (
+            f"{given}, but data.flip is {data.flip}: a cache has images mirrored left to right at "
+            "most, so use horizontal or none"
+        )
+    if data.streaming:
+        yield (
+            f"{given}, but data.streaming is true: samples of a stream cannot be looked up in the "
+            "cache beforehand; set it to false"
         )
 
 

@@ -87,6 +87,10 @@ class DataConfig(ImagesConfig):
     shuffle_buffer: PositiveInt = 8192
     """Samples that a stream shuffles at a time, over all processes; they are held in memory, still
     encoded."""
+    latents: str | None = may_change(None)
+    """A cache of these images' latents (first-stage cache), made by model.pretrained: the decoder
+    learns from them, and the encoder is not run. It holds centre crops, so data.crop is center, and
+    mirrored images where it was made with --flip. null: images are encoded in every step."""
     workers: NonNegativeInt | None = may_change(None)
     """Decoding processes per training process; null: one per core left over; 0: none."""
 

@@ -159,6 +159,7 @@ class FirstStage(nn.Module):
         prior: Tensor | None = None,
         cut_off: bool = False,
         disturbance: Disturbance | None = None,
+        encoded: Tensor | None = None,
     ) -> Reconstruction:
         """Reconstruct images through their bottleneck.
 
@@ -169,11 +170,18 @@ class FirstStage(nn.Module):
             cut_off: End the decoder's graph at the latents, before the encoder.
             disturbance: What is done to the latents before they are decoded; further latents are
                 cropped to their size alone.
+            encoded: What the encoder once gave for the images, which is then not run: moments
+                `(B, 2C, h, w)` or latents `(B, C, h, w)`, or of one with a codebook the numbers of
+                the codes `(B, h, w)` int64.
 
         Returns:
             All of it float32, whatever autocast computes in.
         """
-        code = self.bottleneck(self.family.to_code(self.model, images).float(), noise)
+        if encoded is None:
+            encoded = self.family.to_code(self.model, images)
+        elif isinstance(self.bottleneck, Discrete) and not encoded.is_floating_point():
+            encoded = self.bottleneck.from_tokens(encoded)
+        code = self.bottleneck(encoded.float(), noise)
         latents = code.latents
         if cut_off:
             latents = latents.detach().requires_grad_()

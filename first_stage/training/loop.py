@@ -1,8 +1,9 @@
 """A training run, from its configuration to its export."""
 
 import contextlib
+import functools
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from first_stage.data import (
     start_loader,
 )
 from first_stage.data.checks import value_remark
+from first_stage.data.paired import LatentStore
 from first_stage.distributed.processes import (
     Processes,
     Stopped,
@@ -46,6 +48,7 @@ from first_stage.training.data import (
     open_data,
     open_loader,
     open_stream,
+    pair_latents,
 )
 from first_stage.training.endings import (
     Ending,
@@ -64,12 +67,13 @@ from first_stage.training.step import Trainer
 from first_stage.training.validation import draw_pictures, validate
 
 
-def train(config: Config) -> Outcome:
+def train(config: Config, latents: LatentStore | None = None) -> Outcome:
     """Train a first stage and export it.
 
     Args:
         config: The run's configuration, as `parse_config` gives it. In a launched job every
             process calls this.
+        latents: What opens `config.data.latents`; `latent_tools.CachedLatents` does.
 
     Returns:
         How it ended; the files are in `config.output_dir`.
@@ -84,16 +88,15 @@ def train(config: Config) -> Outcome:
         try:
             accelerator = make_accelerator(config.train, config.output_dir)
             processes = Processes(config.train.process_timeout)
-            outcome = _train(config, accelerator, processes, stop)
+            run = functools.partial(Run, config, accelerator, processes, stop, latents)
+            outcome = _train(config, processes, run)
         except Stopped:
             return Outcome(False, 0, {}, 0, 1)
         accelerator.end_training()
     return outcome
 
 
-def _train(
-    config: Config, accelerator: Accelerator, processes: Processes, stop: StopRequest
-) -> Outcome:
+def _train(config: Config, processes: Processes, make: Callable[[], "Run"]) -> Outcome:
     folder, run = Path(config.output_dir), None
 
     def saved() -> str:
@@ -105,7 +108,7 @@ def _train(
         files.earlier_run_kept(folder, processes.is_main),
         memory_told(config, processes.world, saved),
     ):
-        run = Run(config, accelerator, processes, stop)
+        run = make()
         return run.fit()
 
 
@@ -117,10 +120,16 @@ class Run:
         accelerator: From `make_accelerator`.
         processes: Those that take part.
         stop: Whether a signal asked to end.
+        latents: Where the latents of the training images are kept, if they are.
     """
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, processes: Processes, stop: StopRequest
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        processes: Processes,
+        stop: StopRequest,
+        latents: LatentStore | None = None,
     ):
         self.config, self.folder = config, Path(config.output_dir)
         self.accelerator, self.processes, self.stop = accelerator, processes, stop
@@ -145,11 +154,13 @@ class Run:
         if config.model.pretrained is not None:
             layout = {"family": stage.family.name, **stage.family.layout(stage.model)}
             self.config = replace(config, model=replace(config.model, **layout))
-        self.stream = open_stream(self.source, config.data, channels=stage.in_channels, **sizes)
+        given = pair_latents(latents, self.source, config.data, stage)
+        channels = stage.in_channels
+        self.stream = open_stream(self.source, config.data, given, channels=channels, **sizes)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
             config.held_out_view,
-            config.data.reading(stage.in_channels),
+            config.data.reading(channels),
             config.validation.images,
             config.seed,
         )
@@ -160,14 +171,8 @@ class Run:
         self.logbook = self._open_logbook()
         if processes.is_main and (remark := value_remark(self.source, self.stream.reading)):
             self._say(remark)
-        self._say(
-            introduction(
-                self.trainer,
-                micro=self.micro,
-                samples=len(self.source),
-                held_out=self.held_out,
-            )
-        )
+        samples, held = len(self.source), self.held_out
+        self._say(introduction(self.trainer, micro=self.micro, samples=samples, held_out=held))
 
     def fit(self) -> Outcome:
         """Train to the last step, or until a signal asks to stop; then export.
@@ -366,13 +371,8 @@ class Run:
                 self.config, origin, self.trainer.first_stage.network.model
             ), None
         snapshot = read_checkpoint(path)
-        changes = check_resumable(
-            self.config,
-            snapshot,
-            checkpoint=str(path),
-            fingerprint=self.fingerprint,
-            source=self.source,
-        )
+        begun = {"checkpoint": str(path), "fingerprint": self.fingerprint}
+        changes = check_resumable(self.config, snapshot, source=self.source, **begun)
         if changes:
             self._say(f"changed since the checkpoint was written:\n{changes}")
         self.trainer.restore(snapshot, load_autoencoder(str(path / "ema")))

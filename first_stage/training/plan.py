@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from first_stage.config.checks import check, factor_problems, micro_batch_size
 from first_stage.config.schema import Config
 from first_stage.data import Batch, StepSampler, start_loader
+from first_stage.data.paired import LatentStore
 from first_stage.distributed.processes import Processes, end_with_launcher, on_main
 from first_stage.errors import ConfigError
 from first_stage.training import run_folder as files
@@ -24,6 +25,7 @@ from first_stage.training.data import (
     open_data,
     open_loader,
     open_stream,
+    pair_latents,
 )
 from first_stage.training.introduction import Phase, draw_first_batch, introduction, phases
 from first_stage.training.start_from import as_started, built_for, find_origin
@@ -51,11 +53,12 @@ class Timings:
     looked_at: set[str] = field(default_factory=set)
 
 
-def plan(config: Config) -> None:
+def plan(config: Config, latents: LatentStore | None = None) -> None:
     """Print what a run would do, and what it would cost here.
 
     Args:
         config: The run's configuration. In a launched job every process calls this.
+        latents: As in `train`.
 
     Raises:
         UserError: For anything in the configuration or data that cannot work.
@@ -65,13 +68,15 @@ def plan(config: Config) -> None:
     accelerator = make_accelerator(config.train, config.output_dir)
     processes = Processes(config.train.process_timeout)
     with processes.together():
-        for line in _lines(config, accelerator, processes):
+        for line in _lines(config, latents, accelerator, processes):
             if processes.is_main:
                 print(line, flush=True)
     accelerator.end_training()
 
 
-def _lines(config: Config, accelerator: Accelerator, processes: Processes) -> Iterator[str]:
+def _lines(
+    config: Config, latents: LatentStore | None, accelerator: Accelerator, processes: Processes
+) -> Iterator[str]:
     folder, micro = Path(config.output_dir), micro_batch_size(config, processes.world)
     sizes: dict[str, Any] = {"seed": config.seed, "batch_size": config.train.batch_size}
     on_main(processes, lambda: files.prepare_folder(folder, overwrite=False, resume=True))
@@ -93,7 +98,8 @@ def _lines(config: Config, accelerator: Accelerator, processes: Processes) -> It
         config.train.batch_size, micro, 0, (_TIMED_STEPS + 1) * len(course),
         processes.rank, processes.world,
     )  # fmt: skip
-    stream = open_stream(source, config.data, channels=stage.in_channels, **sizes)
+    given = pair_latents(latents, source, config.data, stage)
+    stream = open_stream(source, config.data, given, channels=stage.in_channels, **sizes)
     pin = accelerator.device.type == "cuda"
     with contextlib.closing(
         start_loader(open_loader(stream, positions, workers=config.data.workers, pin_memory=pin))

@@ -126,6 +126,7 @@ class Trainer:
                         prior=self._prior_samples(step, batch),
                         cut_off=self.objective.cuts_off(step) and encoder_learns,
                         disturbance=self._disturbance(step, batch) if encoder_learns else None,
+                        encoded=batch.encoded,
                     )
                 decoded, targets = output.images.detach().requires_grad_(), output.targets
                 with span("critic"):

@@ -46,17 +46,7 @@ def main() -> None:
     )
     parser.add_argument(
         "what",
-        choices=(
-            "train",
-            "cache",
-            "read",
-            "scale",
-            "quantize",
-            "disturb",
-            "latents",
-            "memory",
-            "gpu",
-        ),
+        choices="train cache read scale quantize disturb latents memory gpu".split(),
     )
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: 5)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a step form's turn, about")

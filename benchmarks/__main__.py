@@ -36,6 +36,7 @@ from first_stage.errors import run_command
 from first_stage.files import write_json
 
 _LATENT_SHAPE = (4, 32, 32)
+_SMALL = ("train", "cache", "read", "scale", "quantize", "disturb", "latents", "memory")
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     )
     parser.add_argument(
         "what",
-        choices="train cache read scale quantize disturb latents memory gpu".split(),
+        choices=[*_SMALL, "gpu"],
     )
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: 5)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a step form's turn, about")

@@ -1,71 +1,47 @@
 """The command `python -m experiments.objectives`."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from experiments.objectives.experiment import Experiment, Photos, Result
+from experiments.objectives import options as shared
+from experiments.objectives.experiment import CHANNELS, Experiment, Result, open_photos
 from experiments.objectives.measures import LocalFeatures
-from experiments.objectives.photos import packaged_photos, shrunk, tiles
 from experiments.objectives.results import figure, stripes_table, table, verdicts
-from experiments.objectives.rows import BUDGETS, START, VGG, Budget, Size, row_names
+from experiments.objectives.rows import BUDGETS, START, VGG, Budget, row_names
 from experiments.objectives.stripes import feature_ratio, pixel_ratio, stripes
 from first_stage.command_line import command_line
-from first_stage.config.parsing import plain_parser
-from first_stage.data import Source, open_source
 from first_stage.errors import ConfigError
 from first_stage.evaluation.grids import save_png
 from first_stage.files import write_json, write_text
 
-_CHANNELS = 3
-_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
-    "quick": (
-        {"action": "store_true"},
-        "The short comparison: all objectives within 15 minutes on 2 CPU cores.",
-    ),
-    "small": (
-        {"action": "store_true"},
-        "The README's comparison. Without --quick and --small: the full one, for a GPU.",
-    ),
-    "seeds": (
-        {"nargs": "+", "type": int, "default": [0]},
-        "Seeds, separated by spaces; everything but the photos follows from them.",
-    ),
-    "rows": (
-        {"nargs": "+", "type": str, "default": None},
-        "Which objectives, separated by spaces; null: all for which there are weights.",
-    ),
+_WORDS = {
+    "quick": "The short comparison: all objectives within 15 minutes on 2 CPU cores.",
+    "small": "The README's comparison. Without --quick and --small: the full one, for a GPU.",
+    "seeds": "Seeds, separated by spaces; everything but the photos follows from them.",
+    "rows": "Which objectives, separated by spaces; null: all for which there are weights.",
 }
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to compare, on what, and for how long. The help of the first flags is in `_FLAGS`."""
+class Options(shared.Options):
+    """What to compare, on what, and for how long."""
 
     output: str = "runs/comparison"
     """Folder for the results. Finished ones in it are kept: a run that was cut off goes on."""
-    quick: bool = False
-    small: bool = False
-    seeds: Sequence[int] = (0,)
-    rows: Sequence[str] | None = None
     data: str | None = None
     """Photos to train on: a folder or a data set id; null: photos that come with packages."""
     held_out: str | None = None
     """Photos to measure on, with --data."""
-    more: str | None = None
-    """Further photos to train on: a folder or a data set id."""
     side: int = 144
     """Shorter side that all photos are shrunk to, in pixels."""
     tile: int = 72
     """Side of the held-out tiles, in pixels; a multiple of 8."""
     vgg: str | None = None
     """Weights of VGG16 for the pretrained perceptual distance (.safetensors, .pth or a hub id)."""
-    threads: int | None = None
-    """CPU threads; null: one for each core."""
     steps: int | None = None
     """Steps of each objective; null: as the size of the comparison says."""
     warmup_steps: int | None = None
@@ -77,11 +53,15 @@ class Options:
 def main() -> None:
     """Train every objective, measure it, and print the table."""
     options = parse_options()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    output = Path(options.output)
-    budget = make_budget(options)
-    photos = open_photos(options)
+    options.set_threads()
+    output, budget = Path(options.output), make_budget(options)
+    photos = open_photos(
+        options.more,
+        data=options.data,
+        held_out=options.held_out,
+        side=options.side,
+        tile=options.tile,
+    )
     print(
         f"1 process on {torch.get_num_threads()} threads, {len(photos.training)} photos to train "
         f"on, {len(photos.held_out)} held-out tiles of {options.tile} pixels from "
@@ -112,47 +92,31 @@ def parse_options(arguments: list[str] | None = None) -> Options:
     Raises:
         ConfigError: In one line for anything that cannot work.
     """
-    parser = plain_parser("Compare objectives: same photos, same first stage, same images seen.")
-    for name, (kind, words) in _FLAGS.items():
-        parser.add_argument(f"--{name}", help=words, **kind)
-    parser.add_class_arguments(Options, nested_key=None, as_group=False, skip=set(_FLAGS))
-    options = Options(**vars(parser.instantiate_classes(parser.parse_args(arguments))))
+    description = "Compare objectives: same photos, same first stage, same images seen."
+    options = shared.read(Options, description, _WORDS, arguments)
     for problem in _problems(options):
         raise ConfigError(problem)
     return options
 
 
-def _problems(o: Options) -> list[str]:
-    found = []
-    if o.quick and o.small:
-        found.append("--quick and --small are two sizes of the comparison: choose one")
-    if min(o.seeds) < 0 or len(set(o.seeds)) < len(o.seeds):
-        found.append(f"--seeds is {list(o.seeds)}: seeds are different and at least 0")
+def _problems(o: Options) -> Iterator[str]:
+    yield from shared.problems(o, row_names(pretrained=True))
     if (o.data is None) != (o.held_out is None):
-        found.append("--data and --held_out go together: photos to train on and photos to measure")
+        yield "--data and --held_out go together: photos to train on and photos to measure"
     if o.tile % 8 or o.tile > o.side or o.tile <= 0:
-        found.append(f"--tile ({o.tile}) must be a multiple of 8 and at most --side ({o.side})")
-    known = row_names(pretrained=True)
-    for row in o.rows or ():
-        if row not in known:
-            found.append(f"--rows names {row!r}; there are: {', '.join(known)}")
-        if row == VGG and o.vgg is None:
-            found.append(f"--rows names {VGG!r}, which needs --vgg with the weights of VGG16")
-    if o.threads is not None and o.threads < 1:
-        found.append(f"--threads is {o.threads}; it must be above 0")
-    return found
+        yield f"--tile ({o.tile}) must be a multiple of 8 and at most --side ({o.side})"
+    if VGG in (o.rows or ()) and o.vgg is None:
+        yield f"--rows names {VGG!r}, which needs --vgg with the weights of VGG16"
 
 
 def make_budget(options: Options) -> Budget:
     """The steps and sizes that the options ask for."""
-    size: Size = "quick" if options.quick else "small" if options.small else "full"
-    budget = BUDGETS[size]
     given = {
         name: getattr(options, name)
         for name in ("steps", "warmup_steps", "decay_steps")
         if getattr(options, name) is not None
     }
-    return dataclasses.replace(budget, **given)
+    return dataclasses.replace(BUDGETS[options.size], **given)
 
 
 def chosen_rows(options: Options) -> list[str]:
@@ -160,20 +124,6 @@ def chosen_rows(options: Options) -> list[str]:
     rows = row_names(options.vgg is not None)
     wanted = options.rows
     return rows if wanted is None else [row for row in rows if row in {START, *wanted}]
-
-
-def open_photos(options: Options) -> Photos:
-    """The photos, decoded and shrunk."""
-    if options.data is not None and options.held_out is not None:
-        training: Source = open_source(options.data, None, "train", "train")
-        held_out: Source = open_source(options.held_out, None, "validation", "validation")
-    else:
-        training, held_out = packaged_photos()
-    shown, names = tiles(shrunk([held_out], options.side, _CHANNELS), options.tile, _CHANNELS)
-    sources = [training]
-    if options.more is not None:
-        sources.append(open_source(options.more, None, "train", "train"))
-    return Photos(shrunk(sources, options.side, _CHANNELS), shown, names)
 
 
 def _write(output: Path, results: dict[str, list[Result]], experiment: Experiment) -> None:
@@ -190,7 +140,7 @@ def _write(output: Path, results: dict[str, list[Result]], experiment: Experimen
 
 def _network_ratio(network: LocalFeatures) -> float:
     device = next(network.parameters()).device
-    return feature_ratio([[network(x.to(device))] for x in stripes(_CHANNELS)])
+    return feature_ratio([[network(x.to(device))] for x in stripes(CHANNELS)])
 
 
 def _say(line: str) -> None:

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from experiments.objectives.measures import LocalFeatures, Scores, score
+from experiments.objectives.photos import packaged_photos, shrunk, tiles
 from experiments.objectives.rows import START, Budget, row_config, warmup_config
 from experiments.objectives.stripes import critic_ratios
 from first_stage.config.parsing import to_dict
@@ -25,6 +26,7 @@ from first_stage.data import (
     StepSampler,
     TrainingStream,
     fingerprint,
+    open_source,
     training_loader,
 )
 from first_stage.distributed.processes import Processes
@@ -40,6 +42,7 @@ from first_stage.training.checkpoint import (
 from first_stage.training.step import Trainer
 
 Say = Callable[[str], None]
+CHANNELS = 3
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,35 @@ class Photos:
     training: Source
     held_out: Tensor
     names: list[str]
+
+
+def open_photos(
+    more: str | None = None,
+    *,
+    data: str | None = None,
+    held_out: str | None = None,
+    side: int = 144,
+    tile: int = 72,
+) -> Photos:
+    """The photos, decoded and shrunk.
+
+    Args:
+        more: Further photos to train on: a folder or a data set id.
+        data: Photos to train on; `None`: those that come with packages.
+        held_out: Photos to measure on, with `data`.
+        side: Shorter side that all are shrunk to, in pixels.
+        tile: Side of the held-out tiles, in pixels.
+    """
+    if data is not None and held_out is not None:
+        training: Source = open_source(data, None, "train", "train")
+        measured: Source = open_source(held_out, None, "validation", "validation")
+    else:
+        training, measured = packaged_photos()
+    shown, names = tiles(shrunk([measured], side, CHANNELS), tile, CHANNELS)
+    sources = [training]
+    if more is not None:
+        sources.append(open_source(more, None, "train", "train"))
+    return Photos(shrunk(sources, side, CHANNELS), shown, names)
 
 
 @dataclass(frozen=True)

@@ -1,39 +1,24 @@
 """The command `python -m experiments.quantizers`."""
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from experiments.objectives.command import Options as Seen
-from experiments.objectives.command import open_photos
-from experiments.objectives.experiment import Experiment, Photos, Result
+from experiments.objectives import options as shared
+from experiments.objectives.experiment import Experiment, Photos, Result, open_photos
 from experiments.objectives.results import figure
-from experiments.objectives.rows import Budget, Size
+from experiments.objectives.rows import Budget
 from experiments.quantizers.results import as_text
 from experiments.quantizers.rows import BASELINE, BUDGETS, FIRST_STAGES, OBJECTIVE, WITH_CRITIC
-from first_stage.config.parsing import plain_parser
 from first_stage.errors import ConfigError
 from first_stage.evaluation.grids import save_png
 from first_stage.files import write_json, write_text
 
-_FLAGS: dict[str, tuple[dict[str, Any], str]] = {
-    "quick": (
-        {"action": "store_true"},
-        "The short comparison: a seed in about twenty minutes on a CPU core.",
-    ),
-    "small": (
-        {"action": "store_true"},
-        "8 times as many steps. Without --quick and --small: the full comparison, for a GPU.",
-    ),
-    "seeds": ({"nargs": "+", "type": int, "default": [0]}, "Seeds, separated by spaces."),
-    "rows": (
-        {"nargs": "+", "type": str, "default": None},
-        f"Which first stages, separated by spaces; null: all of {', '.join(FIRST_STAGES)}.",
-    ),
+_WORDS = {
+    "quick": "The short comparison: a seed in about twenty minutes on a CPU core.",
+    "small": "8 times as many steps. Without --quick and --small: the full comparison, for a GPU.",
+    "seeds": "Seeds, separated by spaces.",
+    "rows": f"Which first stages, separated by spaces; null: all of {', '.join(FIRST_STAGES)}.",
 }
 
 Results = dict[str, dict[str, list[Result]]]
@@ -41,36 +26,27 @@ Results = dict[str, dict[str, list[Result]]]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to compare, on what, and for how long. The help of the first flags is in `_FLAGS`."""
+class Options(shared.Options):
+    """What to compare, on what, and for how long."""
 
     output: str = "runs/quantizers"
     """Folder for the results. Finished ones in it are kept: a run that was cut off goes on."""
-    quick: bool = False
-    small: bool = False
-    seeds: Sequence[int] = (0,)
-    rows: Sequence[str] | None = None
     critic: bool = True
     """Train some first stages with the learned distance and the hinge as well."""
-    more: str | None = None
-    """Further photos to train on: a folder or a data set id."""
-    threads: int | None = None
-    """CPU threads; null: one for each core."""
 
 
 def main() -> None:
     """Train every first stage, measure it, and print the table."""
     options = parse_options()
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    size: Size = "quick" if options.quick else "small" if options.small else "full"
-    output, photos = Path(options.output), open_photos(Seen(more=options.more))
+    options.set_threads()
+    output, budget = Path(options.output), BUDGETS[options.size]
+    photos = open_photos(options.more)
     print(
         f"{len(photos.training)} photos to train on, {len(photos.held_out)} held-out tiles from "
-        f"{len(set(photos.names))} photos\n{BUDGETS[size]}",
+        f"{len(set(photos.names))} photos\n{budget}",
         flush=True,
     )
-    experiments = {name: make_experiment(name, photos, BUDGETS[size], output)
+    experiments = {name: make_experiment(name, photos, budget, output)
                    for name in options.rows or FIRST_STAGES}  # fmt: skip
     results: Results = {name: {BASELINE: []} for name in experiments}
     for seed in options.seeds:
@@ -102,18 +78,10 @@ def parse_options(arguments: list[str] | None = None) -> Options:
     Raises:
         ConfigError: In one line for anything that cannot work.
     """
-    parser = plain_parser("Compare quantizers: same photos, same network, same images seen.")
-    for name, (kind, words) in _FLAGS.items():
-        parser.add_argument(f"--{name}", help=words, **kind)
-    parser.add_class_arguments(Options, nested_key=None, as_group=False, skip=set(_FLAGS))
-    options = Options(**vars(parser.instantiate_classes(parser.parse_args(arguments))))
-    if options.quick and options.small:
-        raise ConfigError("--quick and --small are two sizes of the comparison: choose one")
-    if min(options.seeds) < 0 or len(set(options.seeds)) < len(options.seeds):
-        raise ConfigError(f"--seeds is {list(options.seeds)}: seeds are different and at least 0")
-    for row in options.rows or ():
-        if row not in FIRST_STAGES:
-            raise ConfigError(f"--rows names {row!r}; there are: {', '.join(FIRST_STAGES)}")
+    description = "Compare quantizers: same photos, same network, same images seen."
+    options = shared.read(Options, description, _WORDS, arguments)
+    for problem in shared.problems(options, list(FIRST_STAGES)):
+        raise ConfigError(problem)
     return options
 
 

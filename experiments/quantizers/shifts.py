@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from experiments.objectives.command import Options as Seen
-from experiments.objectives.command import open_photos
+from experiments.objectives.experiment import open_photos
 from experiments.quantizers.rows import BASELINE, FIRST_STAGES
 from first_stage.errors import run_command
 from first_stage.evaluation.codes import CodeCounts
@@ -29,7 +28,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/quantizers"))
     parser.add_argument("--rows", nargs="+", default=[n for n in FIRST_STAGES if n != "kl"])
     options = parser.parse_args()
-    images = open_photos(Seen()).held_out
+    images = open_photos().held_out
     for row in options.rows:
         for folder in sorted((options.output / row).glob(f"seed-*/{BASELINE}")):
             stage = FirstStage(load_autoencoder(str(folder)))

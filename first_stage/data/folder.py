@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from first_stage.data.broken import BrokenImage
-from first_stage.data.decode import read_bytes
+from first_stage.data.files import read_bytes
 from first_stage.data.inventory import Inventory
 from first_stage.data.paths import Paths, shown
 from first_stage.data.sample import Sample

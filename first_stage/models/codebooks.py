@@ -35,8 +35,13 @@ Gradient = Literal["straight_through", "rotation"]
 
 _RESTARTS_AT_ONCE = 64
 _USAGE_DECAY = 0.99
+_RECENT_DECAY = 0.9
+"""Of the shares that a grid's entropy is taken from. Vectors move away from where the crowd was:
+with 0.99 they run after each other, and few codes are used at a time."""
 _WINDOW = 100
 """Steps over which a code counts as used; about what the average of the shares looks back."""
+_RARE = 0.1
+"""Added to each share of a grid's codes, in units of 1/K, so that those never used have a log."""
 
 
 @dataclass(frozen=True)
@@ -135,11 +140,12 @@ class Discrete(Bottleneck):
         self._counts, self._seen = None, []
         self.usage.lerp_(counts / counts.sum().clamp_min(1), 1.0 if step == 0 else 1 - _USAGE_DECAY)
         self.age.copy_(torch.where(counts > 0, 0, self.age + 1))
-        return self._restart(step, counts, seen, processes, seed)
+        return self._adapt(step, counts, seen, processes, seed)
 
-    def _restart(
+    def _adapt(
         self, step: int, counts: Tensor, seen: Sequence[Tensor], processes: Processes, seed: int
     ) -> Mapping[str, Tensor]:
+        """What else follows from the uses `(K,)` in this step; rows of parameters that jumped."""
         return {}
 
 
@@ -223,7 +229,7 @@ class Codebook(Discrete):
         """Whether dead codes are restarted: not for ever, where the decoder learns alone."""
         return self.restart_after > 0 and self.codes.requires_grad
 
-    def _restart(
+    def _adapt(
         self, step: int, counts: Tensor, seen: Sequence[Tensor], processes: Processes, seed: int
     ) -> Mapping[str, Tensor]:
         """Move codes that were not used for long to vectors drawn from the global batch.
@@ -264,19 +270,29 @@ class FiniteGrid(Discrete):
     """A grid of fixed points (FSQ): nothing to learn, nothing to restart.
 
     Vectors are clamped to [-1, 1] and rounded, axis by axis; the gradient passes both as if they
-    were not there, and the penalty `range` is the mean square of what lies beyond the bounds, which
-    keeps vectors where the grid is.
+    were not there. Two penalties keep vectors where the grid is and spread them over it:
+
+    - `range` is the mean square of what lies beyond the bounds.
+    - `entropy` is how far the codes are from being equally frequent: 1 - H / log K, H the entropy
+      of their frequencies; 0 where they are, 1 where there is one code. Without it all axes first
+      learn the same, brightness, and vectors lie along a curve through the grid. The frequencies
+      are those of earlier steps, so that it is a sum over vectors, however a batch is split.
 
     Args:
         levels: Values on each axis.
+
+    Attributes:
+        recent: `(K,)` share of each code, averaged over fewer steps than `usage`.
     """
 
-    weights: ClassVar[Mapping[str, float]] = {"range": 1.0}
+    weights: ClassVar[Mapping[str, float]] = {"range": 1.0, "entropy": 0.1}
     points: Tensor
+    recent: Tensor
 
     def __init__(self, levels: Sequence[int]):
         super().__init__(math.prod(levels))
         self.levels = tuple(levels)
+        self.register_buffer("recent", torch.zeros(math.prod(levels)))
         self.register_buffer("points", grid(levels), persistent=False)
 
     def table(self) -> Tensor:
@@ -290,8 +306,42 @@ class FiniteGrid(Discrete):
         if torch.is_grad_enabled():
             self._note(self._numbers(rounded))
         beyond = (vectors.abs() - 1).clamp_min(0).square()
-        penalties = {"range": _per_sample(beyond, len(output))}
+        penalties = {
+            "range": _per_sample(beyond, len(output)),
+            "entropy": _per_sample(self._crowding(vectors), len(output)),
+        }
         return Code(_places(straight_through(vectors, rounded), output), penalties, self._facts())
+
+    def _crowding(self, vectors: Tensor) -> Tensor:
+        """The penalty `entropy` of each of the vectors, `(N,)`.
+
+        1 + log p / log K, where log p is interpolated between the 2^D points around a vector.
+        -H = sum_k p_k log p_k changes by log p_k + 1 with each share p_k, so its gradient is that
+        of H where a vector counts for the points around it by how near it is. Out of bounds there
+        is nowhere to go.
+        """
+        frequency = (self.recent + _RARE / len(self.recent)).log() / math.log(len(self.recent))
+        lowest = torch.zeros(len(vectors), 1, dtype=torch.int64, device=vectors.device)
+        corners, shares = lowest[:1], []
+        for axis, count in enumerate(self.levels):
+            place = (vectors[:, axis].clamp(-1, 1) + 1) / 2 * (count - 1)
+            below = place.detach().long().clamp_max(count - 2)
+            shares.append(place - below)
+            lowest = lowest * count + below[:, None]
+            corners = torch.cat([corners * count, corners * count + 1])
+        values = frequency[lowest + corners.mT].to(vectors.dtype)
+        for share in reversed(shares):  # the axis put in last is what the two halves differ in
+            low, high = values.chunk(2, dim=1)
+            values = low + share[:, None] * (high - low)
+        return 1 + values[:, 0]
+
+    def _adapt(
+        self, step: int, counts: Tensor, seen: Sequence[Tensor], processes: Processes, seed: int
+    ) -> Mapping[str, Tensor]:
+        """Take in how frequent codes are by now."""
+        shares = counts / counts.sum().clamp_min(1)
+        self.recent.lerp_(shares, 1.0 if step == 0 else 1 - _RECENT_DECAY)
+        return {}
 
     def _numbers(self, points: Tensor) -> Tensor:
         """Numbers of points of the grid, by axis: no search."""

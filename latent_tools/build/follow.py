@@ -24,8 +24,9 @@ import pyarrow.compute as pc
 from first_stage.data import BrokenImage, MachineFault, Source
 from first_stage.files import MachineError, patiently
 from latent_tools.build.checked import checked_when, is_as_checked, write_checked
-from latent_tools.build.images import content_hash, file_of, plain_value
+from latent_tools.build.images import plain_value
 from latent_tools.build.unit import trimmed
+from latent_tools.format.content import content_hash, file_of
 from latent_tools.format.files import CacheError
 from latent_tools.format.index import INDEX
 from latent_tools.format.plan import Plan, committed_units

@@ -136,6 +136,7 @@ def test_the_table_and_what_was_wanted(photos):
         (["--quick", "--small"], "choose one"),
         (["--seeds", "1", "1"], "seeds are different"),
         (["--rows", "vqq"], "there are: kl, stock-1024"),
+        (["--threads", "0"], "above 0"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(line, words):

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from diffusers.models.autoencoders.autoencoder_vidtok import FSQRegularizer
+from torch import nn
 from torch.nn import functional as F
 
 from first_stage.distributed.processes import Processes
@@ -117,6 +117,79 @@ def test_gradients_of_a_grid():
     torch.testing.assert_close(rows(code.latents.detach()), grid(levels).double()[tokens])
 
 
+def hats(vectors, levels):
+    """How much each vector counts for each point of a grid, `(N, K)`, by the definition."""
+    points, near = grid(levels).double(), vectors.new_ones(len(vectors), math.prod(levels))
+    for axis, count in enumerate(levels):
+        apart = (vectors[:, axis, None].clamp(-1, 1) - points[:, axis]).abs()
+        near = near * (1 - apart * (count - 1) / 2).clamp_min(0)
+    return near
+
+
+@pytest.mark.parametrize("levels", [(4, 3, 5, 2), (5, 2)])
+def test_the_entropys_gradient_is_that_of_vectors_that_count_for_the_points_around_them(levels):
+    torch.manual_seed(0)
+    book, one = FiniteGrid(levels).double(), Processes()
+    earlier = torch.rand(6, len(levels), 5, 5, dtype=torch.float64) * 2 - 1
+    book(earlier)
+    book.finish_step(0, one, seed=0)
+    z = (torch.rand(3, len(levels), 4, 4, dtype=torch.float64) * 2.6 - 1.3).requires_grad_()
+    (found,) = torch.autograd.grad(book(z).penalties["entropy"].mean(), z)
+    codes = math.prod(levels)
+    p = (book.recent + 0.1 / codes).requires_grad_()
+    (by_share,) = torch.autograd.grad((p * p.log()).sum() / math.log(codes), p)
+    soft = hats(rows(z), levels)
+    torch.testing.assert_close(soft.sum(1), torch.ones(len(soft), dtype=torch.float64))
+    (expected,) = torch.autograd.grad((soft.mean(0) * by_share).sum(), z)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    assert (found != 0).any()
+    assert not found[z.abs() > 1].any()
+
+
+def test_the_entropys_penalty_says_how_far_codes_are_from_equally_frequent():
+    book, points = FiniteGrid((4, 2)), grid((4, 2)).T.reshape(1, 2, 8, 1)
+    book(points)
+    book.finish_step(0, Processes(), seed=0)
+    added = math.log(1 + 0.1) / math.log(8)  # to each share, for those that nothing uses
+    assert book(points).penalties["entropy"].item() == pytest.approx(added, abs=1e-6)
+    for step in range(1, 200):  # now of one code
+        book(points[:, :, :1])
+        book.finish_step(step, Processes(), seed=0)
+    of_one = book(points[:, :, :1]).penalties["entropy"].item()
+    assert of_one == pytest.approx(1, abs=0.01)
+    # Those around a crowd are drawn to where nobody is.
+    z = (points[:, :, :1] + torch.tensor([0.1, -0.2]).view(1, 2, 1, 1)).requires_grad_()
+    book(z).penalties["entropy"].sum().backward()
+    assert z.grad.flatten()[0] < 0  # a step against it leads away from the crowd
+    assert z.grad.flatten()[1] == 0  # out of bounds
+
+
+def trained_grid(weight, levels=(5, 5, 5), steps=250):
+    """How many codes are used in effect after training on one strong and some weak directions."""
+    torch.manual_seed(0)
+    mix = torch.linalg.qr(torch.randn(12, 6))[0] * torch.tensor([1, 0.3, 0.2, 0.1, 0.05, 0.05])
+    to_code = nn.Sequential(nn.Linear(12, 32), nn.SiLU(), nn.Linear(32, len(levels)))
+    to_data = nn.Sequential(nn.Linear(len(levels), 32), nn.SiLU(), nn.Linear(32, 12))
+    book = FiniteGrid(levels)
+    optimizer = torch.optim.Adam([*to_code.parameters(), *to_data.parameters()], 1e-2)
+    for step in range(steps):
+        data = torch.randn(256, 6) @ mix.mT
+        code = book(to_code(data).mT[None, :, :, None])
+        error = (to_data(rows(code.latents)) - data).square().sum(1).mean()
+        price = code.penalties["range"].mean() + weight * code.penalties["entropy"].mean()
+        optimizer.zero_grad()
+        (error + price).backward()
+        optimizer.step()
+        book.finish_step(step, Processes(), seed=0)
+    with torch.no_grad():
+        tokens = book.tokens(to_code(torch.randn(4096, 6) @ mix.mT).mT[None, :, :, None])
+    return perplexity(tokens.flatten().bincount(minlength=len(book.usage)) / 4096).item()
+
+
+def test_the_entropy_fills_a_grid_that_else_learns_one_direction_on_all_axes():
+    assert trained_grid(0.3) > 1.2 * trained_grid(0.0)
+
+
 def test_a_rotated_gradient_is_turned_as_its_vector_was():
     """The one rotation in the plane of both that takes the vector's direction to the code's."""
     torch.manual_seed(0)
@@ -168,13 +241,15 @@ def test_numbers_of_a_grid(levels):
 @pytest.mark.parametrize("levels", [(8, 5, 5, 5), (2, 3), (7, 5, 5, 5, 5), (8, 8, 8, 6, 5)])
 def test_a_grids_tokens_are_those_of_diffusers_own_fsq(levels):
     """`FSQRegularizer` bounds by tanh and counts the first axis fastest; else both are the same."""
+    module = "diffusers.models.autoencoders.autoencoder_vidtok"
+    regularizer = pytest.importorskip(module, reason="diffusers has it from 0.38 on").FSQRegularizer
     sizes = torch.tensor(levels)
     torch.manual_seed(0)
     places = torch.rand(4096, len(levels)) * (sizes - 1)  # between the levels, which count from 0
     offset = torch.where(sizes % 2 == 0, 0.5, 0.0)
     half = (sizes - 1) * (1 + 1e-3) / 2
     unbounded = ((places - sizes // 2 + offset) / half).atanh() - (offset / half).atanh()
-    _, theirs = FSQRegularizer(list(levels[::-1]))(unbounded.flip(1)[None])
+    _, theirs = regularizer(list(levels[::-1]))(unbounded.flip(1)[None])
     latents = (places / (sizes - 1) * 2 - 1).T[None, :, :, None].contiguous()
     ours = FiniteGrid(levels).tokens(latents).flatten()
     assert torch.equal(ours, theirs.flatten().long())

@@ -8,6 +8,8 @@
     python -m benchmarks scale --config configs/demo.yaml --picture scaling.png
     python -m benchmarks quantize --config configs/demo_vq.yaml
     python -m benchmarks disturb --config configs/demo.yaml
+    python -m benchmarks memory --config configs/finetune_decoder.yaml
+    python -m benchmarks latents --config configs/demo.yaml
     python -m benchmarks gpu
 
 Machines differ and are noisy: what is compared takes turns within one run, ratios are taken turn by
@@ -23,6 +25,8 @@ from typing import Any
 from benchmarks import caching, training
 from benchmarks.disturbing import benchmark_disturb
 from benchmarks.gpu import benchmark_gpu
+from benchmarks.latents import benchmark_latents
+from benchmarks.memory import benchmark_memory
 from benchmarks.quantizing import benchmark_quantize
 from benchmarks.reading import benchmark_read
 from benchmarks.reading_sizes import benchmark_sizes
@@ -32,6 +36,7 @@ from first_stage.errors import run_command
 from first_stage.files import write_json
 
 _LATENT_SHAPE = (4, 32, 32)
+_SMALL = ("train", "cache", "read", "scale", "quantize", "disturb", "latents", "memory")
 
 
 def main() -> None:
@@ -41,7 +46,8 @@ def main() -> None:
         epilog="Further arguments are those of training: --config FILE, --field.name value.",
     )
     parser.add_argument(
-        "what", choices=("train", "cache", "read", "scale", "quantize", "disturb", "gpu")
+        "what",
+        choices=[*_SMALL, "gpu"],
     )
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: 5)")
     parser.add_argument("--seconds", type=float, default=5.0, help="of a step form's turn, about")
@@ -96,6 +102,10 @@ def _measure(options: argparse.Namespace, recipe: list[str]) -> dict[str, Any]:
         return benchmark_quantize(recipe, repeats)
     if options.what == "disturb":
         return benchmark_disturb(recipe, repeats)
+    if options.what == "memory":
+        return benchmark_memory(recipe)
+    if options.what == "latents":
+        return benchmark_latents(recipe, repeats)
     if options.what == "read" and options.sizes:
         return benchmark_sizes(options.sizes, _LATENT_SHAPE, repeats)
     if options.what == "read":

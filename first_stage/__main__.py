@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from first_stage import __version__
-from first_stage.errors import ConfigError, run_command
+from first_stage.errors import ConfigError, interrupted_at_once, run_command
 
 COMMANDS = {
     "train": "Train a first stage on your images, and export it.",
@@ -22,7 +22,10 @@ COMMANDS = {
 }
 """The commands and what they do; each is `main()` of its module in `first_stage.commands`."""
 
-_WAITS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_WAITS = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
+"""How OpenMP's threads wait. GNU's, which torch brings on Linux, reads the second, others the
+first."""
+_OTHER_WAITS = ("KMP_BLOCKTIME",)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -31,17 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command's name and its arguments; `None` reads `sys.argv`.
     """
-    name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
-    if name in ("", "-h", "--help"):
-        print(usage())
-    elif name == "--version":
-        print(f"first-stage {__version__}")
-    else:
-        run_command(lambda: run(name, rest[:-1]))
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    run_command(lambda: run(given[0] if given else "--help", given[1:]))
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
-    """Run one of `COMMANDS`.
+    """Run one of `COMMANDS`, or say which there are.
 
     Args:
         name: Which.
@@ -50,13 +48,21 @@ def run(name: str, arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: When there is no such command.
     """
+    if name in ("-h", "--help"):
+        print(usage())
+        return
+    if name == "--version":
+        print(f"first-stage {__version__}")
+        return
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}."
         raise ConfigError(f"{name!r} is no command: {hint} first-stage --help says more")
     wait_without_spinning()
     sys.argv = [f"first-stage {name}", *arguments]
-    import_module(f"first_stage.commands.{name}").main()
+    with interrupted_at_once():
+        command = import_module(f"first_stage.commands.{name}")
+    command.main()
 
 
 def usage() -> str:
@@ -78,14 +84,16 @@ def usage() -> str:
 
 
 def wait_without_spinning() -> None:
-    """Let OpenMP's threads sleep while they wait; a value that the user set stays.
+    """Let OpenMP's threads spin for a tenth of a millisecond, then sleep; what the user set stays.
 
-    Spinning threads take the cores from those that have work: beside other processes on the same
-    cores a training step was eight times slower. The library reads the variable once, when it is
+    Threads that spin on take the cores from those that have work: beside other processes on the
+    same cores a training step was up to eight times slower. Threads that sleep at once are woken
+    thousands of times in a step, which costs more than a short spin does, on a quiet machine too
+    (figures: docs/guides/why-is-my-step-slow.md). The library reads the variables once, when it is
     loaded, so this comes before the first import of torch.
     """
-    if not any(name in os.environ for name in _WAITS):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if not any(name in os.environ for name in (*_WAITS, *_OTHER_WAITS)):
+        os.environ.update(_WAITS)
 
 
 if __name__ == "__main__":

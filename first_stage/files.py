@@ -17,8 +17,10 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from first_stage.errors import UserError
+from first_stage.errors import DISK_REMEDIES, UserError
 
+FILE_LIST = "files.txt"
+"""What a folder calls the list of the data files that were read, and of those left out and why."""
 TEMPORARY = ".tmp-"
 """Prefix of what is being written; leftovers with it are never read."""
 _OLD = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]{8}-old-(.+)", re.DOTALL)
@@ -26,16 +28,7 @@ _OLD = re.compile(re.escape(TEMPORARY) + r"[0-9a-f]{8}-old-(.+)", re.DOTALL)
 _AT_FOLDER, _EXCHANGE = -100, 2
 """The kernel's AT_FDCWD and RENAME_EXCHANGE."""
 
-_DISK = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space",
-    errno.EFBIG: "choose a file system that takes files of this size",
-    errno.EROFS: "make it writable",
-    errno.EACCES: "make it writable",
-    errno.EPERM: "make it writable",
-    errno.EIO: "check the disk",
-    errno.ESTALE: "check the network's file system",
-}
+_DISK = DISK_REMEDIES | {errno.EACCES: "make it writable", errno.EPERM: "make it writable"}
 
 
 Result = TypeVar("Result")

@@ -6,6 +6,7 @@ from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
 from latent_tools.read.collate import collate
 from latent_tools.read.dataset import LatentDataset
+from latent_tools.read.paired import CachedLatents
 from latent_tools.read.samplers import BucketBatchSampler
 from latent_tools.read.stream import LatentStream
 
@@ -13,6 +14,7 @@ __all__ = [
     "BucketBatchSampler",
     "CacheError",
     "CacheOptions",
+    "CachedLatents",
     "LatentDataset",
     "LatentStream",
     "Manifest",

@@ -39,6 +39,7 @@ from latent_tools.format.shards import (
     SHARDS,
     ShardReader,
     commit_path,
+    is_committed,
     read_commit,
     unit_of_shard,
 )
@@ -379,7 +380,7 @@ def _is_needed(folder: Path, path: Path) -> bool:
     unit = unit_of_shard(path.name)
     if path.parent.name != SHARDS or unit is None:
         return False
-    return commit_path(folder, unit).exists() and read_commit(folder, unit)["shard"] == path.name
+    return is_committed(folder, unit) and read_commit(folder, unit)["shard"] == path.name
 
 
 def redo_command(manifest: Manifest) -> str:

@@ -61,6 +61,8 @@ def test_links_lead_somewhere(page):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
+        if page.is_relative_to(ROOT / "docs"):
+            assert target.is_relative_to(ROOT / "docs"), f"{link} is not part of the site"
         if anchor:
             assert anchor in anchors(target), link
 
@@ -75,6 +77,12 @@ def test_every_page_is_in_the_navigation():
     listed = files(yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"])
     there = [page.relative_to(ROOT / "docs").as_posix() for page in (ROOT / "docs").rglob("*.md")]
     assert sorted(listed) == sorted(there)
+
+
+def test_the_first_page_leads_to_every_other():
+    home = ROOT / "docs/index.md"
+    linked = {(home.parent / link).resolve() for link in LINK.findall(prose(home))}
+    assert {page for page in PAGES if page.is_relative_to(ROOT / "docs")} - linked == {home}
 
 
 def test_reference_pages_are_current():

@@ -83,16 +83,19 @@ class TestRecipes:
 
 
 class TestWaiting:
-    def test_sleeps_where_the_user_said_nothing(self, monkeypatch):
+    def test_soon_sleeps_where_the_user_said_nothing(self, monkeypatch):
         for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
             monkeypatch.setenv(name, "")  # so that it is as before afterwards
             monkeypatch.delenv(name)
         wait_without_spinning()
         assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+        assert os.environ["GOMP_SPINCOUNT"] == "10000"
 
-    @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+    @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
     def test_leaves_what_the_user_said(self, monkeypatch, name):
-        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+        names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+        for other in names:
+            monkeypatch.delenv(other, raising=False)
         monkeypatch.setenv(name, "7")
         wait_without_spinning()
-        assert os.environ.get("OMP_WAIT_POLICY") == ("7" if name == "OMP_WAIT_POLICY" else None)
+        assert {n: os.environ[n] for n in names if n in os.environ} == {name: "7"}

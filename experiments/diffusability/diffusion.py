@@ -134,21 +134,36 @@ def _batches(
             yield torch.stack([item["latents"] for item in items]), labels[rows]
 
 
-@torch.no_grad()
 def sample(
     diffusion: Diffusion, first_stage: FirstStage, classes: Tensor, budget: Budget, seed: int
 ) -> Tensor:
-    """Images of these classes, without guidance: `(N, C_in, H, W)` in [-1, 1], 8-bit values.
+    """Images of these classes: `decoded` from `sample_latents`."""
+    device = next(diffusion.transformer.parameters()).device
+    latents = sample_latents(diffusion, classes, budget, seed)
+    return decoded(first_stage.to(device), latents)
+
+
+@torch.no_grad()
+def decoded(first_stage: FirstStage, latents: Tensor) -> Tensor:
+    """Images `(N, C_in, H, W)` in [-1, 1] of 8-bit values from raw latents, on the CPU."""
+    parts = []
+    for some in latents.split(_AT_ONCE):
+        images = first_stage.decode(some.to(first_stage.device)).clamp(-1, 1)
+        parts.append((images.add(1).mul(127.5).round() / 127.5 - 1).cpu())
+    return torch.cat(parts)
+
+
+@torch.no_grad()
+def sample_latents(diffusion: Diffusion, classes: Tensor, budget: Budget, seed: int) -> Tensor:
+    """Raw latents `(N, C, h, w)` of these classes, without guidance, on the CPU.
 
     Args:
         diffusion: The trained transformer.
-        first_stage: Its decoder makes images of the latents.
         classes: `(N,)`.
         budget: For the steps of the sampler.
         seed: Sample n starts from the same noise whatever the first stage.
     """
     device = next(diffusion.transformer.parameters()).device
-    first_stage.to(device)
     mean, std = (x[:, None, None].to(device) for x in (diffusion.mean, diffusion.std))
     parts = []
     for start in range(0, len(classes), _AT_ONCE):
@@ -161,6 +176,5 @@ def sample(
                 latents, timestep=time.expand(len(some)).to(device), class_labels=some
             ).sample
             latents = diffusion.scheduler.step(predicted, time, latents).prev_sample
-        images = first_stage.decode(latents * std + mean).clamp(-1, 1)
-        parts.append((images.add(1).mul(127.5).round() / 127.5 - 1).cpu())
+        parts.append((latents * std + mean).cpu())
     return torch.cat(parts)

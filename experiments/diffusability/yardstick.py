@@ -174,29 +174,40 @@ class Yardstick:
 
     def _make(self, stage: FirstStage, first_stage: str, folder: Path, seed: int) -> Cell:
         began = time.perf_counter()
-        dataset = self._cached(stage, first_stage, folder / "cache")
-        diffusion = train_diffusion(dataset, self._classes_of(dataset), self.budget, seed)
+        dataset = self.cached(stage, first_stage, folder / "cache")
+        diffusion = train_diffusion(dataset, self.classes_of(dataset), self.budget, seed)
         asked = torch.arange(self.budget.samples) % self.classes
         pictures = sample(diffusion, stage, asked, self.budget, seed)
         seconds = time.perf_counter() - began
         save_png(_sheet(pictures, asked), folder / SAMPLES)
         values = {"samples": pixels_from_images(pictures), "classes": asked}
         write_atomic(folder / "samples.safetensors", lambda path: save_file(values, path))
-        read, by_judge, by_network = None, None, None
+        cell = Cell(*self.held_against_real(pictures, asked), seconds)
+        self.say(f"{folder.parent.name}, seed {seed}: {described(cell)} ({seconds / 60:.1f} min)")
+        return cell
+
+    def held_against_real(
+        self, pictures: Tensor, asked: Tensor
+    ) -> tuple[float | None, float | None, float | None]:
+        """Frechet distance to real images by the judge and by the network, and share read right.
+
+        Args:
+            pictures: `(N, C, H, W)` in [-1, 1].
+            asked: `(N,)`, the classes they are of.
+        """
+        by_judge, by_network, read = None, None, None
         if self.judge is not None:
-            judge = self.judge
-            features, classes = judge.look(pictures)
+            features, classes = self.judge.look(pictures)
             read = float((classes == asked).float().mean())
-            real = _statistics(judge.look(self._real)[0])
+            real = _statistics(self.judge.look(self._real)[0])
             by_judge = frechet_distance(real, _statistics(features)).value
         if self.network is not None:
             seen = _statistics(self._seen(pictures))
             by_network = frechet_distance(self._reference(), seen).value
-        cell = Cell(by_judge, by_network, read, seconds)
-        self.say(f"{folder.parent.name}, seed {seed}: {described(cell)} ({seconds / 60:.1f} min)")
-        return cell
+        return by_judge, by_network, read
 
-    def _cached(self, stage: FirstStage, first_stage: str, folder: Path) -> LatentDataset:
+    def cached(self, stage: FirstStage, first_stage: str, folder: Path) -> LatentDataset:
+        """The latents of the images to train on, with mean 0 and variance 1 by channel."""
         images = self.images
         options = CacheOptions(
             resolution=images.resolution,
@@ -207,7 +218,8 @@ class Yardstick:
         precompute(stage, first_stage, images.training, folder, options, process)
         return LatentDataset(folder, normalize="channel")
 
-    def _classes_of(self, dataset: LatentDataset) -> Tensor:
+    def classes_of(self, dataset: LatentDataset) -> Tensor:
+        """Class of every sample, `(N,)`; all 0 without labels."""
         if self.images.label is None:
             return torch.zeros(len(dataset), dtype=torch.int64)
         return torch.tensor(dataset.column(self.images.label).to_pylist())
@@ -243,10 +255,10 @@ class Yardstick:
         )
         found = evaluate([(stage.name, stage)], chosen, Measured(pairs=0)).first_stages[0]
         kept = ("metrics", "sharpness", "latent_health", "latent_channels", "downsample_factor")
-        return {key: found[key] for key in kept} | {"judge_floor": self._floor(stage)}
+        return {key: found[key] for key in kept} | {"judge_floor": self.floor(stage)}
 
     @torch.no_grad()
-    def _floor(self, stage: FirstStage) -> float | None:
+    def floor(self, stage: FirstStage) -> float | None:
         """The judge's distance of as many reconstructions: what the decoder alone costs.
 
         No transformer can be expected to come nearer to the real images.

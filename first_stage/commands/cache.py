@@ -20,15 +20,13 @@ from first_stage.data.checks import value_remark
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
-from first_stage.files import writing
+from first_stage.files import FILE_LIST, writing
 from first_stage.models.loading import load_autoencoder, training_resolution
 from latent_tools.build.launch import Outcome, Process, precompute
 from latent_tools.build.options import CacheOptions, EncodingOptions
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.format.manifest import Manifest
 
-FILES = "files.txt"
-"""In the cache's folder: every file that was found and left out at the last launch."""
 # A launch waits at its start until the first process has read the sizes of all images.
 _PLANNING_TIME = timedelta(days=2)
 
@@ -146,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _keep(found: list[Inventory], folder: Path) -> None:
     for inventory in found:
-        inventory.write(folder / FILES)
+        inventory.write(folder / FILE_LIST)
 
 
 def _open(data: CacheData, say: Callable[[str], None], found: list[Inventory]) -> Source:

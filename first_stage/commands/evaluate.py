@@ -16,10 +16,13 @@ from first_stage.data.builtin import NAMES
 from first_stage.data.checks import value_remark
 from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import ConfigError
-from first_stage.evaluation import Evaluation, Options, evaluate, save
+from first_stage.evaluation import Evaluation, Options, evaluate, evaluate_change, save
+from first_stage.evaluation.change import change_in_words
+from first_stage.evaluation.drift import check_alike, drift_in_words
 from first_stage.evaluation.files import METRICS
 from first_stage.evaluation.images import EvaluationImages
 from first_stage.evaluation.table import comparison_table, remarks
+from first_stage.files import FILE_LIST
 from first_stage.metrics.feature_networks import (
     FeatureNetwork,
     default_networks,
@@ -30,8 +33,6 @@ from first_stage.models.first_stage import FirstStage
 from first_stage.models.loading import load_autoencoder
 from first_stage.report import REPORT, write_report
 
-FILES = "files.txt"
-"""Beside the metrics: every file that was found and left out."""
 _SEVERAL = {
     "first_stage": "A diffusers folder, a pipeline's folder or a hub id; several, separated by "
     "spaces, are compared side by side. (required, type: list[str])",
@@ -61,6 +62,9 @@ class Arguments:
     """Measure first stages: any diffusers autoencoder of images."""
 
     first_stage: list[str] | None = None
+    before: str | None = None
+    """The first stage that first_stage came from, of the same channels and latents: what it gained,
+    image by image, where it lost, and how far its latents moved. null: no before and after."""
     output: str = ""
     """Folder for metrics.json, report.html and the report's pictures."""
     data: EvaluationData = field(default_factory=EvaluationData)
@@ -77,6 +81,10 @@ class Arguments:
     """How many images the report shows beside their reconstructions."""
     probed_images: NonNegativeInt = 64
     """On how many images the latents are flipped, turned and scaled, and their histograms taken."""
+    tiled_images: NonNegativeInt | None = None
+    """On how many images decoding in tiles, as diffusers does it for large ones, is held against
+    decoding whole; they are continued to one and a half tiles a side. null: 2 with before, else
+    none."""
     overwrite: bool = False
     """Replace an evaluation that is already in the output folder."""
 
@@ -94,9 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     accelerator = Accelerator()
     processes = Processes()
     say = print if processes.is_main else _nothing
-    first_stages = a.first_stage or []
+    first_stages = [*([a.before] if a.before else []), *(a.first_stage or [])]
     _writable(Path(a.output))
-    _check(first_stages)
+    _check(first_stages, a.before)
     say(f"{processes.world} process(es) on {accelerator.device.type}, float32", flush=True)
     options = Options(
         batch_size=a.batch_size,
@@ -105,18 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         lpips=load_lpips(accelerator.device) if a.lpips else None,
         probed=a.probed_images,
         pairs=a.pairs,
+        tiled=(2 if a.before else 0) if a.tiled_images is None else a.tiled_images,
     )
     images = _Images(a, processes, say)
     count = min(a.num_images or len(images.source), len(images.source))
     say(f"{count:,} of {len(images.source):,} images from {a.data.path}", flush=True)
-    evaluation = evaluate(
-        _first_stages(first_stages, accelerator.device),
-        images,
-        options,
-        processes,
-        seed=a.seed,
-        progress=True,
-    )
+    stages = _first_stages(first_stages, accelerator.device)
+    if a.before:
+        evaluation = evaluate_change(
+            next(stages), next(stages), images, options, processes, seed=a.seed, progress=True
+        )
+    else:
+        evaluation = evaluate(stages, images, options, processes, seed=a.seed, progress=True)
     if processes.is_main:
         _finish(evaluation, Path(a.output), first_stages)
     processes.wait()
@@ -140,6 +148,13 @@ def _problems(a: Arguments) -> Iterator[str]:
         yield "--first_stage is missing: give a diffusers folder or a hub id, or several"
     elif len(set(a.first_stage)) < len(a.first_stage):
         yield f"--first_stage names the same first stage twice: {' '.join(a.first_stage)}"
+    elif a.before and len(a.first_stage) > 1:
+        yield (
+            f"--before has a first stage to be held against one, but --first_stage names "
+            f"{len(a.first_stage)}: give one"
+        )
+    elif a.before in a.first_stage:
+        yield f"--before and --first_stage are both {a.before!r}: there is nothing between them"
     if not a.data.path:
         yield "--data.path is missing: give a folder of images, a hub id, photos or digits"
     parts = (None, "train", "validation", "all")
@@ -170,7 +185,7 @@ class _Images:
             part,
             say=say,
             once=lambda make: shared(processes, make),
-            keep=lambda inventory: inventory.write(Path(a.output) / FILES),
+            keep=lambda inventory: inventory.write(Path(a.output) / FILE_LIST),
         )
         self.arguments, self.say, self.is_main = a, say, processes.is_main
 
@@ -189,13 +204,19 @@ def _first_stages(names: Sequence[str], device: Any) -> Iterator[tuple[str, Any]
         yield label, load_autoencoder(name, field="--first_stage").to(device)
 
 
-def _check(names: Sequence[str]) -> None:
+def _check(names: Sequence[str], before: str | None) -> None:
     """Load every first stage once before the first is measured, which may take hours.
 
     Raises:
-        UserError: When one cannot be loaded, or takes other images than the first.
+        UserError: When one cannot be loaded, takes other images than the first, or has other
+            latents than what it came from.
     """
     if len(names) < 2:
+        return
+    if before is not None:
+        fields = ("--before", "--first_stage")
+        models = [load_autoencoder(n, field=f) for n, f in zip(names, fields, strict=True)]
+        check_alike(*(FirstStage(m, name=n) for m, n in zip(models, names, strict=True)))
         return
     channels: dict[str, int] = {}
     for name in names:
@@ -251,6 +272,10 @@ def _finish(evaluation: Evaluation, output: Path, names: Sequence[str]) -> None:
     print(comparison_table(evaluation.first_stages))
     for remark in remarks(evaluation.first_stages):
         print(f"note: {remark}")
+    if (change := evaluation.change) is not None:
+        print(f"\nfrom {change['before']} to {change['after']}:")
+        for sentence in [*change_in_words(change), drift_in_words(change["latents"])]:
+            print(f"- {sentence}")
     print(f"\nwrote {path}\nlook at {report} (one file; opens in any browser)")
 
 

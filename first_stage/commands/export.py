@@ -2,53 +2,25 @@
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import VQModel
 
 from first_stage.command_line import command_line
-from first_stage.config.images import ImagesConfig
+from first_stage.commands.standard_latents import ExportData, Measured, images, standard
 from first_stage.config.parsing import read_options
-from first_stage.config.types import PositiveFloat, PositiveInt
-from first_stage.data import fixed_images, images_from_pixels
-from first_stage.distributed.processes import Processes
+from first_stage.config.types import PositiveFloat
 from first_stage.errors import ConfigError
 from first_stage.files import write_folder, write_json, write_text
-from first_stage.handover.folding import common_deviation, fold_statistics
 from first_stage.handover.public import public_name
 from first_stage.handover.single_file import programs, put_into, write_single_file
-from first_stage.handover.statistics import measure_latents
-from first_stage.handover.whitening import (
-    CovarianceSums,
-    LatentCovariance,
-    fold_whitening,
-    measure_covariance,
-)
-from first_stage.metrics.latents import redundancy
 from first_stage.models.first_stage import FirstStage
-from first_stage.models.loading import (
-    STATISTICS_FILE,
-    load_autoencoder,
-    training_resolution,
-)
-from latent_tools import LatentDataset
+from first_stage.models.loading import STATISTICS_FILE, load_autoencoder
 
-_AT_ONCE = 16
 _SWITCHES = {"--fold_statistics": "true", "--whiten": "true"}
-
-
-@dataclass(frozen=True)
-class ExportData(ImagesConfig):
-    """Images to measure the latents on."""
-
-    path: str | None = None
-    """As in training; null: the statistics that the first stage's config has."""
-    images: PositiveInt = 1000
-    """How many images at most."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _set_scale(vae, options.scaling_factor, options.shift_factor)
     standing_card, known = _plain_card(options, vae), _statistics_file(options)
     if options.fold_statistics or options.whiten:
-        vae, standing_card, known = _folded(options, vae)
+        vae, standing_card, known = standard(_measured(options, vae), options.whiten)
     if options.half is not None:
         rounded = in_half(copy.deepcopy(vae), options.half)
         print(f"half      {half_difference(options, vae, rounded)}")
@@ -158,26 +130,9 @@ def _set_scale(vae: Any, scaling: float | None, shift: float | None) -> None:
     )
 
 
-def _folded(options: Options, vae: Any) -> tuple[Any, str, dict[str, Any]]:
-    """The first stage with standard latents, its card, and its statistics."""
-    if options.whiten:
-        found = covariance(options, vae)
-        folded = fold_whitening(vae, found)
-        mean, std = found.mean.tolist(), found.total.diagonal().sqrt().tolist()
-        print(f"channels repeated others by {redundancy(found.total.numpy()):.0%}")
-    else:
-        mean, std = statistics(options, vae)
-        if isinstance(vae, VQModel):
-            std = common_deviation(std)
-        folded = fold_statistics(vae, mean, std)
-    print("channel   mean      std       are now 0 and 1")
-    for channel, (m, s) in enumerate(zip(mean, std, strict=True)):
-        print(f"{channel:<9} {m:<9.4f} {s:<9.4f}")
-    if getattr(vae, "quant_conv", None) is None:
-        print("the first stage had no 1x1 convolutions around the latents; it has them now")
-    standard: dict[str, Any] = {"mean": [0.0] * len(mean), "std": [1.0] * len(std)}
-    standard["resolution"] = training_resolution(options.first_stage, vae)
-    return folded, card(options, vae, mean, std), standard
+def _measured(options: Options, vae: Any) -> Measured:
+    """The first stage, and where the statistics of its latents come from."""
+    return Measured(options.first_stage, vae, options.latents, options.data)
 
 
 def _statistics_file(options: Options) -> dict[str, Any] | None:
@@ -214,7 +169,7 @@ def half_difference(options: Options, vae: Any, rounded: Any) -> str:
     stage = FirstStage(vae)
     factor = stage.downsample_factor
     if options.data.path is not None:
-        shown, where = next(images(options, stage.model)), "images"
+        shown, where = next(images(_measured(options, stage.model))), "images"
     else:
         draw = torch.Generator().manual_seed(0)
         coarse = torch.rand(2, stage.in_channels, 5, 5, generator=draw) * 2 - 1
@@ -233,73 +188,6 @@ def half_difference(options: Options, vae: Any, rounded: Any) -> str:
     )
 
 
-def statistics(options: Options, vae: Any) -> tuple[list[float], list[float]]:
-    """Per-channel mean and standard deviation of the latents: of a cache, of data, of the config.
-
-    Raises:
-        ConfigError: When there are none.
-    """
-    if options.latents is not None:
-        cached = LatentDataset(options.latents, expect=vae).stats
-        return list(cached["mean"]), list(cached["std"])
-    if options.data.path is not None:
-        measured = measure_latents(FirstStage(vae), images(options, vae), Processes())
-        return measured.mean, measured.std
-    ours = Path(options.first_stage) / STATISTICS_FILE
-    if ours.is_file():
-        found = json.loads(ours.read_text(encoding="utf-8"))
-        return list(found["mean"]), list(found["std"])
-    mean, std = (vae.config.get(f"latents_{name}") for name in ("mean", "std"))
-    if mean is None or std is None:
-        raise ConfigError(
-            f"{options.first_stage!r} has no {STATISTICS_FILE}, and its config no latents_mean and "
-            "latents_std: measure them with --data.path, or take a cache's with --latents"
-        )
-    return list(mean), list(std)
-
-
-def covariance(options: Options, vae: Any) -> LatentCovariance:
-    """How the channels of the latents vary together: from a cache, or from data.
-
-    Raises:
-        ConfigError: When neither is given.
-    """
-    if options.latents is not None:
-        cached = LatentDataset(options.latents, sample="raw", normalize="none", expect=vae)
-        channels = cached.manifest.first_stage["latent_channels"]
-        sums = CovarianceSums(channels)
-        for index in range(len(cached)):
-            moments = cached[index]["latents"][None]
-            mean, logvar = moments[:, :channels], moments[:, channels:]
-            sums.update(mean, logvar if logvar.numel() else None)
-        return sums.merged(Processes())
-    if options.data.path is None:
-        raise ConfigError(
-            "--whiten needs the covariance of the latents, which no config holds: measure it with "
-            "--data.path, or take a cache's with --latents"
-        )
-    return measure_covariance(vae, images(options, vae), Processes())
-
-
-def images(options: Options, vae: Any) -> Iterator[torch.Tensor]:
-    """Batches of images `(B, C, H, W)` in [-1, 1] to measure on."""
-    factor, data = FirstStage(vae).downsample_factor, options.data
-    resolution = data.resolution or training_resolution(options.first_stage, vae)
-    if resolution is None:
-        raise ConfigError(
-            "data.resolution is missing, and the first stage does not say what it was trained on"
-        )
-    if resolution % factor:
-        raise ConfigError(
-            f"data.resolution is {resolution}; it must be a multiple of the downsample factor "
-            f"{factor}"
-        )
-    view, reading = data.view(resolution), data.reading(vae.config.in_channels)
-    found = fixed_images(data.open("train", say=print), view, reading, data.images, seed=0)
-    for pixels in found.pixels.split(_AT_ONCE):
-        yield images_from_pixels(pixels)
-
-
 def _plain_card(options: Options, vae: Any) -> str:
     """The card of a first stage that is only written anew."""
     stage = FirstStage(vae)
@@ -312,41 +200,6 @@ def _plain_card(options: Options, vae: Any) -> str:
 
 As one file in latent diffusion's layout it is read by: {programs(vae)}.
 As a folder it is read by diffusers (`{type(vae).__name__}.from_pretrained`).
-"""
-
-
-def card(options: Options, vae: Any, mean: list[float], std: list[float]) -> str:
-    """The folder's README."""
-    name = type(vae).__name__
-    rows = "\n".join(
-        f"| {channel} | {m:.6f} | {s:.6f} |"
-        for channel, (m, s) in enumerate(zip(mean, std, strict=True))
-    )
-    folded = ("statistics", "(z there - mean) / std")
-    if options.whiten:
-        folded = ("covariance", "W (z there - mean), with a matrix W and channels that are not "
-                  "correlated")  # fmt: skip
-    return f"""---
-library_name: diffusers
-tags: [autoencoder, latent-diffusion, first-stage]
----
-
-# First stage with standard latents
-
-`{public_name(options.first_stage)}` with the {folded[0]} of its latents folded into the 1x1
-convolutions around them. Reconstructions are the same; every latent channel has mean 0 and variance
-1 over the images measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the
-two are not interchangeable: z here is {folded[1]}.
-
-```python
-from diffusers import {name}
-vae = {name}.from_pretrained("this-folder")
-latents = vae.encode(images).{FirstStage(vae).family.encoded_as}
-```
-
-| channel | mean | std |
-|---|---|---|
-{rows}
 """
 
 

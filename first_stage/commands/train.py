@@ -12,6 +12,7 @@ from first_stage.config import Config, parse_config
 from first_stage.training.loop import train
 from first_stage.training.plan import plan
 from first_stage.training.run_folder import resume_command
+from latent_tools.read.paired import CachedLatents
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,13 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     config = parse_config(given)
+    latents = None if config.data.latents is None else CachedLatents(config.data.latents)
     if config.plan:
-        plan(config)
+        plan(config, latents)
         if PartialState().is_main_process:
             again = command_line("train", *without_plan(given))
             print(f"Nothing was trained. Start it with:\n  {again}")
         return
-    outcome = train(config)
+    outcome = train(config, latents)
     if not PartialState().is_main_process:
         return
     folder = Path(config.output_dir)

@@ -4,6 +4,7 @@ Every problem names the field, its value, what would happen, and the remedy.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from first_stage.config.losses import (
     AdversarialConfig,
@@ -17,6 +18,7 @@ from first_stage.config.losses import (
 from first_stage.config.schema import Config, DataConfig
 from first_stage.config.types import misfits
 from first_stage.data.sources import is_builtin
+from first_stage.data.stream import flip_named
 from first_stage.errors import ConfigError
 
 
@@ -32,13 +34,26 @@ def check(config: Config) -> None:
 
 def _problems(c: Config) -> Iterator[str]:
     yield from misfits(c)
+    yield from _start_problems(c)
     yield from _data_problems(c.data)
     yield from _layout_problems(c)
     side = min(c.data.crop_shape or (c.data.resolution,))
     yield from loss_problems(c.loss, c.critic, c.model.in_channels, side)
     yield from _disturb_problems(c, side)
     yield from _part_problems(c)
+    yield from _latents_problems(c)
     yield from _schedule_problems(c)
+
+
+def _start_problems(c: Config) -> Iterator[str]:
+    if c.start_from is None or c.resume is not None:
+        return
+    folder = Path(c.output_dir).resolve()
+    if Path(c.start_from).resolve().is_relative_to(folder):
+        yield (
+            f"start_from ({c.start_from!r}) lies in output_dir ({c.output_dir!r}): a new run needs "
+            "a folder of its own, or go on with --resume"
+        )
 
 
 def _data_problems(data: DataConfig) -> Iterator[str]:
@@ -100,17 +115,7 @@ def factor_problems(c: Config, factor: int) -> Iterator[str]:
 
 def _disturb_problems(c: Config, side: int) -> Iterator[str]:
     equivariance = c.disturb.equivariance
-    if c.train.encoder_steps == 0:
-        if c.disturb.in_use:
-            yield (
-                "train.encoder_steps is 0, and latents are disturbed only while the encoder "
-                "learns: raise it, or set every disturb.*.probability to 0"
-            )
-        for name in latent_term_names(c.loss):
-            yield (
-                f"train.encoder_steps is 0, and loss.{name} has only the encoder to teach: raise "
-                f"it, or set loss.{name}.weight to 0"
-            )
+    yield from _still_encoder_problems(c)
     if not equivariance.probability:
         return
     if not equivariance.transforms:
@@ -130,6 +135,32 @@ def _disturb_problems(c: Config, side: int) -> Iterator[str]:
                 f"{side} pixels as small as {least:g}, and {name} needs {pixels}: raise it to "
                 f"{pixels / side:.3g}, or use flip and turn alone"
             )
+
+
+def _still_encoder_problems(c: Config) -> Iterator[str]:
+    """What asks an encoder to learn that does not, or to stay near one that is not there."""
+    begins_anew = c.model.pretrained is None and c.start_from is None
+    if "original" in latent_term_names(c.loss) and begins_anew:
+        yield (
+            "loss.original has a weight, but there is no original encoder to hold latents to: give "
+            "model.pretrained, or set loss.original.weight to 0"
+        )
+    if c.trains_encoder:
+        return
+    still, remedy = "train.encoder_steps is 0", "raise it"
+    if c.train.encoder_steps != 0:
+        still = f"train.parts {list(c.train.parts)} has nothing of the encoder"
+        remedy = "add encoder"
+    if c.disturb.in_use:
+        yield (
+            f"{still}, and latents are disturbed only while the encoder learns: {remedy}, or set "
+            "every disturb.*.probability to 0"
+        )
+    for name in latent_term_names(c.loss):
+        yield (
+            f"{still}, and loss.{name} has only the encoder to teach: {remedy}, or set "
+            f"loss.{name}.weight to 0"
+        )
 
 
 _VGG_SMALLEST = 16
@@ -153,6 +184,32 @@ def _part_problems(c: Config) -> Iterator[str]:
         yield (
             f"loss.balance.at is last_layer, but train.parts {list(parts)} leaves the last layer "
             "as it is: add last_block, or set loss.balance.at to pixels"
+        )
+
+
+def _latents_problems(c: Config) -> Iterator[str]:
+    data = c.data
+    if data.latents is None:
+        return
+    given = f"data.latents is {data.latents!r}"
+    if c.model.pretrained is None:
+        yield f"{given}, but no first stage: name the one that made the cache in model.pretrained"
+    elif not c.keeps_latents:
+        yield (
+            f"{given}, but train.parts {list(c.train.parts)} would change the encoder, and with it "
+            "the latents: set train.parts to [decoder]"
+        )
+    if data.crop != "center":
+        yield f"{given}, but data.crop is {data.crop}: a cache holds centre crops; set it to center"
+    if flip_named(data.flip) not in ("none", "horizontal"):
+        yield (
+            f"{given}, but data.flip is {data.flip}: a cache has images mirrored left to right at "
+            "most, so use horizontal or none"
+        )
+    if data.streaming:
+        yield (
+            f"{given}, but data.streaming is true: samples of a stream cannot be looked up in the "
+            "cache beforehand; set it to false"
         )
 
 

@@ -87,6 +87,10 @@ class DataConfig(ImagesConfig):
     shuffle_buffer: PositiveInt = 8192
     """Samples that a stream shuffles at a time, over all processes; they are held in memory, still
     encoded."""
+    latents: str | None = may_change(None)
+    """A cache of these images' latents (first-stage cache), made by model.pretrained: the decoder
+    learns from them, and the encoder is not run. It holds centre crops, so data.crop is center, and
+    mirrored images where it was made with --flip. null: images are encoded in every step."""
     workers: NonNegativeInt | None = may_change(None)
     """Decoding processes per training process; null: one per core left over; 0: none."""
 
@@ -234,6 +238,10 @@ class Config:
     """Only say what the run would do, and what a few timed steps say it would cost."""
     resume: str | None = may_change(None)
     """Go on from a checkpoint: latest, or a checkpoint's folder."""
+    start_from: str | None = None
+    """Begin a new run from this checkpoint's folder of another: weights, average, critic and the
+    optimizers go over; steps, schedules and the order of the data begin at 0. Data and recipe may
+    be others, model and critic may not. null: from model.pretrained, or from random weights."""
     seed: NonNegativeInt = 0
     """Seed of weights, order, crops, flips and posterior noise."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -251,10 +259,15 @@ class Config:
         return self.loss.learned.weight > 0 or self.loss.adversarial.weight > 0
 
     @property
+    def trains_encoder(self) -> bool:
+        """Whether anything that decides what latents mean learns, at least at first."""
+        return self.train.encoder_steps != 0 and bool(set(self.train.parts) & set(_OF_ENCODER))
+
+    @property
     def keeps_latents(self) -> bool:
         """Whether latents stay those of `model.pretrained`: nothing of its encoder learns."""
-        still = self.train.encoder_steps == 0 or not set(self.train.parts) & set(_OF_ENCODER)
-        return self.model.pretrained is not None and still and not self.model.more_latent_channels
+        same = not self.trains_encoder and not self.model.more_latent_channels
+        return self.model.pretrained is not None and same
 
     @property
     def held_out_view(self) -> View:

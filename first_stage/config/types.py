@@ -107,6 +107,22 @@ def changeable(options: type, prefix: str = "") -> Iterator[str]:
             yield from changeable(cast(type, kind), f"{name}.")
 
 
+def mappings(options: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the fields that are mappings themselves, such as weights by name.
+
+    Args:
+        options: A class of options; its sections are looked into.
+        prefix: Put before the names.
+    """
+    hints = get_type_hints(options)
+    for field in dataclasses.fields(options):
+        kind = hints[field.name]
+        if get_origin(kind) is dict:
+            yield f"{prefix}{field.name}"
+        elif dataclasses.is_dataclass(kind):
+            yield from mappings(cast(type, kind), f"{prefix}{field.name}.")
+
+
 def plain(value: Any) -> Any:
     """A value, or a dataclass, whose restricted numbers are ordinary ones again.
 

@@ -5,8 +5,9 @@ batches.
 """
 
 from first_stage.data.broken import BrokenFiles, BrokenImage, MachineFault, too_many
-from first_stage.data.decode import Encoded, Picture, Reading, open_image, picture_size, read_bytes
+from first_stage.data.decode import Encoded, Picture, Reading, open_image, picture_size
 from first_stage.data.faults import loader_fault
+from first_stage.data.files import read_bytes
 from first_stage.data.fixed import FixedImages, fixed_images
 from first_stage.data.images import (
     Mirror,

@@ -23,7 +23,6 @@ import contextlib
 import importlib
 import io
 import os
-import stat
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,11 +31,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from first_stage.data import arrays, deep_color, foreign, reduced
+from first_stage.data import arrays, deep_color, foreign, plain_jpeg, reduced
 from first_stage.data.broken import BrokenImage, MachineFault
 from first_stage.data.color import to_srgb
+from first_stage.data.files import read_bytes
 from first_stage.errors import first_line
-from first_stage.files import MachineError, patiently
+from first_stage.files import is_of_the_machine
 
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG"),
@@ -44,11 +44,9 @@ FORMATS = (
 )
 """The formats that are asked of Pillow."""
 MAX_PIXELS = 100_000_000
-MAX_FILE_BYTES = 2**30
-"""A larger file is no image."""
 
 _PLUGINS = {"HEIF": ("pillow_heif", "register_heif_opener"), "JXL": ("pillow_jxl", None)}
-_PHOTOMETRIC = 262  # a TIFF file's tag
+_PHOTOMETRIC, _ORIENTATION = 262, 274  # tags of TIFF and EXIF
 _TRANSPARENT = {"RGBA", "LA", "PA", "RGBa", "La"}
 _INTEGERS = {"I", "I;16", "I;16L", "I;16B", "I;16N"}
 _OTHER_BYTE_ORDER = {"L": "B", "B": "L", "N": "B" if os.sys.byteorder == "little" else "L"}  # type: ignore[attr-defined]
@@ -139,34 +137,9 @@ def open_image(
     except Exception as error:
         # Format plugins raise anything: OSError, SyntaxError, RuntimeError, struct.error,
         # TypeError, MemoryError... A file that cannot be decoded never ends a run.
+        if isinstance(error, OSError) and is_of_the_machine(error):  # read while it is decoded
+            raise MachineFault(first_line(error)) from None
         raise BrokenImage(first_line(error)) from None
-
-
-def read_bytes(path: str | Path) -> bytes:
-    """A file's content, when it is a regular file of a bounded size.
-
-    Raises:
-        BrokenImage: When it is something else, or cannot be read.
-        MachineFault: When the machine fails to read it, several times over.
-    """
-    try:
-        return patiently(lambda: _content(path), repr(str(path)))
-    except MachineError as error:
-        raise MachineFault(str(error)) from None
-    except OSError as error:
-        raise BrokenImage(f"cannot be read: {error.strerror or error}") from None
-
-
-def _content(path: str | Path) -> bytes:
-    # A pipe must not make us wait for its other end.
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
-    with open(handle, "rb") as stream:
-        facts = os.fstat(handle)
-        if not stat.S_ISREG(facts.st_mode):
-            raise BrokenImage("no regular file")
-        if facts.st_size > MAX_FILE_BYTES:
-            raise BrokenImage(f"a file of {facts.st_size:,} bytes is no image")
-        return stream.read()
 
 
 def _decode(file: Encoded | str, reading: Reading, scale: reduced.Scale | None) -> Picture:
@@ -181,6 +154,10 @@ def _decode(file: Encoded | str, reading: Reading, scale: reduced.Scale | None) 
     values = arrays.read(content, reading)
     if values is not None:
         return _from_values(values, reading)
+    if not reading.reduced:
+        plain = plain_jpeg.decode(content, reading.max_pixels)
+        if plain is not None:
+            return _from_pillow(plain, reading)
     image = _open(io.BytesIO(content), reading.max_pixels)
     deep = None if image.mode not in ("RGB", "RGBA") else _deep_color(image, content, reading)
     if deep is not None:
@@ -307,6 +284,8 @@ def _from_pillow(image: Image.Image, reading: Reading) -> Picture:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
+        if image.getexif().get(_ORIENTATION, 1) == 1:
+            return image  # instead of the copy that Pillow gives
         return ImageOps.exif_transpose(image)
     except Exception:
         # Struct errors and the like: the pixels are readable, how they were held is not.

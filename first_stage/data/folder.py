@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 
 from first_stage.data.broken import BrokenImage
-from first_stage.data.decode import read_bytes
+from first_stage.data.files import read_bytes
 from first_stage.data.inventory import Inventory
 from first_stage.data.paths import Paths, shown
 from first_stage.data.sample import Sample
 from first_stage.errors import DataError, first_line
+from first_stage.files import patiently
 
 _FEW = 100
 """One image in so many, or one in all, may lie beside the class folders."""
@@ -171,7 +173,7 @@ class FolderSource:
         stem = os.path.splitext(self._paths[index])[0]
         named = (stem + suffix, stem + suffix.upper(), self._unusual.get(stem + suffix))
         places = [os.path.join(os.fsencode(self.root), name) for name in named if name is not None]
-        return next((place for place in places if os.path.isfile(place)), None)
+        return next((place for place in places if _is_file(place)), None)
 
     @staticmethod
     def _decoded(path: str, suffix: bytes) -> Any:
@@ -254,18 +256,30 @@ class FolderSource:
 
 def _touched(path: bytes) -> float:
     """When a file was last changed; 0 where there is none."""
-    try:
-        facts = os.stat(path)
-    except OSError:
-        return 0.0
-    return max(facts.st_mtime, facts.st_ctime)
+    facts = _facts(path)
+    return max(facts.st_mtime, facts.st_ctime) if facts is not None else 0.0
 
 
 def _bytes_of(path: bytes) -> int:
+    facts = _facts(path)
+    return facts.st_size if facts is not None else -1
+
+
+def _is_file(path: bytes) -> bool:
+    facts = _facts(path)
+    return facts is not None and stat.S_ISREG(facts.st_mode)
+
+
+def _facts(path: bytes) -> os.stat_result | None:
+    """What a file looks like from outside; `None` where there is none.
+
+    Raises:
+        MachineError: When the machine fails to say: "not there" would cost a caption.
+    """
     try:
-        return os.stat(path).st_size
+        return patiently(lambda: os.stat(path), repr(os.fsdecode(path)))
     except OSError:
-        return -1
+        return None
 
 
 class _Columns(Mapping[str, Any]):

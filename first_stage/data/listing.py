@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 from first_stage.data.files import IMAGE_SUFFIXES, OPTIONAL
+from first_stage.files import patiently
 
 JUNK_FOLDERS = frozenset((
     b"@eadir", b"#recycle", b"#snapshot", b"@recycle", b"@recently-snapshot", b"@tmp", b"__macosx",
@@ -94,8 +95,7 @@ def _missing(suffix: bytes) -> str | None:
 def _is_image(path: bytes) -> bool:
     """Whether a file without a suffix begins like an image."""
     try:
-        with open(path, "rb") as stream:
-            head = stream.read(16)
+        head = patiently(lambda: _head(path), repr(os.fsdecode(path)))
     except OSError:
         return False
     return (
@@ -103,6 +103,11 @@ def _is_image(path: bytes) -> bool:
         or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
         or head[4:12] in (b"ftypavif", b"ftypheic")
     )
+
+
+def _head(path: bytes) -> bytes:
+    with open(path, "rb") as stream:
+        return stream.read(16)
 
 
 def list_folder(root: str | os.PathLike[str]) -> Listing:
@@ -113,6 +118,10 @@ def list_folder(root: str | os.PathLike[str]) -> Listing:
 
     Returns:
         What was found, each kind sorted.
+
+    Raises:
+        MachineError: When the machine or its network fails to list a folder, several times over: a
+            folder that is left out for that would be data that are gone.
     """
     listing = Listing(os.fsencode(root))
     seen: set[tuple[int, int]] = set()
@@ -142,36 +151,49 @@ def _walk(
         folder = folders.pop()
         absolute = os.path.join(listing.root, folder)
         try:
-            facts = os.stat(absolute)
+            what = repr(os.fsdecode(absolute))
+            facts = patiently(lambda: os.stat(absolute), what)  # noqa: B023
             if (facts.st_dev, facts.st_ino) in seen:
                 listing.left_out["links to folders that are listed already"].append(folder)
                 continue
             seen.add((facts.st_dev, facts.st_ino))
-            entries = os.scandir(absolute)
+            entries = patiently(lambda: _entries(absolute), what)  # noqa: B023
         except OSError as error:
             listing.left_out[f"folders that cannot be read: {error.strerror}"].append(folder)
             continue
-        with entries:
-            for entry in entries:
-                name = entry.name
-                path = os.path.join(folder, name) if folder else name
-                if entry.is_symlink():
-                    _follow(listing, name, path, linked, inside)
-                elif entry.is_dir():
-                    if name.startswith(b".") or name.lower() in JUNK_FOLDERS:
-                        listing.left_out[HIDDEN].append(path + b"/")
-                    else:
-                        folders.append(path)
-                elif entry.is_file():
-                    listing.add(name, path)
+        for name, kind in entries:
+            path = os.path.join(folder, name) if folder else name
+            if kind == "link":
+                _follow(listing, name, path, linked, inside)
+            elif kind == "folder":
+                if name.startswith(b".") or name.lower() in JUNK_FOLDERS:
+                    listing.left_out[HIDDEN].append(path + b"/")
                 else:
-                    listing.left_out["no regular files"].append(path)
+                    folders.append(path)
+            elif kind == "file":
+                listing.add(name, path)
+            else:
+                listing.left_out["no regular files"].append(path)
+
+
+def _entries(folder: bytes) -> list[tuple[bytes, str]]:
+    """Names in a folder and what they are, all or an error."""
+    with os.scandir(folder) as entries:
+        return [(entry.name, _kind(entry)) for entry in entries]
+
+
+def _kind(entry: os.DirEntry[bytes]) -> str:
+    if entry.is_symlink():
+        return "link"
+    if entry.is_dir():
+        return "folder"
+    return "file" if entry.is_file() else "other"
 
 
 def _follow(listing: Listing, name: bytes, path: bytes, linked: list[bytes], inside: bytes) -> None:
     absolute = os.path.join(listing.root, path)
     try:
-        kind = os.stat(absolute).st_mode
+        kind = patiently(lambda: os.stat(absolute), repr(os.fsdecode(absolute))).st_mode
     except OSError:
         listing.left_out["links that lead nowhere"].append(path)
         return

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from first_stage.data.broken import BrokenImage
-from first_stage.data.decode import read_bytes
+from first_stage.data.files import read_bytes
 from first_stage.data.folder import FolderSource
 from first_stage.data.sample import Source
 from first_stage.data.shards import RowSource

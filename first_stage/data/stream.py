@@ -9,8 +9,8 @@ comes round again.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from first_stage.data.broken import BrokenImage
-from first_stage.data.decode import Reading, as_reading, open_image, read_bytes
+from first_stage.data.decode import Reading, as_reading, open_image
+from first_stage.data.files import read_bytes
 from first_stage.data.images import Mirror, View, pixels_of
+from first_stage.data.paired import PairedLatents
 from first_stage.data.paths import Paths
 from first_stage.data.sample import Sample, Source
 from first_stage.data.sources import SubsetSource
@@ -45,21 +47,27 @@ class Batch:
         positions: The samples' places in the stream; whatever a step draws follows from them.
         ids: The samples' ids.
         broken: Ids and reasons of the samples that could not be decoded and were skipped.
+        encoded: What the encoder once gave for them, as `PairedLatents` have it, stacked; `None`
+            where it is to be run.
     """
 
     pixels: Tensor
     positions: list[int]
     ids: list[str]
     broken: dict[str, str] = field(default_factory=dict)
+    encoded: Tensor | None = None
 
     def pin_memory(self) -> "Batch":
         """Called by the `DataLoader`'s pinning thread."""
-        return Batch(self.pixels.pin_memory(), self.positions, self.ids, self.broken)
+        return self._with(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
         """Move the tensors; asynchronous where the memory is pinned."""
-        pixels = self.pixels.to(device, non_blocking=True)
-        return Batch(pixels, self.positions, self.ids, self.broken)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        encoded = None if self.encoded is None else change(self.encoded)
+        return replace(self, pixels=change(self.pixels), encoded=encoded)
 
 
 @dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Example:
     position: int
     id: str
     broken: dict[str, str]
+    encoded: Tensor | None = None
 
 
 class TrainingStream(Dataset[Example]):
@@ -82,6 +91,7 @@ class TrainingStream(Dataset[Example]):
         seed: The run's seed.
         random_crop: Random crops; centre crops otherwise.
         flip: Which mirror images of the views are drawn, all equally often; true: horizontal.
+        latents: What the encoder once gave for the samples, seen so; `None` where it is to be run.
     """
 
     def __init__(
@@ -92,10 +102,11 @@ class TrainingStream(Dataset[Example]):
         seed: int,
         random_crop: bool = True,
         flip: Flip | bool = True,
+        latents: PairedLatents | None = None,
     ):
         self.source, self.view, self.seed = source, view, seed
         self.reading = as_reading(reading)
-        self.random_crop, self.flip = random_crop, flip_named(flip)
+        self.random_crop, self.flip, self.latents = random_crop, flip_named(flip), latents
         self._order: tuple[int, np.ndarray] | None = None
 
     def sample_at(self, position: int) -> tuple[int, int]:
@@ -118,11 +129,11 @@ class TrainingStream(Dataset[Example]):
             epoch, index = self.sample_at(place)
             sample = self.read(place, index)
             try:
-                pixels = self._decode(epoch, index, sample)
+                pixels, encoded = self._decode(epoch, index, sample)
             except BrokenImage as error:
                 broken[sample.id] = str(error)
                 continue
-            return Example(pixels, position, sample.id, broken)
+            return Example(pixels, position, sample.id, broken, encoded)
         first, reason = next(iter(broken.items()))
         raise DataError(
             f"{len(broken)} samples in a row of {self.source.name!r} cannot be decoded "
@@ -142,12 +153,18 @@ class TrainingStream(Dataset[Example]):
         """Read the sample at a position; what is in the file is not decoded yet."""
         return self.source.read(index)
 
-    def _decode(self, epoch: int, index: int, sample: Sample) -> np.ndarray:
-        image = open_image(sample.image, self.reading, self.view.scale)
+    def _decode(self, epoch: int, index: int, sample: Sample) -> tuple[np.ndarray, Tensor | None]:
+        file, encoded = sample.image, None
+        if self.latents is not None and isinstance(file, Path):
+            file = read_bytes(file)
+        image = open_image(file, self.reading, self.view.scale)
         draw = generator(self.seed, Purpose.VIEW, epoch, index).random(5)
         u, v = (float(draw[0]), float(draw[1])) if self.random_crop else (None, None)
-        image, _ = self.view.apply(image, u, v, flip=_drawn(self.flip, draw[2:]))
-        return pixels_of(image, self.reading)
+        mirror = _drawn(self.flip, draw[2:])
+        if self.latents is not None:
+            encoded = self.latents.of(index, file, mirror.horizontal)
+        image, _ = self.view.apply(image, u, v, flip=mirror)
+        return pixels_of(image, self.reading), encoded
 
 
 def flip_named(flip: Flip | bool) -> Flip:
@@ -171,11 +188,13 @@ def collate(examples: list[Example]) -> Batch:
     """Stack examples; float32 pixels as soon as one of them is (values are in 0..255 alike)."""
     arrays = [e.pixels for e in examples]
     dtype = np.result_type(*arrays)
+    given = [e.encoded for e in examples if e.encoded is not None]
     return Batch(
         pixels=torch.from_numpy(np.stack([a.astype(dtype, copy=False) for a in arrays])),
         positions=[e.position for e in examples],
         ids=[e.id for e in examples],
         broken={name: reason for e in examples for name, reason in e.broken.items()},
+        encoded=torch.stack(given) if len(given) == len(examples) else None,
     )
 
 

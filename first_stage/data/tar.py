@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from first_stage.data.broken import BrokenImage
-from first_stage.data.decode import MAX_FILE_BYTES
-from first_stage.data.files import IMAGE_SUFFIXES, open_url, read_range
+from first_stage.data.files import IMAGE_SUFFIXES, MAX_FILE_BYTES, open_url, read_range
 from first_stage.data.paths import Paths, shown
 from first_stage.data.retry import with_retries
 from first_stage.errors import DataError

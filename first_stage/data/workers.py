@@ -73,7 +73,8 @@ def prepare_worker(_: int) -> None:
     """
     torch.set_num_threads(1)
     end_where_batches_cannot_be_handed_over()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None and hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -225,7 +225,9 @@ def shared(processes: Processes, make: Callable[[], Made]) -> Made:
 
 
 class StopRequest:
-    """Turns SIGINT and SIGTERM into a request that the loop reads between two steps.
+    """Turns SIGINT, SIGTERM and SIGHUP into a request that the loop reads between two steps.
+
+    SIGHUP comes when a terminal or a connection is closed; under `nohup` it stays ignored.
 
     A second signal of the same kind acts at once, for those who cannot wait, unless it comes right
     after the first: then it is the same request, passed on by a launcher. Use it as a context
@@ -242,7 +244,9 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             try:
                 self._before[number] = signal.signal(number, self._note)
             except ValueError:  # not in the main thread, as in some notebooks: no handler then

@@ -3,16 +3,23 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from PIL import Image
-
-from first_stage.distributed.processes import Processes
+from first_stage.distributed.processes import Processes, shared
 from first_stage.errors import UserError
+from first_stage.evaluation.change import change_of, ranking
 from first_stage.evaluation.code_pictures import draw_codes
+from first_stage.evaluation.drift import check_alike
 from first_stage.evaluation.files import Evaluation
+from first_stage.evaluation.flat import flat_test
 from first_stage.evaluation.images import ImageList
 from first_stage.evaluation.measure import Measurement, Options
-from first_stage.evaluation.pictures import Pair, add_reconstructions, choose_pairs, start_pairs
-from first_stage.models.first_stage import as_first_stage
+from first_stage.evaluation.pictures import (
+    add_reconstructions,
+    choose_by_gain,
+    choose_pairs,
+    start_pairs,
+)
+from first_stage.evaluation.seams import seam_test
+from first_stage.models.first_stage import FirstStage, as_first_stage
 
 
 def evaluate(
@@ -44,34 +51,103 @@ def evaluate(
     """
     options = options or Options()
     processes = processes or Processes()
-    results: list[dict[str, Any]] = []
-    pairs: list[Pair] = []
-    codes: list[Image.Image | None] = []
+    found = Evaluation({}, [])
     chosen: ImageList | None = None
     for name, autoencoder in first_stages:
         stage = as_first_stage(autoencoder, name)
         if chosen is None:
             chosen = images(stage.in_channels) if callable(images) else images
-        read = int(chosen.described["channels"])
-        if stage.in_channels != read:
-            raise UserError(
-                f"{name!r} takes images of {stage.in_channels} channels, but the images were read "
-                f"into {read}"
-                + (f" for {results[0]['name']!r}: evaluate them separately" if results else "")
-            )
-        measurement = Measurement(stage, chosen, options, processes)
-        results.append(measurement.run(progress))
+        _check_channels(stage, chosen, found)
+        _measure(stage, chosen, options, processes, found, progress)
         if processes.is_main:
-            if not pairs:
-                pairs = start_pairs(chosen, choose_pairs(results[0]["per_image"], options.pairs))
-            add_reconstructions(pairs, chosen, stage)
-            shares = measurement.code_shares
-            codes.append(
-                None if shares is None else draw_codes(stage, shares, chosen.reading.display)
-            )
+            if not found.pairs:
+                rows = found.first_stages[0]["per_image"]
+                found.pairs = start_pairs(chosen, choose_pairs(rows, options.pairs))
+            add_reconstructions(found.pairs, chosen, stage)
     if chosen is None:
         raise UserError("no first stage was given")
-    return Evaluation(_protocol(chosen, results, options, seed), results, pairs, codes)
+    found.protocol = _protocol(chosen, found.first_stages, options, seed)
+    return found
+
+
+def evaluate_change(
+    before: tuple[str, Any],
+    after: tuple[str, Any],
+    images: ImageList | Callable[[int], ImageList],
+    options: Options | None = None,
+    processes: Processes | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Evaluation:
+    """Measure a first stage and the one it came from, and what changed: see `change.change_of`.
+
+    Args:
+        before: Name and diffusers autoencoder, or `FirstStage`, of the one it came from.
+        after: The same of what it became. Both are in memory, on one device and in eval mode.
+        images: As in `evaluate`.
+        options: What to measure. The report's pairs are chosen by gain: the `WORST` first.
+        processes: As in `evaluate`.
+        seed: Seed of the choice of images, for the protocol.
+        progress: Show a progress bar on the main process.
+
+    Returns:
+        The results, `before` first, with `change`.
+
+    Raises:
+        UserError: As `evaluate`, and when the two have unlike channels or sizes of latents.
+    """
+    options = options or Options()
+    processes = processes or Processes()
+    stages = [as_first_stage(autoencoder, name) for name, autoencoder in (before, after)]
+    check_alike(*stages)
+    chosen = images(stages[0].in_channels) if callable(images) else images
+    found = Evaluation({}, [])
+    for stage, earlier in zip(stages, (None, stages[0]), strict=True):
+        _check_channels(stage, chosen, found)
+        _measure(stage, chosen, options, processes, found, progress, earlier)
+    found.change = change_of(*found.first_stages)
+    if processes.is_main:
+        places = choose_by_gain(ranking(found.change), options.pairs)
+        found.pairs = start_pairs(chosen, places)
+        for stage in stages:
+            add_reconstructions(found.pairs, chosen, stage)
+    found.protocol = _protocol(chosen, found.first_stages, options, seed)
+    return found
+
+
+def _check_channels(stage: FirstStage, images: ImageList, found: Evaluation) -> None:
+    read = int(images.described["channels"])
+    if stage.in_channels != read:
+        first = found.first_stages[0]["name"] if found.first_stages else None
+        raise UserError(
+            f"{stage.name!r} takes images of {stage.in_channels} channels, but the images were "
+            f"read into {read}" + (f" for {first!r}: evaluate them separately" if first else "")
+        )
+
+
+def _measure(
+    stage: FirstStage,
+    images: ImageList,
+    options: Options,
+    processes: Processes,
+    found: Evaluation,
+    progress: bool,
+    before: FirstStage | None = None,
+) -> None:
+    """Add the figures and test pictures of one more first stage."""
+    measurement = Measurement(stage, images, options, processes, before)
+    result = measurement.run(progress)
+    display = images.reading.display
+    result["flat"], flat = shared(processes, lambda: flat_test(stage, display))
+    result["seams"], seams = None, None
+    if options.tiled:
+        result["seams"], seams = shared(processes, lambda: seam_test(stage, images, options.tiled))
+    found.first_stages.append(result)
+    if processes.is_main:
+        shares = measurement.code_shares
+        found.codes.append(None if shares is None else draw_codes(stage, shares, display))
+        found.flat.append(flat)
+        found.seams.append(seams)
 
 
 def _protocol(

@@ -3,7 +3,8 @@
 metrics.json     protocol, one entry per first stage, one row per image
 pictures.json    which pictures belong together
 pairs/           000-original.png, 000-reconstruction-0.png, 000-latents-0.png ...; of first stages
-                 with codes also 000-tokens-0.png and codes-0.png
+                 with codes also 000-tokens-0.png and codes-0.png; flat-0.png and seams-0.png,
+                 the tests with flat colors and tiled decoding
 """
 
 import json
@@ -33,12 +34,18 @@ class Evaluation:
         first_stages: One entry per first stage, in the order given.
         pairs: Images for the report.
         codes: A picture of the codes for each first stage; `None` for one without.
+        flat: A picture of the test with flat colors for each first stage.
+        seams: A picture of the test of tiled decoding for each; `None` for one without.
+        change: What `change.change_of` found of before and after; `None` where nothing was asked.
     """
 
     protocol: dict[str, Any]
     first_stages: list[dict[str, Any]]
     pairs: list[Pair] = field(default_factory=list)
     codes: list[Image.Image | None] = field(default_factory=list)
+    flat: list[Image.Image | None] = field(default_factory=list)
+    seams: list[Image.Image | None] = field(default_factory=list)
+    change: dict[str, Any] | None = None
 
 
 def save(evaluation: Evaluation, folder: str | Path) -> Path:
@@ -56,15 +63,20 @@ def save(evaluation: Evaluation, folder: str | Path) -> Path:
     for old in (folder / "pairs").glob("*.png"):
         old.unlink()
     index = [_save_pair(folder, k, pair) for k, pair in enumerate(evaluation.pairs)]
-    for place, picture in enumerate(evaluation.codes):
-        if picture is not None:
-            save_png(picture, codes_picture(folder, place))
+    for name, pictures in (
+        ("codes", evaluation.codes), ("flat", evaluation.flat), ("seams", evaluation.seams),
+    ):  # fmt: skip
+        for place, picture in enumerate(pictures):
+            if picture is not None:
+                save_png(picture, stage_picture(folder, name, place))
     write_json(folder / PICTURES, {"pairs": index}, indent=1)
     content = {
         "format": FORMAT,
         "protocol": evaluation.protocol,
         "first_stages": evaluation.first_stages,
     }
+    if evaluation.change is not None:
+        content["change"] = evaluation.change
     write_json(folder / METRICS, content, indent=1)
     return folder / METRICS
 
@@ -103,9 +115,15 @@ def load(folder: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     return content, pairs
 
 
-def codes_picture(folder: Path, place: int) -> Path:
-    """Where the picture of a first stage's codes lies, by its place among the first stages."""
-    return folder / "pairs" / f"codes-{place}.png"
+def stage_picture(folder: Path, name: str, place: int) -> Path:
+    """Where a picture of a first stage lies, by its place among them.
+
+    Args:
+        folder: The evaluation's.
+        name: `codes`, `flat` or `seams`.
+        place: From 0.
+    """
+    return folder / "pairs" / f"{name}-{place}.png"
 
 
 def _save_pair(folder: Path, number: int, pair: Pair) -> dict[str, Any]:

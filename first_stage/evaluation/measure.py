@@ -15,6 +15,7 @@ from first_stage.distributed.memory import memory_told
 from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
 from first_stage.evaluation.codes import CodeCounts, by_use, usage
+from first_stage.evaluation.drift import Drift
 from first_stage.evaluation.images import Group, ImageList, batches, require_some
 from first_stage.metrics import images as metrics
 from first_stage.metrics.feature_networks import FeatureNetwork, cosine_distance
@@ -42,6 +43,7 @@ class Options:
         probed: On how many images, evenly spread over the list, the latents are transformed and
             their histograms taken.
         pairs: How many images the report shows beside their reconstructions.
+        tiled: On how many images decoding in tiles is held against decoding whole.
     """
 
     batch_size: int = 16
@@ -50,6 +52,7 @@ class Options:
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None
     probed: int = 64
     pairs: int = 12
+    tiled: int = 0
 
 
 @dataclass
@@ -72,18 +75,26 @@ class Measurement:
         images: The list of images.
         options: What to measure.
         processes: The processes that share the work.
+        before: The first stage that this one came from, on the same device: the drift of the
+            latents is measured against it. `None` without.
 
     Attributes:
         code_shares: `(K,)` share of each code in the tokens, after `run`; `None` without codes.
     """
 
     def __init__(
-        self, first_stage: FirstStage, images: ImageList, options: Options, processes: Processes
+        self,
+        first_stage: FirstStage,
+        images: ImageList,
+        options: Options,
+        processes: Processes,
+        before: FirstStage | None = None,
     ):
         self.stage, self.images = first_stage, images
         self.options, self.processes = options, processes
         self._part = _Part(LatentHealth(first_stage.latent_channels))
         self._codes = CodeCounts(first_stage)
+        self._drift = None if before is None else Drift(before, first_stage)
         self.code_shares: Tensor | None = None
         self._statistics: dict[str, tuple[GaussianStatistics, GaussianStatistics]] = {}
         stride = max(len(images) / max(options.probed, 1), 1.0)
@@ -147,6 +158,8 @@ class Measurement:
         originals, reconstructions = grade(images), grade(decoded)
         self._part.bands.update(originals, reconstructions)
         columns = self._columns(originals, reconstructions)
+        if self._drift is not None:
+            columns["latent_change"] = self._drift.update(images, encoded)
         height, width = images.shape[-2:]
         for k, (index, name) in enumerate(zip(group.indices, group.ids, strict=True)):
             row = {"index": index, "id": name, "width": width, "height": height}
@@ -222,9 +235,19 @@ class Measurement:
             "features": self._feature_distances(first.rows),
             "latent_health": health,
             "codes": self._code_use(),
+            **self._latent_drift(),
             "unreadable": broken,
             "per_image": [_json_row(row) for row in first.rows],
         }
+
+    def _latent_drift(self) -> dict[str, Any]:
+        """How far latents moved, under its name; nothing without a first stage before this one."""
+        if self._drift is None:
+            return {}
+        for rank, other in enumerate(self.processes.gather(self._drift.sums())):
+            if rank != self.processes.rank:
+                self._drift.merge(other)
+        return {"drift": self._drift.summary()}
 
     def _code_use(self) -> dict[str, Any]:
         """How codes are used; empty without codes."""

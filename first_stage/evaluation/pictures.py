@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from first_stage.data import displayed, pixels_from_images
+from first_stage.evaluation.change import WORST
 from first_stage.evaluation.code_pictures import token_maps
 from first_stage.evaluation.images import ImageList, group_by_shape
 from first_stage.models.codebooks import Discrete
@@ -56,15 +57,32 @@ def choose_pairs(per_image: Sequence[dict[str, Any]], count: int) -> list[int]:
     """
     ranked = sorted(per_image, key=lambda row: (row["identical"], row["psnr"] or 0.0))
     places = [int(row["index"]) for row in ranked]
+    return _choose(places, count, max(count // 3, 1) if count else 0)
+
+
+def choose_by_gain(ranked: Sequence[int], count: int) -> list[int]:
+    """Which images to show of a before and after: the `WORST` first, the others evenly.
+
+    Args:
+        ranked: Places in the list of images, from the least gain to the greatest.
+        count: How many.
+
+    Returns:
+        Places in the list's order; the one that gained most is among them where there is room.
+    """
+    return _choose(ranked, count, min(WORST, count))
+
+
+def _choose(places: Sequence[int], count: int, worst: int) -> list[int]:
+    """The first `worst` of ranked places, and others evenly from the rest, in the list's order."""
     if count >= len(places):
         return sorted(places)
-    worst = max(count // 3, 1) if count else 0
     rest = places[worst:]
     others = count - worst
     step = [round(k * (len(rest) - 1) / max(others - 1, 1)) for k in range(others)]
     if others == 1:
         step = [len(rest) - 1]
-    return sorted(places[:worst] + [rest[k] for k in step])
+    return sorted([*places[:worst], *(rest[k] for k in step)])
 
 
 def start_pairs(images: ImageList, chosen: Sequence[int]) -> list[Pair]:

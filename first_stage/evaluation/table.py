@@ -132,6 +132,21 @@ def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
     ]
     result += [
         Column(
+            "flat colors",
+            "lower",
+            _at("flat", "off_mean"),
+            lambda v: "0%" if v == 0 else f"{100 * v:.2g}%",
+            "share of the energy of reconstructed flat colors that is off their mean: "
+            "checkerboards, spots, borders",
+        ),
+        Column(
+            "seams",
+            "lower",
+            _at("seams", "near"),
+            lambda v: f"{v:.2g}",
+            "of decoding in tiles: 8-bit levels (root mean square) from decoding whole, near them",
+        ),
+        Column(
             "codes used",
             "higher",
             lambda s: s.get("codes", {}).get("used"),

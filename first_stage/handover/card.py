@@ -1,5 +1,6 @@
 """The export's card: what it is, how to load it, how good it is, what made it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from first_stage.handover.statistics import LatentStatistics
@@ -10,14 +11,10 @@ from first_stage.models.first_stage import FirstStage, as_first_stage
 def load_snippet(first_stage: FirstStage, folder: str) -> str:
     """The lines of Python that load an export with diffusers alone, and encode and decode."""
     family, name = first_stage.family, type(first_stage.model).__name__
-    encoded, decoded = f"vae.encode(images).{family.encoded_as}", ""
-    if family.carrier.carries_shift:
-        encoded, decoded = f"({encoded} - vae.config.shift_factor)", " + vae.config.shift_factor"
     lines = [
         f"from diffusers import {name}",
         f'vae = {name}.from_pretrained("{folder}")',
-        f"latents = {encoded} * vae.config.scaling_factor",
-        f"images = vae.decode(latents / vae.config.scaling_factor{decoded}).sample",
+        *family.carrier.usage(f"vae.encode({family.images_as}).{family.encoded_as}"),
     ]
     if isinstance(first_stage.bottleneck, Discrete):
         lines += [
@@ -38,6 +35,7 @@ def model_card(
     picture: str | None,
     kept: tuple[float, float] | None = None,
     force_upcast: bool | None = None,
+    started_from: Mapping[str, Any] | None = None,
 ) -> str:
     """The export's README: what it is, how to load it, how good it is, what made it.
 
@@ -52,6 +50,7 @@ def model_card(
         picture: File name of the grid beside the README.
         kept: Scaling and shift of the first stage whose encoder it kept; `None`: as measured.
         force_upcast: What the config says; `None`: as measured.
+        started_from: `step` and `sha256` of the checkpoint that it began from, if any.
 
     Returns:
         Markdown.
@@ -65,6 +64,7 @@ def model_card(
     shown = f"\n![Originals above, reconstructions below]({picture})\n" if picture else ""
     name = type(stage.model).__name__
     article = "An" if name.startswith("A") else "A"
+    began = _began(started_from)
     return f"""---
 library_name: diffusers
 tags: [autoencoder, latent-diffusion, first-stage]
@@ -73,7 +73,7 @@ tags: [autoencoder, latent-diffusion, first-stage]
 # First stage f{stage.downsample_factor}, {len(statistics.mean)} latent channels
 
 {article} `{name}` trained on `{data}` for {steps:,} steps ({images_seen:,} images, repeats
-counted) with a patch critic and the perceptual distance that the critic learned.
+counted) with a patch critic and the perceptual distance that the critic learned.{began}
 {shown}
 ## Use
 
@@ -103,11 +103,31 @@ Per channel (also in `latent_statistics.json`):
 """
 
 
+def _began(started_from: Mapping[str, Any] | None) -> str:
+    """The run whose checkpoint was the beginning."""
+    if started_from is None:
+        return ""
+    return (
+        f" It began from\nstep {started_from['step']:,} of another run (checkpoint "
+        f"`{started_from['sha256'][:16]}`), with its average, critic and optimizers."
+    )
+
+
 def _origin(
     stage: FirstStage, statistics: LatentStatistics, kept: tuple[float, float] | None
 ) -> str:
     """Where scaling and shift come from, and which pipelines ignore a shift."""
     scaling, shift = kept or statistics.scaling_and_shift
+    if (place := stage.family.carrier.channels_in) is not None:
+        if kept is None:
+            return (
+                f"Mean and standard deviation of each latent channel, over\n{statistics.images:,} "
+                f"training images, are in {place},\nwhere its pipelines look for them.\n"
+            )
+        return (
+            "Only the decoder was trained: latents are those of the first\nstage it was made from, "
+            f"and so is what {place} say.\n"
+        )
     if not stage.family.carrier.carries_shift:
         return (
             f"`scaling_factor` {scaling:.6f} is one over the standard deviation of the\nlatents of "

@@ -39,7 +39,11 @@ def write_export(
     scaling, shift = kept or statistics.scaling_and_shift
     model = first_stage.model
     first_stage.bottleneck.bake(model)
-    first_stage.family.carrier.write(model, scaling, shift)
+    carrier = first_stage.family.carrier
+    if kept is None and carrier.channels_in is not None:
+        carrier.write_channels(model, statistics.mean, statistics.std)
+    else:
+        carrier.write(model, scaling, shift)
     if "force_upcast" in model.config:
         model.register_to_config(force_upcast=needs_float32(model, statistics))
     if "sample_size" in model.config:
@@ -47,7 +51,7 @@ def write_export(
         factor = first_stage.downsample_factor
         tile = max(_TILE, model.config["sample_size"] or 0)
         model.register_to_config(sample_size=-(-tile // factor) * factor)
-    if kept is None and "latents_mean" in model.config:
+    if kept is None and carrier.channels_in is None and "latents_mean" in model.config:
         # Only Stable Diffusion XL's pipeline reads these, multiplies by them on top of the scaling
         # factor, and breaks where there are not four channels. They are in a file of their own.
         model.register_to_config(latents_mean=None, latents_std=None)

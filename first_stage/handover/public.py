@@ -40,5 +40,9 @@ def public_config(config: Config) -> Config:
     )
     model = dataclasses.replace(config.model, pretrained=named(config.model.pretrained))
     return dataclasses.replace(
-        config, output_dir=public_name(config.output_dir), data=data, model=model
+        config,
+        output_dir=public_name(config.output_dir),
+        start_from=named(config.start_from),
+        data=data,
+        model=model,
     )

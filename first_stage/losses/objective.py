@@ -21,6 +21,7 @@ from first_stage.losses.lagged_means import Average, LaggedMeans
 from first_stage.losses.latent import LatentLoss
 from first_stage.losses.latent_terms import Spectrum, Variance
 from first_stage.losses.learned import Learned
+from first_stage.losses.original import Original
 from first_stage.losses.pixel import Pixel
 from first_stage.losses.pretrained import LPIPS, VGG, Gram
 from first_stage.losses.terms import (
@@ -33,9 +34,10 @@ from first_stage.losses.terms import (
     register_term,
 )
 from first_stage.models.bottlenecks import Code
+from first_stage.models.original import OriginalEncoder
 from first_stage.spans import span
 
-for _term in (Pixel, VGG, LPIPS, Gram, Learned, Adversarial, Variance, Spectrum):
+for _term in (Pixel, VGG, LPIPS, Gram, Learned, Adversarial, Variance, Spectrum, Original):
     register_term(_term)
 
 
@@ -62,6 +64,8 @@ class Objective:
         device: Where the parts that it owns live.
         autocast: Makes the context in which a pretrained network runs.
         penalties: The weights that the bottleneck gives its own penalties.
+        original: The encoder that a fine-tuned run began from, for the term that holds latents to
+            it.
 
     Attributes:
         surroundings: What the terms were built with.
@@ -77,12 +81,13 @@ class Objective:
         device: torch.device | str = "cpu",
         autocast: Autocast = contextlib.nullcontext,
         penalties: Mapping[str, float] | None = None,
+        original: OriginalEncoder | None = None,
     ):
         self.config = config
         decays = dict.fromkeys(("logit/real", "logit/fake"), config.adversarial.lecam_decay)
         self.means = LaggedMeans(config.balance.smoothing, decays)
         self.balance = Balance(config.balance, self.means)
-        self.surroundings = Surroundings(device, self.means, autocast)
+        self.surroundings = Surroundings(device, self.means, autocast, original)
         # The pixel term is always measured: the log and the progress bar show it.
         used = {
             name: term(config, self.surroundings)

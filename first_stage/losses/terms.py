@@ -27,6 +27,7 @@ from first_stage.config.sections import add_section, section
 from first_stage.losses.lagged_means import LaggedMeans
 from first_stage.models.bottlenecks import Code
 from first_stage.models.critic import CriticOutput
+from first_stage.models.original import OriginalEncoder
 
 Network = TypeVar("Network", bound=nn.Module)
 Autocast = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -100,11 +101,14 @@ class Surroundings:
         device: Where what they own lives.
         means: What is remembered from step to step; a checkpoint holds it.
         autocast: Makes the context in which a pretrained network runs.
+        original: The encoder that a fine-tuned run began from; `None` for a new first stage, and
+            where no term asks for it.
     """
 
     device: torch.device | str = "cpu"
     means: LaggedMeans = field(default_factory=lambda: LaggedMeans(0.0))
     autocast: Autocast = contextlib.nullcontext
+    original: OriginalEncoder | None = None
     _networks: dict[type, nn.Module] = field(default_factory=dict, repr=False)
 
     @property

@@ -42,6 +42,18 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar)
 
 
+def gaussian_divergence(
+    mean: Tensor, logvar: Tensor, other_mean: Tensor, other_logvar: Tensor
+) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(other_mean, exp(other_logvar))) of each value in nats.
+
+    Of two diagonal Gaussians; with a standard normal as the other it is `kl_divergence`.
+    """
+    ratio = logvar - other_logvar
+    moved = (mean - other_mean).square() * torch.exp(-other_logvar)
+    return 0.5 * (moved + ratio.exp() - 1.0 - ratio)
+
+
 def is_active(signal: float, noise: float | None) -> bool:
     """Whether a channel carries signal.
 

@@ -117,6 +117,25 @@ class ChannelMoments:
         moments.mean, moments.squares, moments.noise = mean, squares, noise
         return moments
 
+    @classmethod
+    def of_images(
+        cls, count: int, means: np.ndarray, squares: np.ndarray, noise: np.ndarray
+    ) -> Self:
+        """Images whose sums were taken one by one, merged in one step.
+
+        Args:
+            count: Values per channel of each image.
+            means: `(N, C)` float64, each image's means.
+            squares: `(N, C)` float64, each image's squared deviations from its means.
+            noise: `(N, C)` float64, each image's summed variances.
+        """
+        if not len(means):
+            return cls(means.shape[1])
+        mean = means.mean(0)
+        between = np.square(means - mean).sum(0)
+        squares = squares.sum(0) + count * between
+        return cls.of_sums(len(means), count * len(means), mean, squares, noise.sum(0))
+
 
 def merged(parts: Iterable[ChannelMoments], channels: int) -> ChannelMoments:
     """The parts merged in the order given."""

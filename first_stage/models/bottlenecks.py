@@ -47,12 +47,14 @@ class Code(NamedTuple):
         facts: By name, scalars or `(C,)`: what the log says of the latents.
         mean: The latents without the noise of the draw, with their graph; `None` where no noise is
             drawn.
+        logvar: Natural logarithm of the posterior's variance, with its graph; `None` without one.
     """
 
     latents: Tensor
     penalties: Mapping[str, Tensor]
     facts: Mapping[str, Tensor]
     mean: Tensor | None = None
+    logvar: Tensor | None = None
 
     @property
     def signal(self) -> Tensor:
@@ -121,7 +123,7 @@ class Gaussian(Bottleneck):
         latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         kl = kl_divergence(mean, logvar)
         facts = {"kl_channel": kl.mean((0, 2, 3)), **signal_facts(mean, logvar)}
-        return Code(latents, {"kl": kl.flatten(1).sum(1)}, facts, mean)
+        return Code(latents, {"kl": kl.flatten(1).sum(1)}, facts, mean, logvar)
 
     def encode(self, output: Tensor) -> Encoded:
         """Mean and clamped log-variance."""

@@ -34,6 +34,7 @@ class Family(ABC):
         section: A dataclass with the family's own fields of the recipe, found under
             `model.<name>`; `None` where the common ones do.
         carrier: Where its scaling and shift are kept.
+        images_as: What `model.encode` takes, as code.
         encoded_as: What of `model.encode(images)` a diffusion model trains on, as code.
         checkpointing_problem: Why gradient checkpointing is refused; `None` where it works.
     """
@@ -42,6 +43,7 @@ class Family(ABC):
     model_class: ClassVar[type[nn.Module]]
     section: ClassVar[type | None] = None
     carrier: ClassVar[Carrier] = ScalingAndShift()
+    images_as: ClassVar[str] = "images"
     encoded_as: ClassVar[str] = "latents"
     checkpointing_problem: ClassVar[str | None] = None
 
@@ -103,6 +105,10 @@ class Family(ABC):
         parts = (model.encoder, getattr(model, "quant_conv", None))
         return [part for part in parts if part is not None]
 
+    def idle_parts(self, model: Any) -> list[nn.Module]:
+        """What images never pass through: it has no gradient, and stays as it is in training."""
+        return []
+
 
 LAYOUT = (
     *("family", "in_channels", "latent_channels", "block_out_channels", "layers_per_block"),
@@ -118,6 +124,19 @@ def register_family(family: Family) -> None:
     FAMILIES[family.name] = family
     if family.section is not None:
         add_section("model", family.name, family.section)
+
+
+def only_pretrained(family: Family, instead: str) -> ConfigError:
+    """What a family says that is fine-tuned, but not built anew.
+
+    Args:
+        family: The family.
+        instead: What to do to train a new first stage, after "or".
+    """
+    return ConfigError(
+        f"model.family is {family.name}, which is trained from a pretrained one: give "
+        f"model.pretrained, or {instead}"
+    )
 
 
 def family_named(name: str) -> Family:

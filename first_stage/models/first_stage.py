@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from first_stage.errors import UserError
-from first_stage.models import built_in, flux2  # noqa: F401  # families register themselves
+from first_stage.models import (  # noqa: F401  # families register themselves
+    asymmetric,
+    built_in,
+    flux2,
+    hunyuan_image,
+    one_frame,
+)
 from first_stage.models.bottlenecks import Bottleneck, Code, Encoded
 from first_stage.models.codebooks import Discrete
 from first_stage.models.disturb import Disturbance, disturb, like
@@ -153,6 +159,7 @@ class FirstStage(nn.Module):
         prior: Tensor | None = None,
         cut_off: bool = False,
         disturbance: Disturbance | None = None,
+        encoded: Tensor | None = None,
     ) -> Reconstruction:
         """Reconstruct images through their bottleneck.
 
@@ -163,11 +170,18 @@ class FirstStage(nn.Module):
             cut_off: End the decoder's graph at the latents, before the encoder.
             disturbance: What is done to the latents before they are decoded; further latents are
                 cropped to their size alone.
+            encoded: What the encoder once gave for the images, which is then not run: moments
+                `(B, 2C, h, w)` or latents `(B, C, h, w)`, or of one with a codebook the numbers of
+                the codes `(B, h, w)` int64.
 
         Returns:
             All of it float32, whatever autocast computes in.
         """
-        code = self.bottleneck(self.family.to_code(self.model, images).float(), noise)
+        if encoded is None:
+            encoded = self.family.to_code(self.model, images)
+        elif isinstance(self.bottleneck, Discrete) and not encoded.is_floating_point():
+            encoded = self.bottleneck.from_tokens(encoded)
+        code = self.bottleneck(encoded.float(), noise)
         latents = code.latents
         if cut_off:
             latents = latents.detach().requires_grad_()
@@ -194,6 +208,15 @@ def as_first_stage(model: Any, name: str | None = None) -> FirstStage:
         return FirstStage(model, name=name or "the first stage")
     model.name = name or model.name
     return model
+
+
+def lay_out(network: nn.Module) -> None:
+    """Channels-last weights, with which convolutions are fastest, on CPUs and GPUs alike.
+
+    Networks with convolutions over frames stay as they are: torch refuses that layout for them.
+    """
+    if all(p.ndim < 5 for p in network.parameters()):
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def pad(images: Tensor, factor: int) -> Tensor:

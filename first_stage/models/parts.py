@@ -61,7 +61,8 @@ def _modules(stage: FirstStage, part: str) -> list[nn.Module]:
         if part == "mid":
             return [decoder.mid_block]
         if part == "last_block":
-            return [decoder.up_blocks[-1], decoder.conv_norm_out, decoder.conv_out]
+            norm = getattr(decoder, "conv_norm_out", None) or decoder.norm_out
+            return [decoder.up_blocks[-1], norm, decoder.conv_out]
         return [decoder.conv_out if part == "conv_out" else stage.model.encoder.conv_in]
     except AttributeError as error:
         raise ConfigError(

@@ -10,6 +10,8 @@ from pathlib import Path
 from first_stage.errors import UserError
 from first_stage.evaluation.files import is_evaluation, load
 from first_stage.files import write_text
+from first_stage.report.artifacts import artifacts_section
+from first_stage.report.change import change_section
 from first_stage.report.codes import codes_section
 from first_stage.report.comparison import comparison_section, per_image_section, summary_section
 from first_stage.report.latents import latents_section
@@ -49,14 +51,18 @@ def write_report(folder: str | Path) -> Path:
     if measured is not None:
         content, pairs = load(measured)
         stages, protocol = content["first_stages"], content["protocol"]
+        change = content.get("change")
         sections += [
             summary_section(stages, protocol, folder if run else None),
+            change_section(stages, change),
+            None if change is None else pairs_section(stages, pairs, measured, change),
             comparison_section(stages),
-            pairs_section(stages, pairs, measured),
+            pairs_section(stages, pairs, measured) if change is None else None,
             training_section(run) if run else None,
             spectra_section(stages),
             latents_section(stages, pairs, measured),
             codes_section(stages, pairs, measured),
+            artifacts_section(stages, measured),
             per_image_section(stages),
         ]
     elif run is not None:

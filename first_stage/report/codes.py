@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from first_stage.evaluation.code_pictures import MOST_CODES
-from first_stage.evaluation.files import codes_picture
+from first_stage.evaluation.files import stage_picture
 from first_stage.report.charts import Series, line_chart
 from first_stage.report.page import Section, file_uri
 
@@ -22,7 +22,9 @@ def codes_section(
         if len(stages) > 1:
             body += f"<h3>{escape(stage['name'])}</h3>"
         body += f"<p>{escape(in_words(codes))}</p>"
-        body += _pictures(codes, codes_picture(folder, place)) + _maps(place, pairs, folder)
+        body += _pictures(codes, stage_picture(folder, "codes", place)) + _maps(
+            place, pairs, folder
+        )
     return Section("codes", "Codes", body) if body else None
 
 

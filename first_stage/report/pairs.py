@@ -20,38 +20,75 @@ _CHOICES = [
         [("data", "As in the data"), ("worst", "Worst first"), ("best", "Best first")],
     ),
 ]
+_START = {"mode": "wipe", "sort": "data", "stage": "0"}
+"""What is chosen before anyone chooses."""
 
 
 def pairs_section(
-    stages: Sequence[dict[str, Any]], pairs: Sequence[dict[str, Any]], folder: Path
+    stages: Sequence[dict[str, Any]],
+    pairs: Sequence[dict[str, Any]],
+    folder: Path,
+    change: dict[str, Any] | None = None,
 ) -> Section | None:
-    """The pairs of an evaluation; nothing when it kept none."""
+    """The pairs of an evaluation; nothing when it kept none.
+
+    Args:
+        stages: The first stages.
+        pairs: From `evaluation.files.load`.
+        folder: The evaluation's.
+        change: Of a before and after: both stand beside the original, least gain first.
+    """
     if not pairs:
         return None
     rows = [{r["index"]: r for r in stage["per_image"]} for stage in stages]
-    figures = "".join(_pair(pair, stages, rows, folder) for pair in pairs)
+    gains = {} if change is None else _gains(change)
+    if gains:
+        pairs = sorted(pairs, key=lambda pair: gains[pair["index"]][0])
+    figures = "".join(_pair(pair, stages, rows, folder, gains.get(pair["index"])) for pair in pairs)
     cropped = any(pair["cropped"] for pair in pairs)
     count, total = len(pairs), len(stages[0]["per_image"])
+    which = "the worst by PSNR"
+    if change is not None:
+        least = sum(pair["index"] in change["worst"] for pair in pairs)
+        which = f"the {least} that gained least in PSNR"
     about = (
         "All images." if count == total else
-        f"{count} of {total:,} images: the worst by PSNR, the others spread over the ranking."
+        f"{count} of {total:,} images: {which}, the others spread over the ranking."
     ) + (" Large images show their centre." if cropped else "")  # fmt: skip
     small = all(max(pair["width"], pair["height"]) < _SMALL_BELOW for pair in pairs)
-    grid = f'<div class="pairs{" small" if small else ""}">{figures}</div>'
-    body = f'<p class="about">{about}</p>{_toolbar(stages)}{grid}'
-    return Section("pairs", "Originals and reconstructions", body)
+    kind, start = "pairs small" if small else "pairs", _START
+    if change is not None:
+        kind, start = f"{kind} change", {"mode": "side", "sort": "gain", "stage": "1"}
+    data = "".join(f' data-{name}="{value}"' for name, value in start.items())
+    grid = f'<div class="{kind}"{data}>{figures}</div>'
+    body = f'<p class="about">{about}</p>{_toolbar(stages, start)}{grid}'
+    title = "Originals and reconstructions" if change is None else "Original, before and after"
+    return Section("pairs", title, body)
 
 
-def _toolbar(stages: Sequence[dict[str, Any]]) -> str:
+def _gains(change: dict[str, Any]) -> dict[int, tuple[int, str]]:
+    """Place in the ranking by gain, and the gain in words, of each image."""
+    ranked = sorted(change["per_image"], key=lambda row: row["rank"])
+    return {
+        row["index"]: (row["rank"], "" if row["psnr"] is None else f"{row['psnr']:+.2f} dB")
+        for row in ranked
+    }
+
+
+def _toolbar(stages: Sequence[dict[str, Any]], start: dict[str, str]) -> str:
     def group(name: str, label: str, choices: list[tuple[str, str]]) -> str:
         buttons = "".join(
-            f'<button type="button" data-{name}="{value}" aria-pressed="{str(k == 0).lower()}">'
-            f"{escape(text)}</button>"
-            for k, (value, text) in enumerate(choices)
+            f'<button type="button" data-{name}="{value}" '
+            f'aria-pressed="{str(value == start[name]).lower()}">{escape(text)}</button>'
+            for value, text in choices
         )
         return f'<div role="group" aria-label="{label}">{buttons}</div>'
 
-    parts = [group(name, label, choices) for name, label, choices in _CHOICES]
+    parts = []
+    for name, label, choices in _CHOICES:
+        if start[name] == "gain":
+            choices = [("gain", "Least gain first"), *choices]
+        parts.append(group(name, label, choices))
     if len(stages) > 1:
         names = [(str(k), stage["name"]) for k, stage in enumerate(stages)]
         parts.append(group("stage", "First stage", names))
@@ -63,6 +100,7 @@ def _pair(
     stages: Sequence[dict[str, Any]],
     rows: Sequence[dict[int, dict[str, Any]]],
     folder: Path,
+    gain: tuple[int, str] | None,
 ) -> str:
     size = f'width="{pair["width"]}" height="{pair["height"]}"'
     name = escape(pair["id"])
@@ -74,7 +112,7 @@ def _pair(
     for k, (stage, path) in enumerate(zip(stages, pair["reconstructions"], strict=True)):
         row = rows[k][pair["index"]]
         label = escape(stage["name"]) if len(stages) > 1 else "reconstruction"
-        chosen = " chosen" if k == 0 else ""
+        chosen = " chosen" if k == (0 if gain is None else 1) else ""
         views.append(
             f'<div class="view reconstruction{chosen}" data-stage="{k}">'
             f'<img src="{file_uri(folder / path)}" {size} alt="reconstruction of {name}">'
@@ -84,11 +122,14 @@ def _pair(
         figures.append(
             f'<span class="figures{chosen}" data-stage="{k}">{only}{_figures(row)}</span>'
         )
+    if gain is not None and gain[1]:
+        figures.append(f'<span class="gain">gain {gain[1]}</span>')
     worst = [_rank(r[pair["index"]]) for r in rows]
+    place = "" if gain is None else f' data-gain="{gain[0]}"'
     small = " pixelated" if max(pair["width"], pair["height"]) < _PIXELATED_BELOW else ""
     return (
         f'<figure class="pair{small}" data-order="{pair["index"]}" '
-        f'data-psnr="{" ".join(worst)}" style="--ratio:{pair["width"]}/{pair["height"]}">'
+        f'data-psnr="{" ".join(worst)}"{place} style="--ratio:{pair["width"]}/{pair["height"]}">'
         f'<div class="views">{"".join(views)}<i class="handle"></i></div>'
         f'<div class="controls"><input class="wipe" type="range" min="0" max="100" step="0.5" '
         f'value="50" aria-label="Wipe between original and reconstruction of {name}">'

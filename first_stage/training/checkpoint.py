@@ -6,6 +6,7 @@
     ema/                      their moving average, as a diffusers folder
     critic.safetensors        when there is a critic
     bottleneck.safetensors    what the bottleneck has learned, and bottleneck_ema its average
+    original.safetensors      the encoder it began from, where loss.original holds latents to it
     critic_ema.safetensors    its average, when the learned distance is measured in it
     optimizers.safetensors    AdamW's moments of both players
     means.safetensors         what the objective's balance and the log have averaged so far

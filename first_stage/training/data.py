@@ -25,16 +25,19 @@ from first_stage.data import (
 )
 from first_stage.data.find_shards import find_shards, shards_of
 from first_stage.data.overlap import refuse_shared
+from first_stage.data.paired import LatentStore, PairedLatents
 from first_stage.data.shard_stream import ShardLoader, ShardStream, StreamSource, split_stream
 from first_stage.data.shards import Shard, ShardedRows, count_rows
+from first_stage.data.stream import flip_named
 from first_stage.distributed.accelerator import make_plain_accelerator
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.distributed.processes import Processes, on_main, shared
 from first_stage.errors import ConfigError, DataError
-from first_stage.files import writing
+from first_stage.files import FILE_LIST, writing
 from first_stage.metrics.precision import use_tf32
+from first_stage.models.first_stage import FirstStage
 from first_stage.training.log import tracker_of
-from first_stage.training.run_folder import INVENTORY, SHARDS
+from first_stage.training.run_folder import SHARDS
 
 _ANY = None
 """Of a data set of its own, the only split there is."""
@@ -117,11 +120,11 @@ def open_data(
         training, spread = split_stream(rows, share)
         held_out = spread if held_out is None else held_out
     elif is_builtin(data.path):
-        training = opener.open(data.path, "train", data.split, INVENTORY)
+        training = opener.open(data.path, "train", data.split, FILE_LIST)
         if held_out is None:
-            held_out = opener.open(data.path, "validation", data.split, INVENTORY)
+            held_out = opener.open(data.path, "validation", data.split, FILE_LIST)
     else:
-        training = opener.open(data.path, "train", data.split, INVENTORY)
+        training = opener.open(data.path, "train", data.split, FILE_LIST)
         if share:
             return split_source(training, share, seed)
     if held_out is not None and share == 0.0 and not is_builtin(data.path):
@@ -169,7 +172,7 @@ class _Opener:
         root: str | None = None
         if "://" not in path and (inventory := take_inventory(path, split)).kind != "hub":
             urls, root = shards_of(inventory), os.fsdecode(inventory.root)
-            inventory.write(self.folder / INVENTORY)
+            inventory.write(self.folder / FILE_LIST)
             for line in inventory.lines():
                 self.say(line)
         else:
@@ -194,13 +197,20 @@ def agreed_fingerprint(source: Source, processes: Processes) -> str:
 
 
 def open_stream(
-    source: Source, data: DataConfig, *, channels: int, seed: int, batch_size: int
+    source: Source,
+    data: DataConfig,
+    latents: PairedLatents | None = None,
+    *,
+    channels: int,
+    seed: int,
+    batch_size: int,
 ) -> TrainingStream:
     """The stream of training samples, for a first stage.
 
     Args:
         source: The samples, from `open_data`.
         data: How they are seen.
+        latents: What the encoder once gave for them, from `pair_latents`.
         channels: To read files into.
         seed: Of order, crops and flips.
         batch_size: Images per step.
@@ -211,7 +221,38 @@ def open_stream(
         return ShardStream(
             source, view, reading, seed, batch_size, data.shuffle_buffer, random_crop, data.flip
         )
-    return TrainingStream(source, view, reading, seed, random_crop, data.flip)
+    return TrainingStream(source, view, reading, seed, random_crop, data.flip, latents)
+
+
+def pair_latents(
+    latents: LatentStore | None, source: Source, data: DataConfig, stage: FirstStage
+) -> PairedLatents | None:
+    """The latents of the samples, where `data.latents` names some.
+
+    Args:
+        latents: What opens them.
+        source: The samples.
+        data: How they are seen.
+        stage: The first stage that must have made them.
+
+    Raises:
+        UserError: When latents and samples cannot be paired.
+    """
+    if data.latents is None:
+        return None
+    if latents is None:
+        raise ConfigError(
+            f"data.latents is {data.latents!r}, but train() was given no latents: from Python, "
+            "train(config, CachedLatents(config.data.latents)) with latent_tools' class"
+        )
+    return latents.pair(
+        stage.model,
+        source,
+        reading=data.reading(stage.in_channels),
+        view=data.view(data.resolution),
+        flips=flip_named(data.flip) != "none",
+        missing=data.max_broken,
+    )
 
 
 def open_loader(

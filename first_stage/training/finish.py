@@ -13,10 +13,12 @@ from first_stage.models.first_stage import FirstStage
 from first_stage.report import write_report
 from first_stage.training import run_folder as files
 from first_stage.training.resume import recipe
+from first_stage.training.start_from import Lineage
 
 
 def hand_over(
     config: Config,
+    lineage: Lineage,
     first_stage: FirstStage,
     statistics: LatentStatistics,
     metrics: dict[str, float],
@@ -27,6 +29,7 @@ def hand_over(
 
     Args:
         config: The run's configuration.
+        lineage: Where its weights came from.
         first_stage: With the averaged weights.
         statistics: Of their latents.
         metrics: Of the held-out images, for the card.
@@ -38,7 +41,7 @@ def hand_over(
     picture = frames[-1][1]
     save_gif([(f"step {step}", file) for step, file in frames], cell, folder / files.GIF)
     kept = None
-    if config.keeps_latents:
+    if lineage.keeps_latents:
         kept = first_stage.scaling_and_shift
     card = model_card(
         first_stage,
@@ -50,6 +53,7 @@ def hand_over(
         images_seen=config.train.max_steps * config.train.batch_size,
         picture="reconstructions.png",
         kept=kept,
+        started_from=lineage.started_from,
         force_upcast=needs_float32(first_stage.model, statistics),
     )
     extras: dict[str, str | Path] = {"README.md": card, "reconstructions.png": picture}

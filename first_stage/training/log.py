@@ -1,5 +1,6 @@
 """What a run writes down: log.jsonl, the tracker, and the progress bar."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -93,6 +94,24 @@ def _line(values: Mapping[str, Any]) -> str:
     return json.dumps(plain, allow_nan=False) + "\n"
 
 
+class _Heedless:
+    """A stream whose reader may go away: a run that trains goes on, and is saved."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Progress:
     """A bar with images/s, time left, and the share of time spent waiting for data.
 
@@ -105,13 +124,14 @@ class Progress:
 
     def __init__(self, start_step: int, max_steps: int, batch_size: int, visible: bool):
         self._batch_size = batch_size
+        self._output = _Heedless(sys.stderr)
         self._bar = tqdm(
             total=max_steps * batch_size,
             initial=start_step * batch_size,
             unit="img",
             unit_scale=True,
             disable=not visible,
-            file=sys.stderr,
+            file=self._output,
             dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 10.0,
         )
@@ -146,7 +166,7 @@ class Progress:
     def say(self, line: str) -> None:
         """Print a line above the bar."""
         if not self._bar.disable:
-            self._bar.write(line, file=sys.stderr)
+            self._bar.write(line, file=self._output)
 
     def close(self) -> None:
         """Leave the bar as it stands."""

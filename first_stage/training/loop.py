@@ -1,9 +1,10 @@
 """A training run, from its configuration to its export."""
 
 import contextlib
+import functools
 import time
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -22,6 +23,7 @@ from first_stage.data import (
     start_loader,
 )
 from first_stage.data.checks import value_remark
+from first_stage.data.paired import LatentStore
 from first_stage.distributed.processes import (
     Processes,
     Stopped,
@@ -34,21 +36,19 @@ from first_stage.evaluation import HeldImages, Options, evaluate
 from first_stage.files import write_text, writing
 from first_stage.handover.statistics import measure_latents
 from first_stage.metrics.training import Watch, derived
-from first_stage.models.loading import fingerprint_weights, load_autoencoder
+from first_stage.models.loading import load_autoencoder
 from first_stage.report import write_report
 from first_stage.spans import span
 from first_stage.training import run_folder as files
-from first_stage.training.checkpoint import (
-    read_checkpoint,
-    save_checkpoint,
-    set_aside,
-)
+from first_stage.training import start_from
+from first_stage.training.checkpoint import read_checkpoint, save_checkpoint, set_aside
 from first_stage.training.data import (
     agreed_fingerprint,
     make_accelerator,
     open_data,
     open_loader,
     open_stream,
+    pair_latents,
 )
 from first_stage.training.endings import (
     Ending,
@@ -62,17 +62,18 @@ from first_stage.training.finish import hand_over
 from first_stage.training.introduction import draw_first_batch, introduction
 from first_stage.training.log import Logbook, Progress
 from first_stage.training.profiling import StepProfiler
-from first_stage.training.resume import as_saved, check_resumable, find_start, lasting, recipe
+from first_stage.training.resume import check_resumable, find_start, lasting, recipe
 from first_stage.training.step import Trainer
 from first_stage.training.validation import draw_pictures, validate
 
 
-def train(config: Config) -> Outcome:
+def train(config: Config, latents: LatentStore | None = None) -> Outcome:
     """Train a first stage and export it.
 
     Args:
         config: The run's configuration, as `parse_config` gives it. In a launched job every
             process calls this.
+        latents: What opens `config.data.latents`; `latent_tools.CachedLatents` does.
 
     Returns:
         How it ended; the files are in `config.output_dir`.
@@ -87,16 +88,15 @@ def train(config: Config) -> Outcome:
         try:
             accelerator = make_accelerator(config.train, config.output_dir)
             processes = Processes(config.train.process_timeout)
-            outcome = _train(config, accelerator, processes, stop)
+            run = functools.partial(Run, config, accelerator, processes, stop, latents)
+            outcome = _train(config, processes, run)
         except Stopped:
             return Outcome(False, 0, {}, 0, 1)
         accelerator.end_training()
     return outcome
 
 
-def _train(
-    config: Config, accelerator: Accelerator, processes: Processes, stop: StopRequest
-) -> Outcome:
+def _train(config: Config, processes: Processes, make: Callable[[], "Run"]) -> Outcome:
     folder, run = Path(config.output_dir), None
 
     def saved() -> str:
@@ -108,7 +108,7 @@ def _train(
         files.earlier_run_kept(folder, processes.is_main),
         memory_told(config, processes.world, saved),
     ):
-        run = Run(config, accelerator, processes, stop)
+        run = make()
         return run.fit()
 
 
@@ -120,59 +120,59 @@ class Run:
         accelerator: From `make_accelerator`.
         processes: Those that take part.
         stop: Whether a signal asked to end.
+        latents: Where the latents of the training images are kept, if they are.
     """
 
     def __init__(
-        self, config: Config, accelerator: Accelerator, processes: Processes, stop: StopRequest
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        processes: Processes,
+        stop: StopRequest,
+        latents: LatentStore | None = None,
     ):
-        self.config, self.accelerator = config, accelerator
-        self.processes, self.stop = processes, stop
-        self.folder = Path(config.output_dir)
+        self.config, self.folder = config, Path(config.output_dir)
+        self.accelerator, self.processes, self.stop = accelerator, processes, stop
         self.micro = micro_batch_size(config, processes.world)
         resume = config.resume is not None
         on_main(processes, lambda: files.prepare_folder(self.folder, config.overwrite, resume))
         start, remarks = find_start(config, processes)
         for remark in remarks:
             self._say(remark)
+        origin = start_from.find_origin(config, processes, start)
+        config = self.config = start_from.as_started(config, origin)
         sizes = {"seed": config.seed, "batch_size": config.train.batch_size}
         self.source, held_out = open_data(
             config.data, folder=self.folder, processes=processes, say=self._say, **sizes
         )
         self.fingerprint = agreed_fingerprint(self.source, processes)
         self.held_out = len(held_out) if held_out is not None else 0
-        self.trainer = Trainer(as_saved(config, start), accelerator, processes)
+        self.trainer = Trainer(start_from.built_for(config, start, origin), accelerator, processes)
         stage = self.trainer.first_stage.network
         for problem in factor_problems(config, stage.downsample_factor):
             raise ConfigError(problem)
-        self.origin: str | None = None
         if config.model.pretrained is not None:
             layout = {"family": stage.family.name, **stage.family.layout(stage.model)}
             self.config = replace(config, model=replace(config.model, **layout))
-            if start is None and processes.is_main:  # which saves it for all
-                self.origin = fingerprint_weights(stage.model)
-        self.stream = open_stream(self.source, config.data, channels=stage.in_channels, **sizes)
+        given = pair_latents(latents, self.source, config.data, stage)
+        channels = stage.in_channels
+        self.stream = open_stream(self.source, config.data, given, channels=channels, **sizes)
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
             config.held_out_view,
-            config.data.reading(stage.in_channels),
+            config.data.reading(channels),
             config.validation.images,
             config.seed,
         )
         self.watch = Watch()
         self.broken = BrokenFiles(self.folder / files.BROKEN, config.data.max_broken)
-        self.resumed_at = self._resume(start)
+        self.lineage, self.resumed_at = self._begin(start, origin)
         self.saved = self.resumed_at or 0
         self.logbook = self._open_logbook()
         if processes.is_main and (remark := value_remark(self.source, self.stream.reading)):
             self._say(remark)
-        self._say(
-            introduction(
-                self.trainer,
-                micro=self.micro,
-                samples=len(self.source),
-                held_out=self.held_out,
-            )
-        )
+        samples, held = len(self.source), self.held_out
+        self._say(introduction(self.trainer, micro=self.micro, samples=samples, held_out=held))
 
     def fit(self) -> Outcome:
         """Train to the last step, or until a signal asks to stop; then export.
@@ -215,12 +215,12 @@ class Run:
             self._save(done)
         if ending.fault is not None:
             raise type(ending.fault)(f"{ending.fault}. {self.saved_so_far()}")
-        if summary := self.broken.summary():
-            self._say(summary)
         finished = done == train.max_steps
         if finished:
             metrics = metrics or self._measure()
             self._hand_over(metrics)
+        if summary := self.broken.summary():
+            self._say(summary)
         return Outcome(finished, done, metrics, self.held_out, self.processes.world)
 
     # -- parts of the loop -------------------------------------------------------------------
@@ -313,7 +313,7 @@ class Run:
             "data_fingerprint": self.fingerprint,
             "samples": len(self.source),
             "broken": self.broken.state_dict(),
-            "pretrained_fingerprint": self.origin,
+            **asdict(self.lineage),
         }
         if self.logbook is not None:
             with self._writing():
@@ -346,7 +346,7 @@ class Run:
             if self.processes.is_main:
                 with self._writing():
                     cell = self.shown.pixels.shape[1]
-                    hand_over(self.config, stage, statistics, metrics, found, cell)
+                    hand_over(self.config, self.lineage, stage, statistics, metrics, found, cell)
         self.processes.wait()
 
     def _first_images(self, count: int) -> Iterator[Tensor]:
@@ -358,30 +358,30 @@ class Run:
 
     # -- before the loop ---------------------------------------------------------------------
 
-    def _resume(self, path: Path | None) -> int | None:
-        """Restore a checkpoint that was verified; returns the steps done."""
+    def _begin(
+        self, path: Path | None, origin: start_from.Origin | None
+    ) -> tuple[start_from.Lineage, int | None]:
+        """Restore a checkpoint that was verified; returns the steps done, `None` for a new run."""
         if path is None:
             if self.config.resume is not None:
                 self.broken.load_state_dict(self.broken.state_dict(), write=self.processes.is_main)
-            return None
+            if origin is not None:
+                self._say(start_from.carry_over(self.trainer, origin))
+            return start_from.Lineage.begun(
+                self.config, origin, self.trainer.first_stage.network.model
+            ), None
         snapshot = read_checkpoint(path)
-        changes = check_resumable(
-            self.config,
-            snapshot,
-            checkpoint=str(path),
-            fingerprint=self.fingerprint,
-            source=self.source,
-        )
+        begun = {"checkpoint": str(path), "fingerprint": self.fingerprint}
+        changes = check_resumable(self.config, snapshot, source=self.source, **begun)
         if changes:
             self._say(f"changed since the checkpoint was written:\n{changes}")
         self.trainer.restore(snapshot, load_autoencoder(str(path / "ema")))
-        self.origin = snapshot.state.get("pretrained_fingerprint")
         self.broken.load_state_dict(snapshot.state["broken"], write=self.processes.is_main)
         self._say(f"resuming at step {snapshot.step} from {path}")
         if self.processes.is_main:
             for place in set_aside(self.folder, snapshot.step):
                 self._say(f"a later checkpoint is set aside as {place}; delete it when you like")
-        return snapshot.step
+        return start_from.Lineage.resumed(self.config, snapshot.state), snapshot.step
 
     def _open_logbook(self) -> Logbook | None:
         self.accelerator.init_trackers(files.TRACKER)

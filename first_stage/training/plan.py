@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from first_stage.config.checks import check, factor_problems, micro_batch_size
 from first_stage.config.schema import Config
 from first_stage.data import Batch, StepSampler, start_loader
+from first_stage.data.paired import LatentStore
 from first_stage.distributed.processes import Processes, end_with_launcher, on_main
 from first_stage.errors import ConfigError
 from first_stage.training import run_folder as files
@@ -24,8 +25,10 @@ from first_stage.training.data import (
     open_data,
     open_loader,
     open_stream,
+    pair_latents,
 )
 from first_stage.training.introduction import Phase, draw_first_batch, introduction, phases
+from first_stage.training.start_from import as_started, built_for, find_origin
 from first_stage.training.step import Trainer
 
 _TIMED_STEPS = 3
@@ -41,20 +44,21 @@ class Timings:
         seconds: Per step, for each phase.
         waited: Share of the time that was spent waiting for data.
         broken: Ids and reasons of images that could not be decoded.
-        looked_at: How many images were taken.
+        looked_at: Ids of the images that were taken.
     """
 
     seconds: list[float] = field(default_factory=list)
     waited: float = 0.0
     broken: dict[str, str] = field(default_factory=dict)
-    looked_at: int = 0
+    looked_at: set[str] = field(default_factory=set)
 
 
-def plan(config: Config) -> None:
+def plan(config: Config, latents: LatentStore | None = None) -> None:
     """Print what a run would do, and what it would cost here.
 
     Args:
         config: The run's configuration. In a launched job every process calls this.
+        latents: As in `train`.
 
     Raises:
         UserError: For anything in the configuration or data that cannot work.
@@ -64,18 +68,26 @@ def plan(config: Config) -> None:
     accelerator = make_accelerator(config.train, config.output_dir)
     processes = Processes(config.train.process_timeout)
     with processes.together():
-        for line in _lines(config, accelerator, processes):
+        for line in _lines(config, latents, accelerator, processes):
             if processes.is_main:
                 print(line, flush=True)
     accelerator.end_training()
 
 
-def _lines(config: Config, accelerator: Accelerator, processes: Processes) -> Iterator[str]:
+def _lines(
+    config: Config, latents: LatentStore | None, accelerator: Accelerator, processes: Processes
+) -> Iterator[str]:
     folder, micro = Path(config.output_dir), micro_batch_size(config, processes.world)
     sizes: dict[str, Any] = {"seed": config.seed, "batch_size": config.train.batch_size}
     on_main(processes, lambda: files.prepare_folder(folder, overwrite=False, resume=True))
-    source, held_out = open_data(config.data, folder=folder, processes=processes, **sizes)
-    trainer = Trainer(config, accelerator, processes)
+    found: list[str] = []
+    source, held_out = open_data(
+        config.data, folder=folder, processes=processes, say=found.append, **sizes
+    )
+    yield from found
+    origin = find_origin(config, processes)
+    config = as_started(config, origin)
+    trainer = Trainer(built_for(config, None, origin), accelerator, processes)
     stage = trainer.first_stage.network
     for problem in factor_problems(config, stage.downsample_factor):
         raise ConfigError(problem)
@@ -86,7 +98,8 @@ def _lines(config: Config, accelerator: Accelerator, processes: Processes) -> It
         config.train.batch_size, micro, 0, (_TIMED_STEPS + 1) * len(course),
         processes.rank, processes.world,
     )  # fmt: skip
-    stream = open_stream(source, config.data, channels=stage.in_channels, **sizes)
+    given = pair_latents(latents, source, config.data, stage)
+    stream = open_stream(source, config.data, given, channels=stage.in_channels, **sizes)
     pin = accelerator.device.type == "cuda"
     with contextlib.closing(
         start_loader(open_loader(stream, positions, workers=config.data.workers, pin_memory=pin))
@@ -120,7 +133,7 @@ def _time(
                 waited += time.perf_counter() - start
             for batch in micro_batches:
                 found.broken |= batch.broken
-                found.looked_at += len(batch.ids) + len(batch.broken)
+                found.looked_at |= {*batch.ids, *batch.broken}
             trainer.training_step(min(phase.start + 1, phase.end - 1), micro_batches)
             if trainer.accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -139,8 +152,8 @@ def _costs(config: Config, course: list[Phase], timings: Timings) -> Iterator[st
         steps = phase.end - phase.start
         total += steps * seconds
         yield (
-            f"time      {duration(steps * seconds):>10} for {steps:,} steps of {seconds:.3g} s "
-            f"from step {phase.start:,} on: {phase.begins}"
+            f"time      {duration(steps * seconds):>10} for {steps:,} step{'s' * (steps > 1)} of "
+            f"{seconds:.3g} s from step {phase.start:,} on: {phase.begins}"
         )
     rate = config.train.max_steps * config.train.batch_size / total
     yield (
@@ -150,8 +163,8 @@ def _costs(config: Config, course: list[Phase], timings: Timings) -> Iterator[st
     if timings.broken:
         name, reason = next(iter(timings.broken.items()))
         yield (
-            f"left out  {len(timings.broken)} of the first {timings.looked_at} images cannot be "
-            f"decoded, such as {name}: {reason}"
+            f"left out  {len(timings.broken)} of {len(timings.looked_at)} images that were looked "
+            f"at cannot be decoded, such as {name}: {reason}"
         )
 
 

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 
 from first_stage.config.losses import CriticConfig
-from first_stage.config.schema import ModelConfig, TrainConfig
+from first_stage.config.schema import Config, ModelConfig, TrainConfig
 from first_stage.errors import ConfigError
 from first_stage.models.channels import add_latent_channels, inflate_images
+from first_stage.models.codebooks import Discrete
 from first_stage.models.critic import Critic, make_critic
 from first_stage.models.families import family_named, trainable_family_of
-from first_stage.models.first_stage import FirstStage
+from first_stage.models.first_stage import FirstStage, lay_out
 from first_stage.models.loading import load_autoencoder
+from first_stage.models.original import OriginalEncoder
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -110,6 +112,32 @@ def make_first_stage(config: ModelConfig, resolution: int) -> FirstStage:
     return stage.eval()
 
 
+def keep_original(
+    config: Config, stage: FirstStage, device: torch.device
+) -> OriginalEncoder | None:
+    """A copy of the pretrained encoder, where `loss.original` holds latents to it.
+
+    Args:
+        config: The run's configuration.
+        stage: The first stage to train, as it begins.
+        device: Where the copy goes.
+
+    Raises:
+        ConfigError: When latents are codes: between those there is no distance to learn by.
+    """
+    if config.loss.weight_of("original") == 0 or config.model.pretrained is None:
+        return None
+    if isinstance(stage.bottleneck, Discrete):
+        raise ConfigError(
+            "loss.original has a weight, but this first stage's latents are codes of a codebook, "
+            "which stay or change whole: set it to 0, or train the decoder alone (train.parts "
+            "[decoder]), which keeps them"
+        )
+    original = OriginalEncoder(stage, config.model.more_latent_channels).to(device)
+    lay_out(original)
+    return original
+
+
 def build_critic(config: CriticConfig, first_stage: FirstStage) -> Critic:
     """The critic of a recipe, for the images of a first stage."""
     return make_critic(
@@ -128,6 +156,8 @@ def _pretrained(config: ModelConfig, name: str) -> FirstStage:
         inflate_images(model, config.in_channels)
     add_latent_channels(model, config.more_latent_channels)
     family = trainable_family_of(model, name, config.family)
+    for part in family.idle_parts(model):
+        part.requires_grad_(False)
     stage = FirstStage(model, family, family.bottleneck(model, config), name)
     if config.scaling_factor is not None or config.shift_factor is not None:
         scaling, shift = family.carrier.read(model)

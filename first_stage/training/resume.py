@@ -10,13 +10,15 @@ import yaml
 
 from first_stage.config.parsing import to_dict
 from first_stage.config.schema import Config
-from first_stage.config.types import changeable
+from first_stage.config.sections import with_sections
+from first_stage.config.types import changeable, mappings
 from first_stage.data import Source, earlier_fingerprint
 from first_stage.distributed.processes import Processes, on_main
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.models.families import LAYOUT
-from first_stage.models.loading import fingerprint_weights, load_autoencoder
+from first_stage.models.loading import fingerprint_weights
 from first_stage.training.checkpoint import Snapshot, find_checkpoint
+from first_stage.training.players import make_first_stage
 
 MAY_CHANGE = tuple(changeable(Config))
 """Fields, and sections, that a run may go on with at another value; the schema marks them."""
@@ -35,9 +37,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
     Returns:
         Dotted name to the two values, for the fields that `now` has. A group of fields that is null
-        on one side differs in the fields of the other side.
+        on one side differs in the fields of the other side; a field that is a mapping itself, such
+        as `loss.penalties`, is compared whole.
     """
-    old, new = _flat(before), _flat(now)
+    whole = frozenset(mappings(with_sections(Config)))
+    old, new = _flat(before, whole), _flat(now, whole)
     changed = {}
     for name, value in new.items():
         known = _find(old, name)
@@ -118,12 +122,11 @@ def check_resumable(
     state = snapshot.state
     before, now = state["config"], to_dict(config)
     if config.model.pretrained is not None and before["model"]["pretrained"] is not None:
-        _check_origin(config.model.pretrained, before["model"]["pretrained"], state, checkpoint)
+        _check_origin(config, before["model"]["pretrained"], state, checkpoint)
         # The layout is that of the weights, whatever the recipe says of it.
         same = {name: now["model"][name] for name in (*LAYOUT, "pretrained")}
         before = {**before, "model": {**before["model"], **same}}
-    defaults = _filled(_ONCE, to_dict(type(config)()))
-    changes = changed_fields(before, now, defaults, checkpoint)
+    changes = changed_fields(before, now, _defaults(type(config)), checkpoint)
     known = state["data_fingerprint"]
     if known != fingerprint and known != earlier_fingerprint(source):
         raise DataError(
@@ -141,18 +144,21 @@ def check_resumable(
     return changes
 
 
-def _check_origin(name: str, then: str, state: Mapping[str, Any], checkpoint: str) -> None:
+def _check_origin(config: Config, then: str, state: Mapping[str, Any], checkpoint: str) -> None:
     """Whether a fine-tuned run still begins from the same weights, wherever they lie now.
 
     Raises:
         ConfigError: When another first stage is named, or one that cannot be looked at.
     """
+    name = config.model.pretrained
     if name == then:
         return
     line = f"model.pretrained ({json.dumps(then)} -> {json.dumps(name)})"
     advice = f"put {then!r} back; it need not be there any more, the checkpoint holds everything"
     try:
-        found = fingerprint_weights(load_autoencoder(name, field="model.pretrained"))
+        # As the run began: with the channels that were added to it.
+        begun = make_first_stage(config.model, config.data.resolution)
+        found = fingerprint_weights(begun.model)
     except UserError as error:
         raise ConfigError(f"{line} cannot be compared: {error}; {advice}") from error
     if found != state.get("pretrained_fingerprint"):
@@ -201,6 +207,21 @@ def _line(name: str, values: tuple[Any, Any]) -> str:
     return f"{name} ({json.dumps(values[0])} -> {json.dumps(values[1])})"
 
 
+def with_defaults(saved: Mapping[str, Any], config: type[Config]) -> dict[str, Any]:
+    """A checkpoint's configuration, nested, with all fields that are known today.
+
+    Args:
+        saved: As its `state.json` has it.
+        config: The class, with the registered sections.
+    """
+    return _filled(saved, _defaults(config))
+
+
+def _defaults(config: type[Config]) -> dict[str, Any]:
+    """What a field had that an older checkpoint does not know."""
+    return _filled(_ONCE, to_dict(config()))
+
+
 def _filled(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`values`, and the defaults where they have none."""
     filled = dict(values)
@@ -221,12 +242,12 @@ def _find(flat: Mapping[str, Any], name: str) -> Any:
     return next((flat[p] for p in parents if p in flat), _ABSENT)
 
 
-def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted names to values, tuples as lists."""
+def _flat(nested: Mapping[str, Any], whole: frozenset[str], prefix: str = "") -> dict[str, Any]:
+    """Dotted names to values, tuples as lists; mappings named in `whole` are values."""
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and prefix + key not in whole:
+            flat |= _flat(value, whole, f"{prefix}{key}.")
         else:
             flat[prefix + key] = list(value) if isinstance(value, tuple) else value
     return flat

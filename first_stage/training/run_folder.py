@@ -11,7 +11,7 @@ from PIL import Image
 from first_stage.command_line import command_line
 from first_stage.errors import ConfigError
 from first_stage.evaluation.grids import save_png
-from first_stage.files import remove_leftovers
+from first_stage.files import FILE_LIST, remove_leftovers
 from first_stage.locks import RecordLock
 from first_stage.training import overwrite as earlier
 
@@ -28,7 +28,6 @@ FIRST_BATCH = "pictures/first-batch.png"
 TRACKER = "tracker"
 PROFILE = "profile"
 SHARDS = "shards"
-INVENTORY = "files.txt"
 LOCK = ".lock"
 _ALL = (
     CONFIG,
@@ -43,7 +42,7 @@ _ALL = (
     TRACKER,
     PROFILE,
     SHARDS,
-    INVENTORY,
+    FILE_LIST,
     "held_out.txt",
 )
 
@@ -118,7 +117,7 @@ def ended(folder: Path) -> str | None:
 def _present(folder: Path) -> list[str]:
     """What of a run is in a folder, links that lead nowhere too; what a plan left is no run."""
     found = [name for name in _ALL if os.path.lexists(folder / name)]
-    if set(found) <= {PICTURES, SHARDS, INVENTORY} and not list_frames(folder):
+    if set(found) <= {PICTURES, SHARDS, FILE_LIST} and not list_frames(folder):
         return []
     return found
 

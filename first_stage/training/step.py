@@ -22,7 +22,7 @@ from first_stage.models.critic import (
     update_average,
 )
 from first_stage.models.disturb import Disturbance, check_disturb
-from first_stage.models.first_stage import FirstStage
+from first_stage.models.first_stage import FirstStage, lay_out
 from first_stage.models.parts import select_parts
 from first_stage.seeding import Purpose, to_device
 from first_stage.spans import span
@@ -34,6 +34,7 @@ from first_stage.training.players import (
     Network,
     Player,
     build_critic,
+    keep_original,
     learning_rate_share,
     make_first_stage,
     make_optimizer,
@@ -59,8 +60,13 @@ class Trainer:
         self.latent_shape = (channels, rows, first_stage.latent_shape(width)[2])
         check_disturb(config.disturb, first_stage.bottleneck, channels)
         critic = build_critic(config.critic, first_stage) if config.needs_critic else None
+        self.original = keep_original(config, first_stage, accelerator.device)
         self.objective = Objective(
-            config.loss, accelerator.device, accelerator.autocast, first_stage.bottleneck.weights
+            config.loss,
+            accelerator.device,
+            accelerator.autocast,
+            first_stage.bottleneck.weights,
+            self.original,
         )
         rate, extra = config.train.learning_rate, list(self.objective.parameters.values())
         self.first_stage = self._player(first_stage, rate, extra)
@@ -78,8 +84,7 @@ class Trainer:
     def _player(
         self, network: Network, learning_rate: float, extra: Sequence[nn.Parameter] = ()
     ) -> Player[Network]:
-        # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out(network)
         if self.config.train.compile and self._compiles(network):
             compile_blocks(network.to(self.accelerator.device), self.accelerator.device)
         module = self.accelerator.prepare_model(network)
@@ -121,6 +126,7 @@ class Trainer:
                         prior=self._prior_samples(step, batch),
                         cut_off=self.objective.cuts_off(step) and encoder_learns,
                         disturbance=self._disturbance(step, batch) if encoder_learns else None,
+                        encoded=batch.encoded,
                     )
                 decoded, targets = output.images.detach().requires_grad_(), output.targets
                 with span("critic"):
@@ -323,6 +329,8 @@ class Trainer:
             tensors["bottleneck"] = dict(bottleneck)
             averaged = self.ema.shadow_params[len(list(network.model.parameters())) :]
             tensors["bottleneck_ema"] = {f"{n}": p for n, p in enumerate(averaged)}
+        if self.original is not None:
+            tensors["original"] = dict(self.original.state_dict())
         if self.critic is not None:
             tensors["critic"] = dict(self.critic.network.state_dict())
             if self.critic_ema is not None:
@@ -343,6 +351,8 @@ class Trainer:
         network.model.load_state_dict(tensors["first_stage"])
         if "bottleneck" in tensors:
             network.bottleneck.load_state_dict(tensors["bottleneck"])
+        if self.original is not None:
+            self.original.load_state_dict(tensors["original"])
         restore_optimizer(self.first_stage.optimizer, tensors["optimizers"], "first_stage")
         if self.critic is not None:
             self.critic.network.load_state_dict(tensors["critic"])

@@ -11,7 +11,7 @@ from first_stage.config.types import Precision
 from first_stage.distributed.memory import is_out_of_memory
 from first_stage.errors import first_line
 from first_stage.models.codebooks import Discrete
-from first_stage.models.first_stage import FirstStage
+from first_stage.models.first_stage import FirstStage, lay_out
 from latent_tools.format.files import CacheError
 
 _PROBE_SIDE = 128  # a multiple of every published image autoencoder's downsample factor
@@ -56,7 +56,7 @@ class LatentEncoder:
         self.device, self.first_stage = device, first_stage
         first_stage.to(device).eval().requires_grad_(False)
         # Convolutions are fastest on channels-last weights and images, on CPUs and GPUs alike.
-        first_stage.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        lay_out(first_stage)
         self.has_posterior = self._probe()
         self._encode = torch.compile(self._moments, dynamic=False) if compile else self._moments
         self._codes = first_stage.bottleneck if tokens else None

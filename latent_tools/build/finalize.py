@@ -16,7 +16,7 @@ from latent_tools.build.index import is_written, write_index
 from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
 from latent_tools.format.plan import Plan, Unit
-from latent_tools.format.shards import ERRORS, commit_path, read_commit
+from latent_tools.format.shards import ERRORS, is_committed, read_commit
 from latent_tools.format.statistics import summary
 
 _READ_AHEAD = 16
@@ -33,7 +33,7 @@ def missing_units(folder: Path, units: list[Unit], patience: float = 0.0) -> lis
     """
     end = time.monotonic() + patience
     while True:
-        units = [unit for unit in units if not commit_path(folder, unit.number).exists()]
+        units = [unit for unit in units if not is_committed(folder, unit.number)]
         if not units or time.monotonic() > end:
             return units
         time.sleep(_LOOK_AGAIN)

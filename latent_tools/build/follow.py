@@ -21,10 +21,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from first_stage.data import BrokenImage, Source
+from first_stage.data import BrokenImage, MachineFault, Source
+from first_stage.files import MachineError, patiently
 from latent_tools.build.checked import checked_when, is_as_checked, write_checked
-from latent_tools.build.images import content_hash, file_of, plain_value
+from latent_tools.build.images import plain_value
 from latent_tools.build.unit import trimmed
+from latent_tools.format.content import content_hash, file_of
 from latent_tools.format.files import CacheError
 from latent_tools.format.index import INDEX
 from latent_tools.format.plan import Plan, committed_units
@@ -99,7 +101,8 @@ def notice(
         if _is_lost(folder, commit):
             changes.lost.append(unit.number)
             continue
-        written = commit_path(folder, unit.number).stat().st_mtime
+        path = commit_path(folder, unit.number)
+        written = patiently(path.stat, repr(str(path))).st_mtime
         since = checked if checked > written else written - _READ_BEFORE
         failed_since = max(checked, written)
         where = dict(zip(plan.ids(unit), places[unit.start : unit.stop].tolist(), strict=True))
@@ -154,7 +157,7 @@ class _Looking:
         is_due = self._is_touched("touched", place)
         if not is_due and not self._is_touched("columns_touched", place):
             return
-        sample = self.source.read(place)
+        sample = patiently(lambda: self.source.read(place), f"the sample {name!r}")
         is_same = True
         if is_due:
             self.changes.looked_into += 1
@@ -186,6 +189,8 @@ class _Looking:
 def _content_of(image: Any) -> str | None:
     try:
         return content_hash(file_of(image))
+    except MachineFault as error:  # says nothing about what is in the file
+        raise MachineError(str(error)) from None
     except BrokenImage:
         return None
 
@@ -193,6 +198,8 @@ def _content_of(image: Any) -> str | None:
 def _are_same(now: Any, then: dict[str, Any]) -> bool:
     try:
         return all(plain_value(now.get(name), name) == value for name, value in then.items())
+    except MachineFault as error:
+        raise MachineError(str(error)) from None
     except BrokenImage:
         return False
 

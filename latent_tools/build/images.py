@@ -4,22 +4,18 @@ A batch lies inside one unit, and its place there depends on nothing but the bat
 encoder sees the same batches for any number of processes and workers.
 """
 
-import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from first_stage.data import (
     BrokenImage,
-    Encoded,
     MachineFault,
     Reading,
     Source,
@@ -27,12 +23,12 @@ from first_stage.data import (
     open_image,
     pixels_of,
     prepare_worker,
-    read_bytes,
     size_of,
 )
 from first_stage.errors import UserError
 from first_stage.files import patiently
 from latent_tools.build.unit import SampleRecord
+from latent_tools.format.content import content_hash, file_of
 from latent_tools.format.files import CacheError
 from latent_tools.format.plan import Plan, Shape, Unit
 
@@ -167,38 +163,14 @@ class ChunkReader(Dataset[DecodedChunk]):
         image = open_image(file, self.preprocessing.reading, view.scale)
         size = size_of(image)
         image, crop = view.apply(image)
-        columns = {
-            column: plain_value(sample.columns.get(column), column)
-            for column in self.preprocessing.columns
-        }
+        found = patiently(
+            lambda: [sample.columns.get(column) for column in self.preprocessing.columns],
+            f"what is said of the sample {name!r}",
+        )
+        names = self.preprocessing.columns
+        columns = {n: plain_value(value, n) for n, value in zip(names, found, strict=True)}
         record = SampleRecord(name, content_hash(file), size, crop, columns)
         return record, pixels_of(image, self.preprocessing.reading)
-
-
-def file_of(image: Encoded) -> Encoded:
-    """A sample's encoded bytes, or its picture or values when it is decoded already.
-
-    Raises:
-        BrokenImage: When the file cannot be read.
-        MachineFault: When the machine fails to read it, several times over.
-    """
-    if isinstance(image, BrokenImage):
-        raise image
-    return read_bytes(image) if isinstance(image, Path) else image
-
-
-def content_hash(file: Encoded) -> str:
-    """A hash of a sample's content: of its encoded bytes, or of a decoded picture's pixels."""
-    digest = hashlib.blake2b(digest_size=16)
-    if isinstance(file, bytes):
-        digest.update(file)
-    elif isinstance(file, np.ndarray):
-        digest.update(f"{file.dtype} {file.shape} ".encode())
-        digest.update(np.ascontiguousarray(file).tobytes())
-    elif isinstance(file, Image.Image):
-        digest.update(f"{file.mode} {file.size} ".encode())
-        digest.update(file.tobytes())
-    return digest.hexdigest()
 
 
 def plain_value(value: Any, column: str) -> Any:

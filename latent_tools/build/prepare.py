@@ -44,7 +44,7 @@ from latent_tools.format.shards import (
     SHARDS,
     Dtype,
     TokenDtype,
-    commit_path,
+    is_committed,
     read_commit,
     token_dtype,
 )
@@ -250,7 +250,7 @@ def _planned(folder: Path, unit: int) -> tuple[int, Shape, list[str]]:
 def _is_begun(folder: Path, plan: Plan) -> bool:
     """Whether any unit is committed; a directory that lags behind is asked by name too."""
     return any(True for _ in committed_units(folder)) or any(
-        commit_path(folder, unit.number).exists() for unit in plan.units
+        is_committed(folder, unit.number) for unit in plan.units
     )
 
 

@@ -133,7 +133,7 @@ class OpenUnit:
 
     def __init__(self, number: int, dtype: Dtype | TokenDtype, channels: int):
         self.number, self.dtype, self.channels = number, dtype, channels
-        self.sums = ChannelMoments(channels)
+        self.sums = _Sums(channels)
         self.storage, self.precision = Deviation(channels), Deviation(channels)
         self.tensors: dict[str, list[Tensor]] = {}
         self.records: list[SampleRecord] = []
@@ -156,7 +156,7 @@ class OpenUnit:
                 scales = (packed.get(f"{name}_{part}") for part in ("scale", "offset"))
                 kept = unpack(packed[name], *scales)
                 self.storage.add(latents, kept)
-                _count(self.sums, kept, self.channels)
+                self.sums.add(kept)
         if chunk.exact is not None and chunk.records:
             self.precision.add(chunk.latents[0][: len(chunk.exact)], chunk.exact)
 
@@ -189,7 +189,7 @@ class OpenUnit:
             "failures": [{"id": name, "reason": reason} for name, reason in self.failures],
             "retried_in_float32": self.retried,
             "batch_size": self.last.batch_size,
-            "sums": self.sums.to_json(),
+            "sums": self.sums.moments().to_json(),
             **self.storage.to_json("storage_error"),
             **self.precision.to_json("precision_error"),
         }
@@ -303,28 +303,40 @@ def _trimmed_shard(folder: Path, commit: dict[str, Any], rows: list[int]) -> dic
 
 def _moments_of(tensors: dict[str, Tensor], name: str, channels: int) -> ChannelMoments:
     scale, offset = (tensors.get(f"{name}_{part}") for part in ("scale", "offset"))
-    moments = ChannelMoments(channels)
-    _count(moments, unpack(tensors[name], scale, offset), channels)
-    return moments
+    sums = _Sums(channels)
+    sums.add(unpack(tensors[name], scale, offset))
+    return sums.moments()
 
 
-def _count(moments: ChannelMoments, kept: Tensor, channels: int) -> None:
-    """Add samples one after the other: however they are cut into chunks, bit for bit the same.
+class _Sums:
+    """Sums of each sample, merged at the end: however samples are cut into chunks, the same.
 
-    Each sample's sums are taken along its own values only, by numpy, whose order of summing does
-    not depend on how many samples there are, nor on threads.
+    Each sample's are taken along its own values only, by numpy, whose order of summing does not
+    depend on how many samples there are, nor on threads.
+
+    Args:
+        channels: Latent channels C; channels behind them are log-variances.
     """
-    # A chunk's latents in float64 need not be small.
-    for part in kept.split(max(1, _SUMMED // max(1, kept[0].numel())) if len(kept) else 1):
-        values = part.numpy().reshape(len(part), part.shape[1], -1).astype(np.float64)
-        means, logvars = values[:, :channels], values[:, channels:]
-        centers = means.mean(2)
-        squares = np.square(means - centers[:, :, None]).sum(2)
-        noise = np.exp(logvars).sum(2) if logvars.size else np.zeros_like(squares)
-        for row in range(len(part)):
-            moments.merge(
-                ChannelMoments.of_sums(
-                    images=1, count=means.shape[2], mean=centers[row], squares=squares[row],
-                    noise=noise[row],
-                )
-            )  # fmt: skip
+
+    def __init__(self, channels: int):
+        self._channels, self._count = channels, 0
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def add(self, kept: Tensor) -> None:
+        """Take in samples `(N, K, h, w)`."""
+        # A chunk's latents in float64 need not be small.
+        for part in kept.split(max(1, _SUMMED // max(1, kept[0].numel())) if len(kept) else 1):
+            values = part.numpy().reshape(len(part), part.shape[1], -1).astype(np.float64)
+            means, logvars = values[:, : self._channels], values[:, self._channels :]
+            centers = means.mean(2)
+            squares = np.square(means - centers[:, :, None]).sum(2)
+            noise = np.exp(logvars).sum(2) if logvars.size else np.zeros_like(squares)
+            self._parts.append((centers, squares, noise))
+            self._count = means.shape[2]
+
+    def moments(self) -> ChannelMoments:
+        """Of all samples."""
+        if not self._parts:
+            return ChannelMoments(self._channels)
+        means, squares, noise = (np.concatenate(rows) for rows in zip(*self._parts, strict=True))
+        return ChannelMoments.of_images(self._count, means, squares, noise)

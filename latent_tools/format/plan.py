@@ -364,7 +364,7 @@ def committed_units(folder: Path) -> Iterator[int]:
     """Numbers of the units whose commit is there."""
     commits = folder / "commits"
     if commits.is_dir():
-        for path in commits.iterdir():
+        for path in patiently(lambda: list(commits.iterdir()), repr(str(commits))):
             name = path.stem
             if path.suffix == ".json" and name[:1] == "u" and name[1:].isdecimal():
                 yield int(name[1:])

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from first_stage.command_line import command_line
+from first_stage.files import patiently
 from latent_tools.format.files import CacheError, read_json
 from latent_tools.format.plan import Shape
 
@@ -105,6 +106,12 @@ def unpack(stored: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tenso
     return values * scale[..., None, None] + offset[..., None, None]
 
 
+def is_committed(folder: Path, unit: int) -> bool:
+    """Whether a unit's commit is there, asked for by its name: a listing may lag behind."""
+    path = commit_path(folder, unit)
+    return patiently(path.exists, repr(str(path)))
+
+
 def read_commit(folder: Path, unit: int) -> dict[str, Any]:
     """A unit's commit.
 
@@ -154,7 +161,7 @@ class ShardReader:
         if shard is None:
             path = self.folder / SHARDS / name
             try:
-                shard = _OpenShard(path)
+                shard = patiently(lambda: _OpenShard(path), repr(str(path)))
             except (OSError, safetensors.SafetensorError) as error:
                 raise CacheError(
                     f"the shard {str(path)!r} cannot be read ({error}): "

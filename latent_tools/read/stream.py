@@ -1,5 +1,6 @@
 """Reading a very large cache in the order in which it lies on the disk, roughly."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,17 +19,21 @@ _BLOCK = 8
 """Neighbours that are read one after the other, which is what a disk likes."""
 _WINDOW = 8192
 """Samples that are shuffled with each other: of so many blocks, from anywhere in the mix."""
-_SHARED = 8
-"""Readers that would have fewer shards than this to themselves share some."""
+_PER_OPEN = 64
+"""Samples that a reader takes from each shard, on average, where readers share shards."""
+_LEAST = 8
+"""Shards that a reader mixes, also where it takes fewer samples of each."""
 
 
 class LatentStream(IterableDataset[dict[str, Any]]):
     """A cache read a few shards at a time, with a state to resume from.
 
     An epoch goes through the shards in a shuffled order, of which every reader (a process, or each
-    of its workers) has a stretch. A reader mixes `mix` shards of its stretch with each other: disks
-    see short runs, training sees samples from all over the mix, also where each shard holds one
-    class. The order is a function of (seed, epoch, number of readers).
+    of its workers) has a stretch. A reader mixes up to `mix` shards of its stretch with each other:
+    disks see short runs, training sees samples from all over the mix, also where each shard holds
+    one class. Where a reader would have few shards to itself, several share a longer stretch: each
+    opens all of its shards, as long as it takes 64 samples of each, or 8 shards. The order is a
+    function of (seed, epoch, number of readers).
 
     Processes get equally many samples, so that all of them make equally many steps.
 
@@ -66,6 +71,7 @@ class LatentStream(IterableDataset[dict[str, Any]]):
         self.dataset, self.mix, self.shuffle, self.seed = dataset, max(1, mix), shuffle, seed
         self.rank, self.world, self.drop_last = rank, world, drop_last
         table, chosen = dataset.unit_table, dataset.units_of_shape(shape)
+        chosen = chosen[np.diff(table.starts)[chosen] > 0]  # of some units every sample failed
         self._firsts, self._counts = table.starts[chosen], np.diff(table.starts)[chosen]
         self._place = (dataset.epoch, 0)
         self._readers = 0
@@ -150,25 +156,35 @@ class LatentStream(IterableDataset[dict[str, Any]]):
     def _rows(self, epoch: int, taken: int, worker: int, workers: int) -> Iterator[list[int]]:
         """Places in the cache of this reader's samples, a few at a time."""
         readers, reader = self.world * workers, self.rank * workers + worker
-        # Readers of one team mix the same stretch of shards and take turns in it.
-        teams = max(1, min(readers, len(self._counts) // min(self.mix, _SHARED)))
+        # Readers of one team mix the same stretch of shards, of whose blocks each has its own.
+        teams = self._teams(readers)
         team = reader * teams // readers
         first, last = (-(-(team + n) * readers // teams) for n in (0, 1))
         begin, end = (
             self._share(n - self.rank * workers, workers)[0] for n in (first, last)
         )  # of the team
         start, left = self._share(worker, workers)
-        skip, left = start + taken - begin, left - taken
-        for rows in self._mixed(epoch, begin, end):
-            own = rows[skip : skip + left]
-            skip, left = max(0, skip - len(rows)), left - len(own)
-            for at in range(0, len(own), _TOGETHER):
-                yield own[at : at + _TOGETHER].tolist()
-            if not left:
-                return
+        low, high = start - begin, start - begin + left
+        for parts, counters in self._groups(epoch, begin, end):
+            size = sum(stop - start for start, stop in parts)
+            if low < size and high > 0:
+                for rows in self._windows(parts, max(0, low), min(high, size), counters):
+                    own = rows[taken:]
+                    taken = max(0, taken - len(rows))
+                    for at in range(0, len(own), _TOGETHER):
+                        yield own[at : at + _TOGETHER].tolist()
+            low, high = low - size, high - size
 
-    def _mixed(self, epoch: int, begin: int, end: int) -> Iterator[np.ndarray]:
-        """A stretch of the epoch's shards, mixed; in windows."""
+    def _teams(self, readers: int) -> int:
+        """Into how many stretches the shards are cut."""
+        shards = len(self._counts)
+        each = max(_LEAST, int(self._counts.sum()) / readers / _PER_OPEN)
+        return max(1, min(readers, max(int(shards / each), -(-shards // self.mix))))
+
+    def _groups(
+        self, epoch: int, begin: int, end: int
+    ) -> Iterator[tuple[list[tuple[int, int]], tuple[int, ...]]]:
+        """Runs of rows of a stretch of the epoch, `mix` shards at a time; and keys of draws."""
         order = np.arange(len(self._counts))
         if self.shuffle:
             order = generator(self.seed, Purpose.ORDER, epoch).permutation(order)
@@ -178,36 +194,48 @@ class LatentStream(IterableDataset[dict[str, Any]]):
         if end > samples:  # shares are filled up with the first ones
             stretches.append((max(0, begin - samples), end - samples))
         for number, (low, high) in enumerate(stretches):
-            if low < high:
-                inside = np.flatnonzero((ends > low) & (ends - self._counts[order] < high))
-                for group in range(0, len(inside), self.mix):
-                    parts = []
-                    for shard in inside[group : group + self.mix]:
-                        unit, stop = order[shard], ends[shard]
-                        begins = stop - self._counts[unit]
-                        rows = np.array([max(low, begins), min(high, stop)]) - begins
-                        parts.append(tuple((self._firsts[unit] + rows).tolist()))
-                    yield from self._windows(parts, (epoch, low, number, group))
+            if low >= high:
+                continue
+            begins = ends - self._counts[order]
+            inside = np.flatnonzero((ends > low) & (begins < high))
+            starts, stops = np.maximum(low, begins[inside]), np.minimum(high, ends[inside])
+            # Groups of equal size: a last one of few shards would hardly be mixed. A shard that is
+            # cut at an end of the stretch counts for what is left of it.
+            worth = float(((stops - starts) / self._counts[order[inside]]).sum())
+            shift = self._firsts[order[inside]] - begins[inside]
+            runs = np.stack([starts + shift, stops + shift], axis=1)
+            groups = np.array_split(runs, math.ceil(worth / self.mix - 1e-9))
+            for group, parts in enumerate(groups):
+                yield [(int(a), int(b)) for a, b in parts], (epoch, low, number, group)
 
     def _windows(
-        self, parts: list[tuple[int, int]], counters: tuple[int, ...]
+        self, parts: list[tuple[int, int]], low: int, high: int, counters: tuple[int, ...]
     ) -> Iterator[np.ndarray]:
-        """Runs of rows in blocks, the blocks shuffled, and then the samples of some blocks."""
+        """The rows from `low` to `high` of runs in shuffled blocks, shuffled some blocks at a time.
+
+        Whose rows they are is decided by blocks, so that neighbours are read by one reader.
+        """
+        if self.shuffle:
+            starts = np.concatenate([np.arange(first, last, _BLOCK) for first, last in parts])
+            stops = np.concatenate(
+                [np.minimum(np.arange(first, last, _BLOCK) + _BLOCK, last) for first, last in parts]
+            )
+            blocks = generator(self.seed, Purpose.ORDER, *counters).permutation(len(starts))
+            starts, stops = starts[blocks], stops[blocks]
+        else:
+            starts, stops = np.array(parts).T
+        ends = np.cumsum(stops - starts)
+        begins = ends - (stops - starts)
+        chosen = np.flatnonzero((ends > low) & (begins < high))
+        stops = np.minimum(stops, starts + high - begins)[chosen]
+        starts = np.maximum(starts, starts + low - begins)[chosen]
         if not self.shuffle:
-            for first, last in parts:
-                yield np.arange(first, last)
+            yield from (np.arange(a, b) for a, b in zip(starts, stops, strict=True))
             return
-        starts = np.concatenate([np.arange(first, last, _BLOCK) for first, last in parts])
-        stops = np.concatenate(
-            [np.minimum(np.arange(first, last, _BLOCK) + _BLOCK, last) for first, last in parts]
-        )
-        draw = generator(self.seed, Purpose.ORDER, *counters)
-        blocks = draw.permutation(len(starts))
-        together = _WINDOW // _BLOCK
-        for begin in range(0, len(blocks), together):
-            chosen = blocks[begin : begin + together]
-            rows = [np.arange(starts[block], stops[block]) for block in chosen]
-            yield draw.permutation(np.concatenate(rows))
+        draw = generator(self.seed, Purpose.ORDER, *counters, low)
+        windows = -(-(high - low) // _WINDOW)
+        for together in np.array_split(np.stack([starts, stops], axis=1), windows):
+            yield draw.permutation(np.concatenate([np.arange(a, b) for a, b in together]))
 
 
 def _this_worker() -> tuple[int, int]:

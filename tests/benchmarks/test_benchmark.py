@@ -51,7 +51,9 @@ def test_the_usual_steps_train_both_players(tiny, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["train", "cache", "read", "scale", "quantize", "disturb"])
+@pytest.mark.parametrize(
+    "what", ["train", "cache", "read", "scale", "quantize", "disturb", "latents", "memory"]
+)
 def test_every_benchmark_runs(tmp_path, images, what):
     recipe = [] if what == "read" else arguments(tmp_path / "run", images, data__workers=None)
     if what == "quantize":

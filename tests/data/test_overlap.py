@@ -10,7 +10,7 @@ import pytest
 from data_folders import png, put, put_parquet, put_tar
 
 from first_stage.data import SubsetSource, open_source, overlap
-from first_stage.data.decode import read_bytes
+from first_stage.data.files import read_bytes
 from first_stage.data.find_shards import find_shards
 from first_stage.data.overlap import refuse_shared
 from first_stage.data.shards import RowSource, ShardedRows, count_rows

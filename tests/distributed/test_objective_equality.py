@@ -41,6 +41,7 @@ MIXES = {
         "disturb.noise.probability": 0.5,
         "disturb.prefix.probability": 0.5,
         "disturb.prefix.channels": 1,
+        "loss.adversarial.prior_samples": "true",
         "loss.variance.weight": 0.1,
         "loss.spectrum.weight": 0.1,
     },

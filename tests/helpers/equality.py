@@ -139,4 +139,9 @@ def check_equal(root: Path, name: str, world: int, apart: float = 1e-3) -> None:
             # Counts: a logit that is 0 up to rounding falls on either side.
             count = values.pop(name, 0.0)
             assert count == pytest.approx(reference_values.pop(name, 0.0), abs=0.02)
+        for name in ("critic/real_logit", "critic/fake_logit", "loss/adversarial"):
+            # Within the hinge's margins the gradient of the critic's last bias is 1 - 1: of what
+            # rounding leaves of it Adam makes whole steps, which move all logits alike.
+            logit = values.pop(name, 0.0)
+            assert logit == pytest.approx(reference_values.pop(name, 0.0), rel=2e-3, abs=2e-3)
         assert values == pytest.approx(reference_values, rel=2e-3, abs=1e-5)

@@ -226,29 +226,64 @@ class TestClassFolders:
         )
         return dataset
 
-    def test_a_batch_has_nearly_all_of_them(self, classes):
-        stream = LatentStream(classes)
-        rows = [row for part in stream._rows(0, 0, 0, 1) for row in part]
-        assert sorted(rows) == list(range(102_400))
-        found = [len({row // 1024 for row in rows[n : n + 256]}) for n in range(0, 100_000, 256)]
-        # Of a shuffled whole a batch has 92.4 of 100 on average.
-        assert np.mean(found) > 88
+    def rows(self, classes, world, workers=1):
+        """Each reader's places in its order."""
+        return [
+            np.array([row for part in LatentStream(classes, rank=rank, world=world)._rows(
+                0, 0, worker, workers) for row in part])
+            for rank in range(world) for worker in range(workers)
+        ]  # fmt: skip
 
-    def test_readers_do_not_open_every_shard(self, classes):
-        opened, seen = 0, []
-        for rank in range(64):
+    @pytest.mark.parametrize(
+        ("readers", "least", "most_opens"), [(1, 88, 1), (8, 87, 8), (64, 24, 17)]
+    )
+    def test_a_batch_has_many_of_them_and_a_shard_is_opened_by_few(
+        self, classes, readers, least, most_opens
+    ):
+        found = self.rows(classes, readers)
+        assert np.array_equal(np.sort(np.concatenate(found)), np.arange(102_400))
+        batches = [
+            len(set((rows[n : n + 256] // 1024).tolist()))
+            for rows in found for n in range(0, len(rows) - 255, 256)
+        ]  # fmt: skip
+        # Of a shuffled whole a batch has 92.4 of 100 on average. A batch of one of 64 readers has
+        # at most as many classes as the reader opens shards; it takes 64 samples of each.
+        assert np.mean(batches) > least
+        opens = np.bincount([shard for rows in found for shard in set((rows // 1024).tolist())])
+        assert opens.max() <= most_opens
+        assert opens.sum() <= max(100 * readers / 64 * 17, 100 * min(readers, 8))
+
+    def test_a_step_of_eight_processes_has_nearly_all_of_them(self, classes):
+        """Each gives a batch of 32 of one of its eight workers."""
+        found = self.rows(classes, 8, 8)
+        steps = [
+            len({row // 1024 for rows in found[worker::8] for row in rows[at : at + 32]})
+            for worker in range(8) for at in range(0, 1600, 32)
+        ]  # fmt: skip
+        assert np.mean(steps) > 88
+
+    def test_the_last_shards_of_a_stretch_are_mixed_like_the_first(self, classes):
+        """Of 100 shards at 32 at a time the last four would be a group of their own."""
+        rows = np.concatenate(list(LatentStream(classes, mix=32)._rows(0, 0, 0, 1)))
+        assert np.array_equal(np.sort(rows), np.arange(102_400))
+        found = [len(set((rows[n : n + 256] // 1024).tolist())) for n in range(0, 102_400, 256)]
+        assert np.min(found) >= 22
+
+    @pytest.mark.parametrize("taken", [0, 1, 63, 700, 1599, 1600])
+    def test_readers_that_share_go_on_where_they_stopped(self, classes, taken):
+        for rank in (0, 17, 63):
             stream = LatentStream(classes, rank=rank, world=64)
-            rows = [row for part in stream._rows(0, 0, 0, 1) for row in part]
-            opened += len({row // 1024 for row in rows})
-            seen += rows
-        assert sorted(seen) == list(range(102_400))
-        assert opened < 800  # it was 4,261
+            whole, rest = (
+                [row for part in stream._rows(5, n, 0, 1) for row in part] for n in (0, taken)
+            )
+            assert len(whole) == 1600
+            assert rest == whole[taken:]
 
-    def test_neighbours_are_read_together(self, classes):
-        stream = LatentStream(classes)
-        window = np.sort(np.concatenate(list(stream._rows(0, 0, 0, 1))[:128]))
-        runs = 1 + int((np.diff(window) > 1).sum())
-        assert runs <= 8192 / 8
+    @pytest.mark.parametrize(("readers", "window"), [(1, 7880), (8, 6400), (64, 1600)])
+    def test_neighbours_are_read_together(self, classes, readers, window):
+        for rows in self.rows(classes, readers):
+            runs = 1 + int((np.diff(np.sort(rows[:window])) > 1).sum())
+            assert runs <= window / 8 + 1
 
 
 def test_a_shard_is_opened_once_by_a_reader(made, monkeypatch):

@@ -10,13 +10,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import safetensors
 from cache_helpers import NumberReader, cache, make_vae, options, shard_hashes, write_photos
 
 from first_stage import files
 from first_stage.data import Reading, decode, open_source
 from first_stage.errors import UserError
 from first_stage.files import MachineError
-from latent_tools import CacheError, LatentDataset, Manifest, Process, precompute
+from latent_tools import CacheError, LatentDataset, LatentStream, Manifest, Process, precompute
 from latent_tools import maintenance as tools
 from latent_tools.build import launch
 from latent_tools.build.encode import ChunkEncoder
@@ -167,6 +168,97 @@ class TestErrorsOfTheMachine:
 
         monkeypatch.setattr(Path, "read_text", read_text)
         assert Manifest.load(made / "c").counts["samples"] == 10
+
+    def once(self, monkeypatch, function, name, number=errno.ESTALE, times=1):
+        """A call of `os` that fails for paths that end so, some times."""
+        original, left = getattr(os, function), {"times": times}
+
+        def call(path, *arguments, **named):
+            if os.fsdecode(path).endswith(name) and left["times"] > 0:
+                left["times"] -= 1
+                raise OSError(number, os.strerror(number))
+            return original(path, *arguments, **named)
+
+        monkeypatch.setattr(os, function, call)
+        return left
+
+    @pytest.mark.parametrize(
+        ("function", "name"),
+        [("scandir", "class1"), ("stat", "class1"), ("stat", "linked.png"), ("stat", "00003.txt")],
+    )
+    @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+    def test_neither_a_folder_nor_a_caption_is_lost_to_it(
+        self, tmp_path, monkeypatch, function, name, number
+    ):
+        data = tmp_path / "data"
+        write_photos(data, 6)
+        (data / "class1" / "00003.txt").write_text("three")
+        (data / "class1" / "linked.png").symlink_to(data / "class0" / "00002.png")
+        left = self.once(monkeypatch, function, name, number)
+        assert cache(data, tmp_path / "c", NumberReader()).failures == 0
+        assert left["times"] == 0
+        dataset = LatentDataset(tmp_path / "c")
+        assert len(dataset) == 7
+        assert dataset[dataset.index_of("class1/00003.png")]["caption"] == "three"
+
+    def test_a_folder_that_cannot_be_listed_is_no_empty_folder(self, tmp_path, monkeypatch):
+        write_photos(tmp_path / "data", 6)
+        self.once(monkeypatch, "scandir", "class1", errno.EIO, times=99)
+        with pytest.raises(MachineError, match=r"class1.*cannot be read"):
+            open_source(str(tmp_path / "data"))
+
+    def test_a_file_that_cannot_be_read_is_not_taken_for_changed(self, made, monkeypatch):
+        """`--update` would drop its latents."""
+        before = shard_hashes(made / "c")
+        os.utime(made / "data" / "class1" / "00007.png")
+        self.failing(monkeypatch, "00007.png", 99, errno.EIO)
+        with pytest.raises(MachineError, match=r"00007\.png"):
+            cache(made / "data", made / "c", NumberReader(), unit_size=4, update=True)
+        assert shard_hashes(made / "c") == before
+        monkeypatch.undo()
+        monkeypatch.setattr(files, "_PAUSES", (0.0, 0.0))
+        self.failing(monkeypatch, "00007.png", 2, errno.EIO)
+        again = cache(made / "data", made / "c", NumberReader(), unit_size=4, update=True)
+        assert (again.images, again.already) == (0, 3)
+
+    def test_commits_are_listed_and_asked_for_again(self, made, monkeypatch):
+        commit_path(made / "c", 1).unlink()
+        original_iterdir, original_stat = Path.iterdir, Path.stat
+        failed = []
+
+        def fail_once(what, path):
+            if what not in failed:
+                failed.append(what)
+                raise OSError(errno.ESTALE, "Stale file handle", str(path))
+
+        def iterdir(self):
+            if self.name == "commits":
+                fail_once("listing", self)
+            return original_iterdir(self)
+
+        def stat(self, **named):
+            if self.suffix == ".json" and self.parent.name == "commits":
+                fail_once("stat", self)
+            return original_stat(self, **named)
+
+        monkeypatch.setattr(Path, "iterdir", iterdir)
+        monkeypatch.setattr(Path, "stat", stat)
+        outcome = cache(made / "data", made / "c", NumberReader(), unit_size=4)
+        assert (outcome.already, outcome.is_complete) == (2, True)
+        assert sorted(failed) == ["listing", "stat"]
+
+    def test_a_shard_is_opened_again(self, made, monkeypatch):
+        original, left = safetensors.safe_open, {"times": 2}
+
+        def safe_open(*arguments, **named):
+            if left["times"] > 0:
+                left["times"] -= 1
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return original(*arguments, **named)
+
+        monkeypatch.setattr(safetensors, "safe_open", safe_open)
+        assert len(list(LatentStream(LatentDataset(made / "c")))) == 10
+        assert left["times"] == 0
 
     def test_a_full_disk_ends_the_launch(self, tmp_path, monkeypatch):
         write_photos(tmp_path / "data", 4)

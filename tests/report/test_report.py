@@ -96,7 +96,9 @@ def test_run_with_evaluation(run, tmp_path) -> None:
     page = Page(write_report(run).read_text())
     assert page.open == []
     sections = [a["id"] for a in page.all("section")]
-    assert sections == ["summary", "pairs", "training", "spectra", "latents", "images", "recipe"]
+    assert sections == [
+        *("summary", "pairs", "training", "spectra", "latents", "artifacts", "images", "recipe")
+    ]
     links = [a["href"] for a in page.all("a")]
     assert links == [f"#{s}" for s in sections]
     stage = json.loads((run / "evaluation/metrics.json").read_text())["first_stages"][0]
@@ -118,7 +120,9 @@ def test_comparison_of_two(tmp_path) -> None:
     page = Page(text)
     assert page.open == []
     sections = [a["id"] for a in page.all("section")]
-    assert sections == ["summary", "comparison", "pairs", "spectra", "latents", "codes", "images"]
+    assert sections == [
+        *("summary", "comparison", "pairs", "spectra", "latents", "codes", "artifacts", "images")
+    ]
     assert "second <b>" in page.text  # escaped, so it is text
     pairs = [a for a in page.all("figure") if (a.get("class") or "").startswith("pair")]
     assert len(pairs) == 4

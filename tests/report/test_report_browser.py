@@ -5,13 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from autoencoders import pictures_in, tiny_kl, tiny_vq
 from browser import Browser, find_chromium
 from logs import log_lines
 from PIL import Image
 
 from first_stage.data import open_source
-from first_stage.evaluation import EvaluationImages, Options, evaluate, save
+from first_stage.evaluation import EvaluationImages, Options, evaluate, evaluate_change, save
 from first_stage.report import write_report
 
 pytestmark = pytest.mark.skipif(
@@ -204,3 +205,27 @@ def test_without_javascript_pictures_and_tables_are_there(browser, report, tmp_p
         assert browser.errors == []
     finally:
         browser.call("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_before_and_after_stand_side_by_side_least_gain_first(browser, tmp_path) -> None:
+    images = EvaluationImages(open_source(str(pictures_in(tmp_path, 6))), 3)
+    before, after = tiny_kl(), tiny_kl()
+    with torch.no_grad():
+        after.decoder.conv_out.bias.add_(0.1)
+    evaluation = evaluate_change(("old", before), ("new", after), images, Options(pairs=6))
+    save(evaluation, tmp_path / "out")
+    browser.errors.clear()
+    browser.open(write_report(tmp_path / "out"))
+    shown = (
+        "[...document.querySelectorAll('.pair')[0].querySelectorAll('.view')]"
+        ".filter(v => v.offsetWidth > 0).map(v => v.querySelector('span').textContent)"
+    )
+    assert browser.evaluate(shown) == ["original", "old", "new"]
+    names = "[...document.querySelectorAll('.pair figcaption b')].map(b => b.textContent)"
+    rows = sorted(evaluation.change["per_image"], key=lambda row: row["psnr"])
+    assert browser.evaluate(names) == [row["id"] for row in rows]
+    click(browser, ".toolbar [data-mode=wipe]")
+    assert browser.evaluate(shown) == ["original", "new"]
+    click(browser, ".toolbar [data-stage='0']")
+    assert browser.evaluate(shown) == ["original", "old"]
+    assert browser.errors == []

@@ -39,6 +39,7 @@ def test_phases_of_pixels_alone(tiny):
 
 def test_a_plan_tells_what_it_would_cost_and_leaves_no_run(tmp_path, images, capsys):
     (images / "broken.png").write_bytes(b"no image")
+    (images / "notes.doc").write_bytes(b"no image either")
     line = arguments(
         tmp_path / "run",
         images,
@@ -50,17 +51,20 @@ def test_a_plan_tells_what_it_would_cost_and_leaves_no_run(tmp_path, images, cap
     main([*line, "--plan", "true"])
     said = capsys.readouterr().out
     assert "13 images to train on, 0 held out" in said
+    assert "images: 13 images\n  left out: 1 .doc: no known image format, such as notes.doc" in said
     assert "8 steps, 1.1 to an epoch: each image is seen 7.4 times" in said
     assert "the critic learns from 2;" in said
     assert "the decoder learns alone from 6" in said
-    times = re.findall(r"^time +\S+ s for (\d) steps of (\S+) s from step (\d) on", said, re.M)
+    times = re.findall(r"^time +\S+ s for (\d) steps? of (\S+) s from step (\d) on", said, re.M)
     assert [(int(steps), int(start)) for steps, _, start in times] == [
         (2, 0), (1, 2), (3, 3), (2, 6)
     ]  # fmt: skip
     rate = float(re.search(r"([\d.,]+) images/s", said)[1].replace(",", ""))
     total = sum(int(steps) * float(seconds) for steps, seconds, _ in times)
     assert abs(rate - 8 * 12 / total) < 0.05 * rate  # seconds are printed with three digits
-    assert re.search(r"left out +1 of the first \d+ images cannot be decoded, such as broken", said)
+    assert re.search(
+        r"left out +1 of 13 images that were looked at cannot be decoded, such as broken", said
+    )
     assert re.search(r"memory +\d", said)
     left = {p.name for p in (tmp_path / "run").rglob("*.*") if p.is_file()}
     assert left == {"first-batch.png", "files.txt"}

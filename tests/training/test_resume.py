@@ -1,6 +1,8 @@
 """Going on: exactly where an undisturbed run would be, or not at all."""
 
+import copy
 import hashlib
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -13,6 +15,7 @@ from autoencoders import tiny_kl
 from conftest import arguments, picture
 
 from first_stage.config import Config, parse_config, to_dict
+from first_stage.config.sections import with_sections
 from first_stage.data import fingerprint, open_source
 from first_stage.errors import UserError
 from first_stage.training import checkpoint
@@ -233,6 +236,56 @@ def test_fields_that_a_checkpoint_does_not_know_count_with_their_default():
         changed_fields(before, grown, defaults, "c")
 
 
+def without(nested: dict, name: str) -> dict:
+    """A configuration as it was before a field existed."""
+    copied = copy.deepcopy(nested)
+    *parents, last = name.split(".")
+    section = copied
+    for parent in parents:
+        section = section[parent]
+    del section[last]
+    return copied
+
+
+def test_whichever_field_a_checkpoint_lacks_its_default_counts():
+    """Every field there is, mappings and lists too, one after the other."""
+    kind = with_sections(Config)
+    defaults = to_dict(kind())
+    for name, value in flat_fields(defaults):
+        if any(name == free or name.startswith(f"{free}.") for free in MAY_CHANGE):
+            continue
+        before = without(defaults, name)
+        assert changed_fields(before, defaults, defaults, "c") == "", name
+        now = copy.deepcopy(defaults)
+        *parents, last = name.split(".")
+        section = now
+        for parent in parents:
+            section = section[parent]
+        section[last] = {"other": 1.0} if isinstance(value, dict) else f"not {value!r}"
+        with pytest.raises(UserError, match=re.escape(f"{name} (")):
+            changed_fields(before, now, defaults, "c")
+
+
+def flat_fields(nested: dict, prefix: str = "") -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for key, value in nested.items():
+        if isinstance(value, dict) and value:
+            found += flat_fields(value, f"{prefix}{key}.")
+        else:
+            found.append((prefix + key, value))
+    return found
+
+
+def test_mappings_are_compared_whole():
+    defaults = to_dict(Config())
+    weights = {**defaults, "loss": {**defaults["loss"], "penalties": {"a": 1.0, "b": 2.0}}}
+    fewer = {**defaults, "loss": {**defaults["loss"], "penalties": {"a": 1.0}}}
+    for before, now in ((defaults, fewer), (fewer, defaults), (weights, fewer), (fewer, weights)):
+        with pytest.raises(UserError, match=r"loss\.penalties"):
+            changed_fields(before, now, defaults, "c")
+    assert changed_fields(weights, weights, defaults, "c") == ""
+
+
 def test_lists_and_tuples_are_the_same():
     assert differences({"a": [1, 2]}, {"a": (1, 2)}) == {}
 
@@ -267,6 +320,25 @@ def test_a_fine_tuned_run_goes_on_without_what_it_began_from(
     found = contents(tmp_path / "stopped" / "run" / "export")
     expected.pop("README.md"), found.pop("README.md")  # they name what it began from
     assert found == expected
+
+
+def test_an_inflated_run_knows_its_renamed_beginning(
+    tmp_path, images, fields, pretrained, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    fields = {**fields, "model.pretrained": pretrained, "model.in_channels": 4,
+              "model.inflate_channels": "true", "model.more_latent_channels": 1,
+              "model.scaling_factor": 0.5}  # fmt: skip
+    train_until(parse_config(arguments("run", images, **fields)), 3)
+    fields["model.pretrained"] = pretrained.rename(tmp_path / "moved")
+    assert train(parse_config(arguments("run", images, **fields, resume="latest"))).finished
+    other = tiny_kl(latent_channels=2, levels=3, attention=True)
+    with torch.no_grad():
+        other.decoder.conv_out.bias += 1
+    other.save_pretrained(tmp_path / "other")
+    fields["model.pretrained"] = tmp_path / "other"
+    with pytest.raises(UserError, match=r"trained from other weights than model.pretrained"):
+        train(parse_config(arguments("run", images, **fields, resume="latest")))
 
 
 def test_other_weights_to_begin_from_are_refused(tmp_path, images, fields, pretrained, monkeypatch):

@@ -4,7 +4,7 @@
 
   // -- originals over reconstructions -----------------------------------------------------------
   const grid = document.querySelector(".pairs");
-  const state = { mode: "wipe", sort: "data", stage: "0" };
+  const state = grid ? { ...grid.dataset } : {};
 
   function setCut(figure, percent) {
     const cut = Math.min(Math.max(percent, 0), 100);
@@ -50,6 +50,7 @@
       data: (figure) => Number(figure.dataset.order),
       worst: error,
       best: (figure) => -error(figure),
+      gain: (figure) => Number(figure.dataset.gain),
     };
     const key = keys[state.sort];
     grid.append(...all(".pair", grid).sort((a, b) => key(a) - key(b)));
@@ -68,6 +69,7 @@
   // -- zoom ---------------------------------------------------------------------------------------
   function zoomInto(figure) {
     const dialog = document.createElement("dialog");
+    dialog.classList.toggle("change", grid.classList.contains("change"));
     const name = figure.querySelector("figcaption b").textContent;
     const natural = figure.querySelector("img").width || figure.querySelector("img").naturalWidth;
     dialog.innerHTML =
@@ -81,7 +83,8 @@
     stage.append(copy);
     wire(copy);
     const size = Number(figure.querySelector("img").getAttribute("width")) || natural;
-    copy.style.setProperty("--natural", size * (state.mode === "side" ? 2 : 1));
+    const columns = grid.classList.contains("change") ? all(".view", copy).length : 2;
+    copy.style.setProperty("--natural", size * (state.mode === "side" ? columns : 1));
     const buttons = [1, 2, 4, 8, 16].map((factor) => {
       const button = document.createElement("button");
       button.type = "button";

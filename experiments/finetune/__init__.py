@@ -1,0 +1,1 @@
+"""A decoder fine-tuned on a foreign domain, and what was trained on its old latents."""

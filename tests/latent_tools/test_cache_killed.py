@@ -200,4 +200,5 @@ def test_memory_stays_flat_over_ten_thousand_samples(tmp_path, monkeypatch):
     assert len(used) == 100
     # Kept latents alone would be 120 MB from the first unit to the last, pixels another 30 MB.
     assert max(used[-10:]) - min(used[10:20]) < 20e6, [n // 1_000_000 for n in used]
-    assert len(list((tmp_path / "c").rglob("*"))) < 100 * 2 + 20  # two a unit, and few beside them
+    # Two a unit; beside them two folders and eight files.
+    assert len(list((tmp_path / "c").rglob("*"))) <= 100 * 2 + 10

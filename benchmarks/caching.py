@@ -15,7 +15,7 @@ from benchmarks.cache_rates import cache_rates
 from benchmarks.timing import device, peak_memory, show_turn, synchronise, table_of
 from first_stage.config import parse_config
 from first_stage.config.types import Precision
-from first_stage.data import Source, open_source
+from first_stage.data import Source, cache_workers, open_source
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.training.players import make_first_stage
 from latent_tools.build.encoder import autocast
@@ -44,7 +44,11 @@ def benchmark_cache(recipe: list[str], images: int, side: int, repeats: int) -> 
         folder = Path(name)
         source = open_source(str(write_images(folder / "images", images, side)))
         options = CacheOptions(
-            resolution=side, resize=side, batch_size=batch_size, precision=precision
+            resolution=side,
+            resize=side,
+            batch_size=batch_size,
+            precision=precision,
+            workers=cache_workers(device()),
         )
         for turn in range(repeats):
             os.sync()  # what an earlier turn left to write must not slow this one's commits

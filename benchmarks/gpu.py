@@ -84,14 +84,14 @@ def programme(setting: Setting) -> dict[str, tuple[Part, float]]:
             parts[f"steps of {recipe} {precision}"] = (_steps(recipe, precision, False), 25)
     parts |= {
         "quantizer": (quantizer, 20),
-        "caching": (caching, 40),
+        "caching": (caching, 90),
         "reading": (reading, 20),
         "out of memory": (out_of_memory, 20),
         "8-bit AdamW": (eight_bit, 25),
         "two devices": (two_devices, 60),
     }
     for recipe in RECIPES[:1] if setting.rehearsal else RECIPES:
-        parts[f"steps of {recipe} bf16 compiled"] = (_steps(recipe, "bf16", True), 120)
+        parts[f"steps of {recipe} bf16 compiled"] = (_steps(recipe, "bf16", True), 180)
     return parts
 
 
@@ -116,7 +116,7 @@ def benchmark_gpu(json: Path, page: Path | None, again: str | None, rehearsal: b
     """
     if not rehearsal and not torch.cuda.is_available():
         raise UserError("no CUDA GPU is here; --rehearse runs the same programme on tiny networks")
-    setting = Setting(True, 0.05, 6, 100) if rehearsal else Setting(False, 4.0, 512, 20000)
+    setting = Setting(True, 0.05, 6, 100) if rehearsal else Setting(False, 4.0, 4096, 20000)
     found, parts = _earlier(json), programme(setting)
     results: dict[str, Any] = found["parts"]
     for name in [n for n in results if again is not None and n.startswith(again)]:

@@ -78,6 +78,7 @@ def layouts(setting: Setting) -> dict[str, Any]:
     for player in (trainer.first_stage, trainer.critic):
         if player is not None:
             _lay_row_major(player.network, player.optimizer)
+    trainer.ema.shadow_params = [p.contiguous() for p in trainer.ema.shadow_params]
     with row_major_images():
         variant.run(3)
         speed = config.train.batch_size / variant.run(ours["steps"])

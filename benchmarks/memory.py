@@ -1,4 +1,4 @@
-"""Does a fine-tune fit: the bytes of a training step, counted without computing it.
+"""Does a fine-tune fit: bytes and operations of a training step, counted without computing it.
 
 The step of training itself runs on tensors that have shapes and no values, so a first stage of any
 size is counted within seconds on any machine. What is counted is what an allocator would be asked
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
 
 from first_stage.config import Config, parse_config
 from first_stage.data import Batch
@@ -36,16 +37,19 @@ _CONTEXT = 0.5 * _GB
 
 
 class Allocated(TorchDispatchMode):
-    """Bytes of the storages that are alive, and their peak, while this mode is on."""
+    """Bytes of the storages that are alive, their peak, and operations, while this mode is on."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and count the storages of its results that are new."""
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
         for value in tree_iter(out):
             if isinstance(value, Tensor):
                 self._count(value.untyped_storage())
@@ -72,14 +76,16 @@ class Bytes:
     Attributes:
         standing: Between two steps: weights, optimizer's moments, average, critic.
         peak: The most at a time, gradients and activations included.
+        flops: Floating-point operations of its convolutions and matrix products.
     """
 
     standing: int
     peak: int
+    flops: int
 
 
 def step_bytes(config: Config) -> Bytes:
-    """Count two steps of a recipe in which everything is at work; the second is the one reported.
+    """Count a step of a recipe in which everything is at work.
 
     Args:
         config: Whose `train.batch_size` is also the micro-batch. No weights are read.
@@ -89,11 +95,12 @@ def step_bytes(config: Config) -> Bytes:
     with _on_paper(half=config.train.precision != "no") as allocated:
         trainer = Trainer(config, Accelerator(cpu=True, mixed_precision="no"), Processes())
         last = min(config.train.encoder_steps or config.train.max_steps, config.train.max_steps)
-        for step in (last - 2, last - 1):  # the optimizers have no moments before the first
-            standing = allocated.peak = allocated.now
-            batch = Batch(torch.zeros(size, dtype=torch.uint8), list(range(count)), [""] * count)
-            trainer.training_step(step, [batch])
-        return Bytes(standing, allocated.peak)
+        before = allocated.peak = allocated.now
+        batch = Batch(torch.zeros(size, dtype=torch.uint8), list(range(count)), [""] * count)
+        trainer.training_step(last - 1, [batch])
+        # The optimizers' moments are made at a step's end; in later steps they are there before.
+        moments = allocated.now - before
+        return Bytes(allocated.now, allocated.peak + moments, allocated.flops)
 
 
 @contextlib.contextmanager
@@ -118,12 +125,13 @@ def _on_paper(half: bool) -> Iterator[Allocated]:
         yield allocated
 
 
-def benchmark_memory(recipe: list[str], batches: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
+def benchmark_memory(recipe: list[str], batches: tuple[int, ...] = (4, 8)) -> dict[str, Any]:
     """Count a recipe's step with and without gradient checkpointing, float32 and bf16.
 
     Args:
         recipe: Arguments of training; `model.pretrained` is not read.
-        batches: Two sizes of the micro-batch, whose difference is what an image takes.
+        batches: Two sizes of the micro-batch, whose difference is what an image takes; so large that
+            activations are most of it.
 
     Returns:
         By precision and checkpointing: bytes, and how many images fit which card.
@@ -136,11 +144,15 @@ def benchmark_memory(recipe: list[str], batches: tuple[int, ...] = (1, 2)) -> di
             fixed = counted[0].peak - batches[0] * each
             fits = {f"{gb} GB": int(max(gb * _GB - _CONTEXT - fixed, 0) // each) for gb in _CARDS}
             name = f"{precision}{', checkpointing' if checkpointing else ''}"
-            found[name] = {"standing": counted[0].standing, "fixed": fixed, "image": each, **fits}
-    print(f"{'':22} between steps  in a step  an image  images that fit {_CARDS} GB")
+            found[name] = {"standing": counted[0].standing, "fixed": fixed, "image": each,
+                           "flops": counted[0].flops / batches[0], **fits}  # fmt: skip
+    print(
+        f"{'':22} between steps  in a step  an image  TFLOP an image  images that fit {_CARDS} GB"
+    )
     for name, v in found.items():
         sizes = "".join(f"{v[key] / _GB:11.2f}" for key in ("standing", "fixed", "image"))
-        print(f"{name:22} {sizes}    {', '.join(str(v[f'{gb} GB']) for gb in _CARDS)}")
+        fit = ", ".join(str(v[f"{gb} GB"]) for gb in _CARDS)
+        print(f"{name:22} {sizes} {v['flops'] / 1e12:10.2f}    {fit}")
     return found
 
 

@@ -5,6 +5,7 @@ import re
 import site
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -51,6 +52,27 @@ def test_hooks_and_constraints_name_the_same_ruff():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     (rev,) = [repo["rev"] for repo in hooks["repos"] if "ruff" in repo["repo"]]
     assert f"\nruff=={rev.removeprefix('v')}\n" in (ROOT / "constraints.txt").read_text()
+
+
+def test_lower_bounds_are_the_oldest_versions():
+    """Every `>=` of what is installed with the package or its tests, but for tools and types."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["demo"], *extras["test"]]
+    for name in ("tracking", "evaluation", "comparison", "tiff", "heic", "jxl", "dicom"):
+        needed += extras[name]
+    found = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\d.]+)$", "\n".join(needed), re.MULTILINE))
+    for tool in ("import-linter", "ruff", "mypy"):
+        del found[tool]
+    text = (ROOT / "constraints-oldest.txt").read_text()
+    oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE))
+    assert {name.lower() for name in oldest} == {name.lower() for name in found}
+    for name, version in oldest.items():
+        bound = found.get(name, found.get(name.lower()))
+        parts, bounds = ([int(n) for n in v.split(".")] for v in (version, bound))
+        length = max(len(parts), len(bounds))
+        padded = [n + [0] * (length - len(n)) for n in (parts, bounds)]
+        assert padded[0] == padded[1], f"{name} {version} is not the bound {bound}"
 
 
 @pytest.fixture(scope="module")

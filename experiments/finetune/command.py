@@ -58,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     changes = [f"model.pretrained={before}", *(options.changes or [])]
     after = _trained(options.recipe, output / "digits", changes)
     seeds = [int(seed) for seed in options.seeds or ("0", "1", "2")]
-    found = measure(yardstick, dataset, before, after, config, seeds, output)
-    _write(found, output)
+    found = measure(
+        yardstick, dataset, before, after, config, seeds, output, lambda some: _write(some, output)
+    )
     print(f"\n{table(found)}\ntable   {output}/table.md\nnumbers {output}/table.json")
     print(f"samples {output / SHEET}\nimages  {output}/evaluation/report.html")
 
@@ -76,8 +77,7 @@ def _trained(recipe: str, folder: Path, changes: Sequence[str]) -> str:
 
 
 def _yardstick(options: Options, before: str) -> tuple[Yardstick, ImagesConfig]:
-    line = ["--config", options.recipe]
-    data = parse_config(line).data
+    data = parse_config(["--config", options.recipe]).data
     config = ImagesConfig(path=data.path, resolution=data.resolution, resize=data.resize)
     stage = FirstStage(load_autoencoder(before, field="--first_stage"))
     network = load_feature_network(options.network, "cpu") if options.network else None

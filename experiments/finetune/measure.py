@@ -1,6 +1,6 @@
 """Old and new decoder on the same latents: held-out images, and samples of one diffusion model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from latent_tools.format.manifest import fingerprint_weights
 SHEET = "samples.png"
 """The same latents through the old decoder and the new one."""
 _SHOWN = 20
-_LETTERS = 16
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ def measure(
     config: ImagesConfig,
     seeds: Sequence[int],
     output: Path,
+    keep: Callable[[Found], None],
 ) -> Found:
     """Measure both first stages and, for each seed, one diffusion model through both decoders.
 
@@ -94,6 +94,7 @@ def measure(
         config: How the images are seen.
         seeds: Of the diffusion models and their samples.
         output: For the evaluation and the picture of samples.
+        keep: Called after each seed with what is found so far.
     """
     stages = [
         FirstStage(load_autoencoder(folder), name=name)
@@ -138,6 +139,7 @@ def measure(
             assert read is not None
             results.append(Samples(distance, network, read))
         yardstick.say(f"seed {seed}: {found.before[-1]} -> {found.after[-1]}")
+        keep(found)
     return found
 
 

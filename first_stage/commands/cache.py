@@ -9,13 +9,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from first_stage.command_line import command_line
 from first_stage.config.images import ImagesConfig, shorter_side
 from first_stage.config.parsing import read_options
 from first_stage.config.types import NonNegativeInt, PositiveInt, Share
-from first_stage.data import Inventory, Source, spare_workers, take_inventory
+from first_stage.data import Inventory, Source, cache_workers, take_inventory
 from first_stage.data.checks import value_remark
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.distributed.processes import Processes, shared
@@ -220,7 +218,7 @@ def _cache_options(
         resolution=resolution,
         resize=shorter_side(data.resize, resolution),
         reading=reading,
-        workers=_workers(data.workers, process),
+        workers=cache_workers(process.device) if data.workers is None else data.workers,
         max_broken=data.max_broken,
         opened_with={
             "image_column": data.image_column,
@@ -231,17 +229,6 @@ def _cache_options(
         **{f.name: getattr(options, f.name) for f in fields(EncodingOptions)}
         | {"buckets": buckets},
     )
-
-
-def _workers(wanted: int | None, process: Process) -> int:
-    if wanted is not None:
-        return wanted
-    if process.device.type == "cpu":
-        # The encoder's threads are busy all the time: a worker beside them slows both.
-        return spare_workers(torch.get_num_threads())
-    # A GPU's process waits for its device: all of its cores decode.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _report(options: Options, outcome: Outcome, process: Process) -> None:

@@ -77,6 +77,13 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
 
 
 def _layout_problems(c: Config) -> Iterator[str]:
+    if c.model.pretrained is None and c.start_from is None:
+        for name in ("inflate_channels", "more_latent_channels", "scaling_factor", "shift_factor"):
+            if value := getattr(c.model, name):
+                yield (
+                    f"model.{name} ({str(value).lower()}) changes a pretrained first stage, and "
+                    "model.pretrained names none: add --model.pretrained, or leave it out"
+                )
     if c.model.pretrained is None:
         yield from c.data.reading_problems(c.model.in_channels)
         if not c.model.block_out_channels:

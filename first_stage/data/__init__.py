@@ -36,6 +36,7 @@ from first_stage.data.stream import (
     fingerprint,
 )
 from first_stage.data.workers import (
+    cache_workers,
     deliver,
     prepare_worker,
     spare_workers,
@@ -60,6 +61,7 @@ __all__ = [
     "SubsetSource",
     "TrainingStream",
     "View",
+    "cache_workers",
     "collate",
     "deliver",
     "displayed",

@@ -38,6 +38,15 @@ def spare_workers(busy: int = 1) -> int:
     return max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - busy)
 
 
+def cache_workers(device: torch.device) -> int:
+    """How many decoding processes a process that caches gets, by the device that it encodes on."""
+    if device.type == "cpu":
+        # The encoder's threads are busy all the time: a worker beside them slows both.
+        return spare_workers(torch.get_num_threads())
+    # A GPU's process waits for its device: all of its cores decode.
+    return max(1, spare_workers(0))
+
+
 def training_loader(
     stream: TrainingStream, sampler: Iterable[list[int]], workers: int, pin_memory: bool
 ) -> DataLoader[Any]:

@@ -16,6 +16,9 @@ _SAID = (
     "not enough memory: you tried",  # and elsewhere
     "cannot allocate memory",  # the system
     "out of memory",  # drivers of devices
+    # cuDNN, where no algorithm finds room to work: github.com/pytorch/pytorch/issues/108645
+    "unable to find an engine to execute",
+    "unable to find a valid cudnn algorithm",
     "std::bad_alloc",
     "alloc_failed",  # CUBLAS_STATUS_ALLOC_FAILED and its like
     "memoryerror in dataloader worker",  # of kinds that torch cannot rebuild

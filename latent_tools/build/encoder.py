@@ -26,6 +26,22 @@ def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractC
     return torch.autocast(device.type, dtype=_AUTOCAST[precision])
 
 
+def allow_compiling(shapes: int, batch_size: int) -> None:
+    """Let dynamo compile as often as a launch can need.
+
+    By itself it compiles 8 shapes and runs all others uncompiled, with a warning.
+
+    Args:
+        shapes: Of the images.
+        batch_size: Images per pass at first; halved where memory runs out, so that each shape may
+            come in as many sizes as this has halves.
+    """
+    limit = 8 + shapes * batch_size.bit_length()
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, limit)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, limit)
+
+
 class LatentEncoder:
     """A first stage's encoder as a launch uses it: in a precision, compiled if asked for.
 

@@ -22,7 +22,7 @@ from first_stage.distributed.memory import memory_told
 from first_stage.models.first_stage import FirstStage, as_first_stage
 from latent_tools.build.checked import is_as_checked, write_look
 from latent_tools.build.encode import ChunkEncoder, Pass
-from latent_tools.build.encoder import BatchSplitter, LatentEncoder
+from latent_tools.build.encoder import BatchSplitter, LatentEncoder, allow_compiling
 from latent_tools.build.finalize import finalize, is_finished, missing_units
 from latent_tools.build.images import ChunkReader, DecodedChunk, Preprocessing, chunk_loader
 from latent_tools.build.options import CacheOptions
@@ -145,6 +145,9 @@ def precompute(
         if left:
             samples = sum(len(unit) for unit in work.left)
             say(f"{samples} samples in {len(left)} of {len(plan.units)} units to encode")
+            if options.compile:
+                shapes = len({unit.shape for unit in work.left})
+                say(f"compiling for each of {shapes} shapes when it first comes: minutes each")
         with memory_told(
             f"while images are cached: lower --data.workers ({options.workers} now) or "
             f"--batch_size ({options.batch_size} now). Complete units are kept: start the same "
@@ -262,10 +265,7 @@ class _Work:
             pin_memory=device.type == "cuda",
         )
         if options.compile:
-            # Dynamo compiles 8 shapes and runs the rest uncompiled; here each may be met again
-            # in smaller batches, where memory ran out.
-            shapes = {unit.shape for unit in self.units}
-            torch._dynamo.config.recompile_limit = 8 + 4 * len(shapes)
+            allow_compiling(len({unit.shape for unit in self.units}), options.batch_size)
         splitter = BatchSplitter(encoder, options.batch_size, is_padded=options.compile)
         chunks_of = ChunkEncoder(
             splitter,

@@ -12,6 +12,7 @@ from first_stage.data import (
     StepSampler,
     TrainingStream,
     View,
+    cache_workers,
     fingerprint,
     fixed_images,
     open_source,
@@ -204,3 +205,11 @@ def test_spare_cores_decode(monkeypatch):
     assert spare_workers(busy=4) == 0
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "24")
     assert spare_workers() == 0
+
+
+def test_a_gpu_that_caches_is_fed_by_all_of_its_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    assert cache_workers(torch.device("cuda")) == 4
+    assert cache_workers(torch.device("cpu")) == 1

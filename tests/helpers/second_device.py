@@ -23,7 +23,10 @@ from first_stage.metrics import spectrum
 
 DEVICE = torch.device("meta")
 
-WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "item"}
+WAITS = {
+    *("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "item"),
+    *("bincount", "repeat_interleave", "is_nonzero", "unique_dim", "unique_consecutive"),
+}
 """Operations after which the host waits for the device: their result's value or size is needed."""
 _COUNTERS = ("_foreach_add_", "_fused_adamw_")
 

@@ -24,7 +24,7 @@ from first_stage.data import View, images_from_pixels, open_image, open_source, 
 from first_stage.errors import UserError
 from first_stage.models.first_stage import as_first_stage
 from latent_tools import LatentDataset, Manifest, precompute
-from latent_tools.build.encoder import BatchSplitter, LatentEncoder
+from latent_tools.build.encoder import BatchSplitter, LatentEncoder, allow_compiling
 from latent_tools.format.files import LaunchLock
 from latent_tools.format.shards import read_commit
 
@@ -597,6 +597,52 @@ class TestContinuing:
         done.set()
         child.join(20)
         assert cache(tmp_path / "data", tmp_path / "c").is_complete
+
+
+class TestCompiling:
+    """Each shape is compiled; dynamo by itself would leave all but eight uncompiled."""
+
+    @pytest.fixture(autouse=True)
+    def limits(self):
+        torch._dynamo.reset()
+        # Fails instead of a warning and an uncompiled pass.
+        with torch._dynamo.config.patch(
+            recompile_limit=8, accumulated_recompile_limit=10, fail_on_recompile_limit_hit=True
+        ):
+            yield
+
+    def test_no_shape_is_left_out(self):
+        double = torch.compile(lambda images: images * 2, backend="eager", dynamic=False)
+        allow_compiling(shapes=6, batch_size=4)
+        for side in range(1, 7):
+            for batch in (4, 2, 1):
+                assert double(torch.ones(batch, side)).sum() == 2 * batch * side
+
+    @pytest.mark.slow
+    def test_ten_shapes_compiled_equal_uncompiled(self, tmp_path):
+        shapes = [(16 + 2 * n, 36 - 2 * n) for n in range(10)]
+        write_shapes(tmp_path / "data", shapes * 2)
+        found = []
+        for compile in (False, True):
+            folder = tmp_path / f"compiled-{compile}"
+            cache(
+                tmp_path / "data", folder, NumberReader(), compile=compile, dtype="float32",
+                buckets=",".join(f"{height}x{width}" for width, height in shapes),
+            )  # fmt: skip
+            dataset = LatentDataset(folder, sample="raw", normalize="none")
+            found.append({n: dataset.stored(dataset.index_of(n)) for n in dataset.ids})
+        eager, ours = found
+        assert len(eager) == len(ours) == 20
+        assert len({tuple(latents.shape) for latents in ours.values()}) == 10
+        for name, latents in eager.items():
+            torch.testing.assert_close(ours[name], latents, atol=1e-5, rtol=1e-5)
+
+
+def write_shapes(folder, sizes):
+    """A photo of each (width, height)."""
+    folder.mkdir()
+    for number, size in enumerate(sizes):
+        photo(number, size).save(folder / f"{number:02d}.png")
 
 
 def test_files_grow_with_units_not_samples(tmp_path):

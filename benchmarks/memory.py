@@ -130,8 +130,8 @@ def benchmark_memory(recipe: list[str], batches: tuple[int, ...] = (4, 8)) -> di
 
     Args:
         recipe: Arguments of training; `model.pretrained` is not read.
-        batches: Two sizes of the micro-batch, whose difference is what an image takes; so large that
-            activations are most of it.
+        batches: Two sizes of the micro-batch, whose difference is what an image takes: large ones,
+            with which activations are most of it.
 
     Returns:
         By precision and checkpointing: bytes, and how many images fit which card.

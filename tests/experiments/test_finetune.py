@@ -34,6 +34,7 @@ def test_the_table_holds_both_decoders_with_intervals_over_seeds():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_diffusion_model_of_the_old_latents_decodes_better_with_the_new_decoder(tmp_path):
     """The experiment at 16 x 16: photos, then digits, and a transformer in between."""
     recipes = {}

@@ -139,9 +139,15 @@ def check_equal(root: Path, name: str, world: int, apart: float = 1e-3) -> None:
             # Counts: a logit that is 0 up to rounding falls on either side.
             count = values.pop(name, 0.0)
             assert count == pytest.approx(reference_values.pop(name, 0.0), abs=0.02)
+        gaps = [
+            v.get("critic/real_logit", 0.0) - v.get("critic/fake_logit", 0.0)
+            for v in (values, reference_values)
+        ]
+        assert gaps[0] == pytest.approx(gaps[1], rel=2e-3, abs=1e-4)
         for name in ("critic/real_logit", "critic/fake_logit", "loss/adversarial"):
             # Within the hinge's margins the gradient of the critic's last bias is 1 - 1: of what
-            # rounding leaves of it Adam makes whole steps, which move all logits alike.
+            # rounding leaves of it Adam makes whole steps, which move all logits alike: that of
+            # reals and that of fakes stay as far apart.
             logit = values.pop(name, 0.0)
             assert logit == pytest.approx(reference_values.pop(name, 0.0), rel=2e-3, abs=2e-3)
         assert values == pytest.approx(reference_values, rel=2e-3, abs=1e-5)

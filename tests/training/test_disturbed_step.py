@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from by_the_book import critic_gradient, kl_to_prior
 from conftest import arguments
 from stepping import assert_close, batch_of, gradients_of, make_trainer
 from test_resume import contents, train_until
@@ -56,15 +57,9 @@ def reference(trainer, step: int, batch: Batch) -> dict[str, list]:
     decoded = stage.model.decode(torch.stack(rows)).sample
     fakes = critic(decoded)
     total = (decoded - target).abs().mean() - config.adversarial.weight * fakes.logits.mean()
-    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
-    total = total + config.kl_weight * kl.sum((1, 2, 3)).mean() / images[0].numel()
+    total = total + config.kl_weight * kl_to_prior(mean, logvar, images)
     first = torch.autograd.grad(total, list(stage.parameters()))
-    reals, fakes = critic(target).logits, critic(decoded.detach()).logits
-    loss = torch.relu(1 - reals).mean() + torch.relu(1 + fakes).mean()
-    return {
-        "first_stage": list(first),
-        "critic": list(torch.autograd.grad(loss, list(critic.parameters()))),
-    }
+    return {"first_stage": list(first), "critic": critic_gradient(critic, target, decoded)}
 
 
 def test_each_players_gradient_is_the_isolated_one(tiny):

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from by_the_book import critic_gradient, kl_to_prior
 from stepping import assert_close, averaged, batch_of, gradients_of, make_trainer
 from torch import nn
 
@@ -45,15 +46,11 @@ def reference(trainer: Trainer, batch: Batch) -> dict[str, list]:
         factor = (target / trainer.objective.means.get("reconstruction/adversarial")).sqrt()
     total = others + config.adversarial.weight * factor * generator
     mean, logvar = stage.encode(images)
-    kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar)
-    total = total + config.kl_weight * kl.sum((1, 2, 3)).mean() / images[0].numel()
+    total = total + config.kl_weight * kl_to_prior(mean, logvar, images)
     first_stage = torch.autograd.grad(total, list(stage.parameters()))
-
-    reals, fakes = critic(images).logits, critic(reconstruction.detach()).logits
-    loss = torch.relu(1 - reals).mean() + torch.relu(1 + fakes).mean()
     return {
         "first_stage": list(first_stage),
-        "critic": list(torch.autograd.grad(loss, list(critic.parameters()))),
+        "critic": critic_gradient(critic, images, reconstruction),
     }
 
 

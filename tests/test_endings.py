@@ -109,7 +109,13 @@ class TestATraining:
         assert len(list_checkpoints(tmp_path / "run")) == 1
 
     def test_is_saved_when_its_terminal_is_closed(self, tmp_path, images):
-        process = self.begin(tmp_path, images, start_new_session=True)
+        process = self.begin(
+            tmp_path,
+            images,
+            start_new_session=True,
+            # Under `nohup` it would be ignored, here as there.
+            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        )
         os.killpg(process.pid, signal.SIGHUP)
         code, said = ended(process)
         assert code == 0, said

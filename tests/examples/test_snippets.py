@@ -69,7 +69,7 @@ def made(tmp_path_factory) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             picture(number, 16, 16).save(path)
         measured = measure_latents(vae, [torch.rand(4, 3, 16, 16) * 2 - 1], Processes())
-        for run in ("demo", "mine"):
+        for run in ("demo", "before", "mine"):
             write_export(vae, measured, folder / f"runs/{run}/export", {})
         shutil.copytree("images", "path/to/images")
         Path("runs/look").mkdir()

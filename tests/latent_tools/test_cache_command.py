@@ -11,7 +11,7 @@ from PIL import Image
 from first_stage.commands import cache as command
 from first_stage.commands.cache import parse_options
 from first_stage.errors import ConfigError, UserError
-from latent_tools import LatentDataset, Process
+from latent_tools import LatentDataset
 from latent_tools.__main__ import main as tool
 from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
@@ -164,15 +164,6 @@ class TestTools:
         assert result.returncode == 2
         assert result.stderr.startswith("error: ")
         assert len(result.stderr.splitlines()) == 1
-
-
-@pytest.mark.parametrize(("cores", "local", "expected"), [(16, 8, 2), (96, 8, 12), (4, 8, 1)])
-def test_workers_are_the_machines(monkeypatch, cores, local, expected):
-    monkeypatch.setattr(command.os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    process = Process(device=torch.device("cuda", 0))
-    assert command._workers(None, process) == expected
-    assert command._workers(3, process) == 3
 
 
 class TestOptions:

@@ -91,36 +91,28 @@ def misfit(name: str, value: object, words: str) -> str:
     return f"{name} is {shown}; it must be {'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def changeable(options: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the fields, and of the sections, that may change on resume.
-
-    Args:
-        options: A class of options; its sections are looked into.
-        prefix: Put before the names.
-    """
-    hints = get_type_hints(options)
-    for field in dataclasses.fields(options):
-        name = f"{prefix}{field.name}"
-        if "may_change" in field.metadata:
+def changeable(options: type) -> Iterator[str]:
+    """Dotted names of the fields, and of the sections, that may change on resume."""
+    sections: list[str] = []
+    for name, field, _ in _walk(options):
+        if "may_change" in field.metadata and not name.startswith(tuple(sections)):
+            sections.append(f"{name}.")
             yield name
-        elif dataclasses.is_dataclass(kind := hints[field.name]):
-            yield from changeable(cast(type, kind), f"{name}.")
 
 
-def mappings(options: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the fields that are mappings themselves, such as weights by name.
+def mappings(options: type) -> Iterator[str]:
+    """Dotted names of the fields that are mappings themselves, such as weights by name."""
+    return (name for name, _, kind in _walk(options) if get_origin(kind) is dict)
 
-    Args:
-        options: A class of options; its sections are looked into.
-        prefix: Put before the names.
-    """
+
+def _walk(options: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
+    """Name, field and type of every field of a class of options, its sections looked into."""
     hints = get_type_hints(options)
     for field in dataclasses.fields(options):
-        kind = hints[field.name]
-        if get_origin(kind) is dict:
-            yield f"{prefix}{field.name}"
-        elif dataclasses.is_dataclass(kind):
-            yield from mappings(cast(type, kind), f"{prefix}{field.name}.")
+        name, kind = f"{prefix}{field.name}", hints[field.name]
+        yield name, field, kind
+        if dataclasses.is_dataclass(kind):
+            yield from _walk(cast(type, kind), f"{name}.")
 
 
 def plain(value: Any) -> Any:

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 
 from first_stage.command_line import command_line
-from first_stage.commands.standard_latents import ExportData, Measured, images, standard
+from first_stage.commands.standard_latents import ExportData, Measured, fewer, images, standard
 from first_stage.config.parsing import read_options
-from first_stage.config.types import PositiveFloat
+from first_stage.config.types import PositiveFloat, PositiveInt
 from first_stage.errors import ConfigError
 from first_stage.files import write_folder, write_json, write_text
 from first_stage.handover.public import public_name
@@ -50,10 +50,14 @@ class Options:
     """Instead, fold the whole covariance of the latents into them: channels that do not repeat each
     other, the most signal first. Measured on images or a cache; each channel's posterior noise
     becomes its average."""
+    keep_channels: PositiveInt | None = None
+    """Leave all latent channels but the first so many out, after whitening or folding: for a first
+    stage that learned with disturb.prefix, or with whiten, which puts the most signal first. With
+    data.path it says what that costs."""
     latents: str | None = None
-    """For these two: take the statistics of this cache, which the first stage made."""
+    """To whiten or fold: take the statistics of this cache, which the first stage made."""
     data: ExportData = field(default_factory=ExportData)
-    """For these two: or measure them on these images."""
+    """To whiten or fold: or measure them on these images."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -68,9 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     vae = load_autoencoder(options.first_stage, field="--first_stage")
     if options.scaling_factor is not None or options.shift_factor is not None:
         _set_scale(vae, options.scaling_factor, options.shift_factor)
-    standing_card, known = _plain_card(options, vae), _statistics_file(options)
+    standing_card, known, words = None, _statistics_file(options), ""
     if options.fold_statistics or options.whiten:
         vae, standing_card, known = standard(_measured(options, vae), options.whiten)
+    if options.keep_channels is not None:
+        vae, known, words = fewer(_measured(options, vae), options.keep_channels, known)
+    standing_card = (standing_card or _plain_card(options, vae)) + words
     if options.half is not None:
         rounded = in_half(copy.deepcopy(vae), options.half)
         print(f"half      {half_difference(options, vae, rounded)}")
@@ -110,7 +117,7 @@ def _write_folder(options: Options, vae: Any, text: str, known: dict[str, Any] |
         f"  from diffusers import {name}\n"
         f"  vae = {name}.from_pretrained({options.output!r})"
     )
-    if options.fold_statistics or options.whiten:
+    if options.fold_statistics or options.whiten or options.keep_channels:
         cache = ("--first_stage", options.output, "--data.path", "DATA", "--output", "CACHE")
         print(
             "Latents cached with the first stage as it was belong to that one; cache anew:\n"

@@ -226,6 +226,6 @@ def test_every_setting_is_a_recipe(tmp_path):
     """What settings.yaml changes, the recipe has."""
     options = command.parse_options(["--settings", "none"])
     for changes in command._settings(options).values():
-        changes = {name: value for name, value in changes.items() if name != command.WHITEN}
+        changes = {name: value for name, value in changes.items() if name not in command.AFTERWARDS}
         fields = [str(part) for name, value in changes.items() for part in (f"--{name}", value)]
         command.parse_config(["--config", options.recipe, *fields])

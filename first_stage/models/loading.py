@@ -21,6 +21,7 @@ from torch import nn
 from first_stage.errors import UserError, first_line
 from first_stage.files import standing
 from first_stage.models.families import FAMILIES
+from first_stage.models.padding import padding_of, set_padding
 from first_stage.models.single_file import SUFFIXES, is_single_file, load_single_file
 
 STATISTICS_FILE = "latent_statistics.json"
@@ -76,13 +77,14 @@ def load_autoencoder(name: str, revision: str | None = None, field: str = "first
             when its weights are not those that its `config.json` asks for.
     """
     try:
-        if is_single_file(file := standing(Path(name))):
+        file = standing(Path(name))
+        if is_single_file(file) and not _is_of_a_folder(file):
             place = _Place(name, field, str(file), None, {})
             model, remark = load_single_file(file, place.problem)
             if remark:
                 _LOG.warning("%s %r: %s", field, name, remark)
         else:
-            place = _find(name, revision, field)
+            place = _find(str(file.parent) if file.is_file() else name, revision, field)
             model = _load(place, _class_of(_read_config(place), place))
     except UserError:
         raise
@@ -94,6 +96,11 @@ def load_autoencoder(name: str, revision: str | None = None, field: str = "first
     model._internal_dict = FrozenDict(
         {key: value for key, value in model.config.items() if key != "_name_or_path"}
     )
+    try:
+        if padding_of(model) == "reflect":
+            set_padding(model, "reflect")
+    except UserError as error:
+        raise place.problem(f"cannot be loaded: {error}") from error
     return model.eval()
 
 
@@ -172,6 +179,11 @@ def _find(name: str, revision: str | None, field: str) -> _Place:
         )
     name, _, named_revision = name.partition("@")
     return _find_on_hub(name, revision or named_revision or None, field)
+
+
+def _is_of_a_folder(file: Path) -> bool:
+    """Whether a file is the weights of a diffusers folder, whose config says more than shapes."""
+    return file.name == f"{_WEIGHTS}.safetensors" and (file.parent / "config.json").is_file()
 
 
 def _single_files(folder: Path) -> str:
@@ -295,7 +307,7 @@ def _from_pretrained(
             output_loading_info=True, ignore_mismatched_sizes=True, **options, **more,
         )  # fmt: skip
 
-    with _quiet_diffusers():
+    with quiet_diffusers():
         try:
             found: tuple[Any, dict[str, Any]] = load()
         except OSError:
@@ -306,7 +318,7 @@ def _from_pretrained(
 
 
 @contextlib.contextmanager
-def _quiet_diffusers() -> Iterator[None]:
+def quiet_diffusers() -> Iterator[None]:
     """Without the warnings about weights: what is wrong with them is told in one line."""
     from diffusers.utils import logging as diffusers_logging
 

@@ -266,6 +266,11 @@ def _class_of(config: Mapping[str, Any], place: _Place) -> Any:
     class_name = str(config.get("_class_name", ""))
     registered = {family.model_class.__name__: family.model_class for family in FAMILIES.values()}
     cls = registered.get(class_name) or getattr(diffusers, class_name, None)
+    if cls is None and "_diffusers_version" in config and "utoencoder" in class_name:
+        raise place.problem(
+            f"is of the class {class_name}, which diffusers {config['_diffusers_version']} wrote "
+            f"and diffusers {diffusers.__version__} here does not have: pip install -U diffusers"
+        )
     if cls is None or not (hasattr(cls, "encode") and hasattr(cls, "decode")):
         raise place.problem(
             f"is not an autoencoder: its config.json names the class {class_name!r}, which has no "

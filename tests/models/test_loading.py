@@ -65,6 +65,21 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_class_that_this_diffusers_lacks_is_named_with_the_remedy(tmp_path, monkeypatch):
+    import diffusers
+
+    monkeypatch.delitem(diffusers._class_to_module, "AutoencoderOobleck")
+    monkeypatch.delattr(diffusers, "AutoencoderOobleck", raising=False)
+    config = {"_class_name": "AutoencoderOobleck", "_diffusers_version": "9.0.0"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        load_autoencoder(str(tmp_path))
+    told = str(caught.value)
+    assert "is of the class AutoencoderOobleck, which diffusers 9.0.0 wrote" in told
+    assert told.endswith(f"{diffusers.__version__} here does not have: pip install -U diffusers")
+    assert "\n" not in told
+
+
 def test_pickled_weights_are_never_loaded(tmp_path):
     tiny_kl().save_pretrained(tmp_path, safe_serialization=False)
     assert list(tmp_path.glob("*.bin"))

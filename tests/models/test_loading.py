@@ -84,9 +84,7 @@ def test_a_class_that_this_diffusers_lacks_is_named_with_the_remedy(tmp_path, mo
 def test_pickled_weights_are_never_loaded(tmp_path):
     tiny_kl().save_pretrained(tmp_path, safe_serialization=False)
     assert list(tmp_path.glob("*.bin"))
-    with pytest.raises(
-        UserError, match="has no weights as .safetensors, only diffusion_pytorch_model.bin"
-    ):
+    with pytest.raises(UserError, match=r"has no weights as .*, only diffusion_pytorch"):
         load_autoencoder(str(tmp_path))
 
 

@@ -20,6 +20,7 @@ from first_stage.config.types import PositiveInt
 from first_stage.data import fixed_images, images_from_pixels
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError
+from first_stage.handover.card import load_lines, padding_remark
 from first_stage.handover.fewer_channels import keep_channels
 from first_stage.handover.folding import common_deviation, fold_statistics
 from first_stage.handover.public import public_name
@@ -215,7 +216,8 @@ def images(measured: Measured) -> Iterator[torch.Tensor]:
 def _card(measured: Measured, whiten: bool, mean: list[float], std: list[float]) -> str:
     """The folder's README."""
     vae = measured.vae
-    name = type(vae).__name__
+    config = {**vae.config, "_class_name": type(vae).__name__}
+    loading = "\n".join(load_lines(config, "this-folder"))
     rows = "\n".join(
         f"| {channel} | {m:.6f} | {s:.6f} |"
         for channel, (m, s) in enumerate(zip(mean, std, strict=True))
@@ -236,9 +238,8 @@ convolutions around them. Reconstructions are the same; every latent channel has
 1 over the images measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the
 two are not interchangeable: z here is {folded[1]}.
 
-```python
-from diffusers import {name}
-vae = {name}.from_pretrained("this-folder")
+{padding_remark(vae)}```python
+{loading}
 latents = vae.encode(images).{FirstStage(vae).family.encoded_as}
 ```
 

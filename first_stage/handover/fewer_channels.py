@@ -13,6 +13,8 @@ from torch import Tensor
 
 from first_stage.errors import UserError
 from first_stage.handover.folding import store
+from first_stage.models.padding import FIELD as PADDING
+from first_stage.models.padding import padding_of, set_padding
 
 _AT_LATENTS = ("encoder.conv_out.", "quant_conv.", "post_quant_conv.", "decoder.conv_in.")
 
@@ -25,7 +27,8 @@ def keep_channels(autoencoder: Any, count: int) -> AutoencoderKL:
     convolutions beside them. Posteriors are the same. So are images, but for one thing: the bias
     of `post_quant_conv` was zero outside of the image, where the next convolution looks, and what
     of it the kept channels cannot express counts there too now. This moves the outermost row of
-    latents, and nothing without such a bias: digits of 4 x 4 latents by 0.2 dB at most.
+    latents: digits of 4 x 4 latents by 0.2 dB at most. Without such a bias, or where the decoder
+    pads by reflection, images are the same.
 
     Args:
         autoencoder: An `AutoencoderKL`; it is not changed.
@@ -48,6 +51,7 @@ def keep_channels(autoencoder: Any, count: int) -> AutoencoderKL:
         raise UserError(f"keep_channels is {count}; there are {had}: keep from 1 to {had - 1}")
     config = {**autoencoder.config, "latent_channels": count}
     config.pop("_use_default_values", None)  # fields that `from_config` would set back
+    config.pop(PADDING, None)  # it has no such field
     for name in ("latents_mean", "latents_std"):
         if config.get(name) is not None:
             config[name] = list(config[name])[:count]
@@ -84,6 +88,7 @@ def keep_channels(autoencoder: Any, count: int) -> AutoencoderKL:
         weight = torch.einsum("ijhw,jk->ikhw", weight, columns)
     store(result.decoder.conv_in.weight, weight)
     store(result.decoder.conv_in.bias, bias)
+    set_padding(result, padding_of(autoencoder))
     return result.to(last.weight.device).train(autoencoder.training)
 
 

@@ -14,6 +14,7 @@ from first_stage.handover.fewer_channels import keep_channels
 from first_stage.metrics.images import psnr
 from first_stage.models.disturb import prefix
 from first_stage.models.first_stage import FirstStage, reconstruct
+from first_stage.models.padding import padding_of, set_padding
 
 CHANNELS, KEPT = 6, 2
 
@@ -33,16 +34,20 @@ def images(count: int = 3, side: int = 32) -> torch.Tensor:
     return torch.rand(count, 3, side, side) * 2 - 1
 
 
-@pytest.mark.parametrize(("quant_conv", "bias"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("quant_conv", "bias", "padding"), [
+    (True, True, "zeros"), (True, True, "reflect"), (True, False, "zeros"), (False, True, "zeros"),
+])  # fmt: skip
 @torch.no_grad()
-def test_posteriors_are_the_same_and_images_those_of_zeros_behind(quant_conv, bias):
+def test_posteriors_are_the_same_and_images_those_of_zeros_behind(quant_conv, bias, padding):
     vae, x = stage(quant_conv, bias), images()
+    set_padding(vae, padding)
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     small = keep_channels(vae, KEPT)
     whole, few = vae.encode(x).latent_dist, small.encode(x).latent_dist
     torch.testing.assert_close(few.mean, whole.mean[:, :KEPT])
     torch.testing.assert_close(few.logvar, whole.logvar[:, :KEPT])
-    if quant_conv and bias:
+    assert padding_of(small) == padding
+    if quant_conv and bias and padding == "zeros":
         # The outermost row differs, and group norms tell the rest of it.
         first = small.decoder.conv_in(small.post_quant_conv(few.mean))
         zeros_behind = prefix(whole.mean, torch.full((len(x),), KEPT))

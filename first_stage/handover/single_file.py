@@ -100,6 +100,8 @@ def put_into(model: Any, checkpoint: Path, output: Path) -> tuple[int, str]:
         return UserError(f"--into {str(checkpoint)!r} {text}")
 
     _refuse_reflection(model, "--into")
+    if not checkpoint.exists():
+        raise problem("does not exist")
     if checkpoint.suffix != ".safetensors":
         raise problem("is no .safetensors, which alone can be copied byte by byte: convert it")
     found = read_contents(checkpoint, problem)

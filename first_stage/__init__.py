@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from first_stage.evaluation import EvaluationImages as EvaluationImages
     from first_stage.evaluation import comparison_table as comparison_table
     from first_stage.evaluation import evaluate as evaluate
+    from first_stage.evaluation import evaluate_change as evaluate_change
     from first_stage.evaluation import save as save
     from first_stage.models.loading import load_autoencoder as load_autoencoder
     from first_stage.report import write_report as write_report
@@ -35,6 +36,7 @@ _HOMES = {
     "EvaluationImages": "first_stage.evaluation",
     "comparison_table": "first_stage.evaluation",
     "evaluate": "first_stage.evaluation",
+    "evaluate_change": "first_stage.evaluation",
     "save": "first_stage.evaluation",
     "load_autoencoder": "first_stage.models.loading",
     "write_report": "first_stage.report",
@@ -52,6 +54,7 @@ __all__ = [
     "UserError",
     "comparison_table",
     "evaluate",
+    "evaluate_change",
     "load_autoencoder",
     "open_source",
     "parse_config",

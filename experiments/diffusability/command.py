@@ -34,8 +34,8 @@ from first_stage.models.loading import load_autoencoder, training_resolution
 from first_stage.training.loop import train
 
 _HERE = Path(__file__).parent
-WHITEN = "whiten"
-"""In a setting: whiten its first stage afterwards (`first-stage export --whiten`)."""
+AFTERWARDS = ("whiten", "keep_channels")
+"""In a setting: options of `first-stage export`, with which its first stage is written anew."""
 _SEVERAL = {
     "first_stage": "A diffusers folder or a hub id; several, separated by spaces, are compared. "
     "(type: list[str] | null)",
@@ -163,19 +163,22 @@ def _named(options: Options) -> dict[str, str]:
 def _trained(options: Options, name: str, seed: int) -> str:
     """The export of a setting's first stage; trained where it is not there yet.
 
-    A setting with `whiten` is that of the same changes without it, whitened: it is trained once.
+    A setting with options of the export is that of the same changes without them, written anew:
+    it is trained once.
     """
     settings = _settings(options)
-    changes = {key: value for key, value in settings[name].items() if key != WHITEN}
-    if WHITEN not in settings[name]:
+    afterwards = {key: value for key, value in settings[name].items() if key in AFTERWARDS}
+    changes = {key: value for key, value in settings[name].items() if key not in AFTERWARDS}
+    if not afterwards:
         return str(_exported(options, name, changes, seed))
     plain = next((other for other, made in settings.items() if made == changes), f"plain {name}")
-    whitened = _folder(options, name, seed) / "export"
-    if not whitened.exists():
-        line = ["--first_stage", _exported(options, plain, changes, seed), "--whiten"]
-        line += ["--output", whitened, "--data.path", options.data.path]
+    changed = _folder(options, name, seed) / "export"
+    if not changed.exists():
+        line = ["--first_stage", _exported(options, plain, changes, seed)]
+        line += [f"--{key}={str(value).lower()}" for key, value in afterwards.items()]
+        line += ["--output", changed, "--data.path", options.data.path]
         export.main(list(map(str, line)))
-    return str(whitened)
+    return str(changed)
 
 
 def _exported(options: Options, name: str, changes: dict[str, Any], seed: int) -> Path:

@@ -10,13 +10,15 @@ from typing import Any, Literal
 import torch
 
 from first_stage.command_line import command_line
-from first_stage.commands.standard_latents import ExportData, Measured, images, standard
+from first_stage.commands.standard_latents import ExportData, Measured, fewer, images, standard
 from first_stage.config.parsing import read_options
-from first_stage.config.types import PositiveFloat
+from first_stage.config.types import PositiveFloat, PositiveInt
 from first_stage.errors import ConfigError
 from first_stage.files import write_folder, write_json, write_text
+from first_stage.handover.card import load_lines, padding_remark
 from first_stage.handover.public import public_name
 from first_stage.handover.single_file import programs, put_into, write_single_file
+from first_stage.models.carriers import set_scale
 from first_stage.models.first_stage import FirstStage
 from first_stage.models.loading import STATISTICS_FILE, load_autoencoder
 
@@ -50,10 +52,14 @@ class Options:
     """Instead, fold the whole covariance of the latents into them: channels that do not repeat each
     other, the most signal first. Measured on images or a cache; each channel's posterior noise
     becomes its average."""
+    keep_channels: PositiveInt | None = None
+    """Leave all latent channels but the first so many out, after whitening or folding: for a first
+    stage that learned with disturb.prefix, or with whiten, which puts the most signal first. With
+    data.path it says what that costs."""
     latents: str | None = None
-    """For these two: take the statistics of this cache, which the first stage made."""
+    """To whiten or fold: take the statistics of this cache, which the first stage made."""
     data: ExportData = field(default_factory=ExportData)
-    """For these two: or measure them on these images."""
+    """To whiten or fold: or measure them on these images."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,11 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if Path(options.output).exists():
         raise ConfigError(f"output {options.output!r} is already there: give another")
     vae = load_autoencoder(options.first_stage, field="--first_stage")
-    if options.scaling_factor is not None or options.shift_factor is not None:
-        _set_scale(vae, options.scaling_factor, options.shift_factor)
-    standing_card, known = _plain_card(options, vae), _statistics_file(options)
+    carrier = FirstStage(vae).family.carrier
+    set_scale(carrier, vae, options.scaling_factor, options.shift_factor)
+    standing_card, known, words = None, _statistics_file(options), ""
     if options.fold_statistics or options.whiten:
         vae, standing_card, known = standard(_measured(options, vae), options.whiten)
+    if options.keep_channels is not None:
+        vae, known, words = fewer(_measured(options, vae), options.keep_channels, known)
+    standing_card = (standing_card or _plain_card(options, vae)) + words
     if options.half is not None:
         rounded = in_half(copy.deepcopy(vae), options.half)
         print(f"half      {half_difference(options, vae, rounded)}")
@@ -101,16 +110,12 @@ def _write_folder(options: Options, vae: Any, text: str, known: dict[str, Any] |
             write_json(folder / STATISTICS_FILE, known)
 
     write_folder(Path(options.output), write)
-    name = type(vae).__name__
-    scaling, shift = FirstStage(vae).scaling_and_shift
-    shown = "no shift" if shift == 0 else f"shift_factor {shift:g}"
+    config = {**vae.config, "_class_name": type(vae).__name__}
+    loading = "\n  ".join(load_lines(config, options.output))
     print(
-        f"export    {options.output} (scaling_factor {scaling:g}, {shown})\n"
-        "Load it with diffusers:\n"
-        f"  from diffusers import {name}\n"
-        f"  vae = {name}.from_pretrained({options.output!r})"
+        f"export    {options.output} ({_scale_in_words(vae)})\nLoad it with diffusers:\n  {loading}"
     )
-    if options.fold_statistics or options.whiten:
+    if options.fold_statistics or options.whiten or options.keep_channels:
         cache = ("--first_stage", options.output, "--data.path", "DATA", "--output", "CACHE")
         print(
             "Latents cached with the first stage as it was belong to that one; cache anew:\n"
@@ -118,16 +123,14 @@ def _write_folder(options: Options, vae: Any, text: str, known: dict[str, Any] |
         )
 
 
-def _set_scale(vae: Any, scaling: float | None, shift: float | None) -> None:
+def _scale_in_words(vae: Any) -> str:
+    """What pipelines do to its latents."""
     carrier = FirstStage(vae).family.carrier
-    known = carrier.read(vae)
-    if shift and not carrier.carries_shift:
-        raise ConfigError(
-            f"shift_factor is {shift}, but the config of {type(vae).__name__} has no place for one"
-        )
-    carrier.write(
-        vae, known[0] if scaling is None else scaling, known[1] if shift is None else shift
-    )
+    if carrier.channels_in is not None:
+        return f"mean and deviation of each channel in {carrier.channels_in}".replace("`", "")
+    scaling, shift = carrier.read(vae)
+    shown = "no shift" if shift == 0 else f"shift_factor {shift:g}"
+    return f"scaling_factor {scaling:g}, {shown}"
 
 
 def _measured(options: Options, vae: Any) -> Measured:
@@ -191,15 +194,20 @@ def half_difference(options: Options, vae: Any, rounded: Any) -> str:
 def _plain_card(options: Options, vae: Any) -> str:
     """The card of a first stage that is only written anew."""
     stage = FirstStage(vae)
-    scaling, shift = stage.scaling_and_shift
+    config = {**vae.config, "_class_name": type(vae).__name__}
+    loading = "\n".join(load_lines(config, "this-folder"))
     return f"""# First stage f{stage.downsample_factor}, {stage.latent_channels} latent channels
 
 `{public_name(options.first_stage)}`, a `{type(vae).__name__}`, written anew; its weights are
-{f"rounded to {options.half}" if options.half else "float32"}. `scaling_factor` is {scaling:g},
-`shift_factor` {shift:g}.
+{f"rounded to {options.half}" if options.half else "float32"}. What pipelines do to its latents:
+{_scale_in_words(vae)}.
 
-As one file in latent diffusion's layout it is read by: {programs(vae)}.
-As a folder it is read by diffusers (`{type(vae).__name__}.from_pretrained`).
+{padding_remark(vae)}As one file in latent diffusion's layout it is read by: {programs(vae)}.
+As a folder it is read by diffusers:
+
+```python
+{loading}
+```
 """
 
 

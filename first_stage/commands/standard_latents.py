@@ -1,8 +1,8 @@
-"""What `first-stage export` does with `--fold_statistics` and `--whiten`: standard latents.
+"""What `first-stage export` does to latents: `--fold_statistics`, `--whiten`, `--keep_channels`.
 
 Means, deviations or the whole covariance of the latents come from a cache, from images, or from
 what an export of ours has beside its config; `handover.folding` and `handover.whitening` put them
-into the 1x1 convolutions.
+into the 1x1 convolutions, `handover.fewer_channels` leaves channels out.
 """
 
 import json
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import VQModel
 
@@ -19,6 +20,8 @@ from first_stage.config.types import PositiveInt
 from first_stage.data import fixed_images, images_from_pixels
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError
+from first_stage.handover.card import load_lines, padding_remark
+from first_stage.handover.fewer_channels import keep_channels
 from first_stage.handover.folding import common_deviation, fold_statistics
 from first_stage.handover.public import public_name
 from first_stage.handover.statistics import measure_latents
@@ -28,8 +31,9 @@ from first_stage.handover.whitening import (
     fold_whitening,
     measure_covariance,
 )
+from first_stage.metrics.images import psnr
 from first_stage.metrics.latents import redundancy
-from first_stage.models.first_stage import FirstStage
+from first_stage.models.first_stage import FirstStage, reconstruct
 from first_stage.models.loading import STATISTICS_FILE, training_resolution
 from latent_tools import LatentDataset
 
@@ -95,6 +99,43 @@ def standard(measured: Measured, whiten: bool) -> tuple[Any, str, dict[str, Any]
     known: dict[str, Any] = {"mean": [0.0] * len(mean), "std": [1.0] * len(std)}
     known["resolution"] = training_resolution(measured.first_stage, vae)
     return folded, _card(measured, whiten, mean, std), known
+
+
+@torch.no_grad()
+def fewer(
+    measured: Measured, count: int, known: dict[str, Any] | None
+) -> tuple[Any, dict[str, Any] | None, str]:
+    """The first stage with its first latent channels alone; prints what that costs on images.
+
+    Args:
+        measured: The first stage, whitened or folded already where that is asked for.
+        count: How many channels are kept.
+        known: The contents of its `STATISTICS_FILE`; `None` where there is none.
+
+    Returns:
+        The smaller copy, the contents of its `STATISTICS_FILE`, and what its card says of it.
+    """
+    vae = measured.vae
+    small = keep_channels(vae, count)
+    had = FirstStage(vae).latent_channels
+    said = f"the first {count} of {had} latent channels"
+    if known is not None:
+        mean, std = np.array(known["mean"][:count]), np.array(known["std"][:count])
+        overall = float(mean.mean()), float(np.sqrt((std**2 + (mean - mean.mean()) ** 2).mean()))
+        known = known | {"mean": mean.tolist(), "std": std.tolist()}
+        known |= {"overall_mean": overall[0], "overall_std": overall[1]}
+        FirstStage(small).family.carrier.write(small, 1.0 / overall[1], overall[0])
+    if measured.data.path is not None:
+        both: list[list[torch.Tensor]] = [[], []]
+        for batch in images(measured):
+            for model, found in zip((small, vae), both, strict=True):
+                found.append(psnr(batch, reconstruct(FirstStage(model), batch)[0].clamp(-1, 1)))
+        less, all_of_them = (float(torch.cat(found).mean()) for found in both)
+        said += (
+            f": PSNR {less:.2f} dB on {len(torch.cat(both[0]))} images, {all_of_them:.2f} with all"
+        )
+    print(f"channels  {said}")
+    return small, known, f"\nIt has {said}; a diffusion model has that many fewer to learn.\n"
 
 
 def statistics(measured: Measured) -> tuple[list[float], list[float]]:
@@ -175,7 +216,8 @@ def images(measured: Measured) -> Iterator[torch.Tensor]:
 def _card(measured: Measured, whiten: bool, mean: list[float], std: list[float]) -> str:
     """The folder's README."""
     vae = measured.vae
-    name = type(vae).__name__
+    config = {**vae.config, "_class_name": type(vae).__name__}
+    loading = "\n".join(load_lines(config, "this-folder"))
     rows = "\n".join(
         f"| {channel} | {m:.6f} | {s:.6f} |"
         for channel, (m, s) in enumerate(zip(mean, std, strict=True))
@@ -196,9 +238,8 @@ convolutions around them. Reconstructions are the same; every latent channel has
 1 over the images measured, `scaling_factor` is 1 and there is no shift to forget. Latents of the
 two are not interchangeable: z here is {folded[1]}.
 
-```python
-from diffusers import {name}
-vae = {name}.from_pretrained("this-folder")
+{padding_remark(vae)}```python
+{loading}
 latents = vae.encode(images).{FirstStage(vae).family.encoded_as}
 ```
 

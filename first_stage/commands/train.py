@@ -9,6 +9,7 @@ from accelerate import PartialState
 
 from first_stage.command_line import command_line
 from first_stage.config import Config, parse_config
+from first_stage.handover.card import load_lines
 from first_stage.training.loop import train
 from first_stage.training.plan import plan
 from first_stage.training.run_folder import resume_command
@@ -47,7 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = outcome.metrics.items()
         numbers = ", ".join(f"{k.upper().replace('_', ' ')} {v:.4g}" for k, v in found)
         print(f"held out ({outcome.held_out} images): {numbers}")
-    name = json.loads((folder / "export/config.json").read_text())["_class_name"]
+    made = json.loads((folder / "export/config.json").read_text())
+    loading = "\n  ".join(load_lines(made, str(folder / "export")))
     pictures = sorted((folder / "pictures").glob("step-*.png"))
     print(
         f"export  {folder}/export\n"
@@ -55,8 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"gif     {folder}/training.gif\n"
         f"report  {folder}/report.html\n"
         "Load it with diffusers:\n"
-        f"  from diffusers import {name}\n"
-        f"  vae = {name}.from_pretrained({str(folder / 'export')!r})\n"
+        f"  {loading}\n"
         "Cache a data set's latents with it:\n"
         f"  {cache_command(config, outcome.processes)}"
     )

@@ -49,6 +49,7 @@ __all__ = [
 
 Crop = Literal["random", "center"]
 Optimizer = Literal["adamw", "adamw_8bit"]
+Padding = Literal["zeros", "reflect"]
 Part = Literal["all", "encoder", "decoder", "mid", "last_block", "conv_in", "conv_out"]
 _OF_ENCODER = ("all", "encoder", "conv_in")
 
@@ -132,6 +133,10 @@ class ModelConfig:
     quant_conv: bool = True
     """1x1 convolutions around the latents: true as in Stable Diffusion 1.x and XL, false as in SD3
     and Flux."""
+    decoder_padding: Padding | None = None
+    """What the decoder's convolutions see beyond the border: zeros, or the image reflected. Stock
+    diffusers and other programs decode with zeros, unless two lines of Python that the export's
+    card shows are run. null: as the pretrained one says, else zeros."""
     gradient_checkpointing: bool = may_change(False)
     """Recompute activations in the backward pass: less memory, about a third more time."""
 

@@ -1,19 +1,38 @@
 """The export's card: what it is, how to load it, how good it is, what made it."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from first_stage.handover.statistics import LatentStatistics
 from first_stage.models.codebooks import Discrete
 from first_stage.models.first_stage import FirstStage, as_first_stage
+from first_stage.models.padding import FIELD, padding_of, stock_lines
+
+
+def load_lines(config: Mapping[str, Any], folder: str) -> list[str]:
+    """The lines of Python with which diffusers alone loads an export as it was trained.
+
+    Args:
+        config: What its `config.json` says.
+        folder: Where it lies, as the lines are to name it.
+    """
+    name = config["_class_name"]
+    fixed = stock_lines(config.get(FIELD, "zeros"))
+    return [
+        *["import torch"][: len(fixed)],
+        f"from diffusers import {name}",
+        f"vae = {name}.from_pretrained({json.dumps(folder)})",
+        *fixed,
+    ]
 
 
 def load_snippet(first_stage: FirstStage, folder: str) -> str:
     """The lines of Python that load an export with diffusers alone, and encode and decode."""
-    family, name = first_stage.family, type(first_stage.model).__name__
+    family, model = first_stage.family, first_stage.model
+    config = {**model.config, "_class_name": type(model).__name__}
     lines = [
-        f"from diffusers import {name}",
-        f'vae = {name}.from_pretrained("{folder}")',
+        *load_lines(config, folder),
         *family.carrier.usage(f"vae.encode({family.images_as}).{family.encoded_as}"),
     ]
     if isinstance(first_stage.bottleneck, Discrete):
@@ -81,7 +100,7 @@ counted) with a patch critic and the perceptual distance that the critic learned
 {load_snippet(stage, "this-folder")}
 ```
 
-Images are in [-1, 1]. {_origin(stage, statistics, kept)}
+Images are in [-1, 1]. {padding_remark(stage.model)}{_origin(stage, statistics, kept)}
 {_codes(stage, metrics)}
 Per channel (also in `latent_statistics.json`):
 
@@ -100,6 +119,18 @@ Per channel (also in `latent_statistics.json`):
 ```yaml
 {recipe.rstrip()}
 ```
+"""
+
+
+def padding_remark(model: Any) -> str:
+    """Who decodes with zeros what was trained with reflection; empty where nobody does."""
+    if padding_of(model) == "zeros":
+        return ""
+    return """**The decoder pads by reflection**, for which diffusers has no field. Without the two
+lines that set `padding_mode`, stock diffusers and every other program decode with zeros, which
+costs quality, most of all at the border. `first-stage` itself reads `decoder_padding` in
+`config.json` and needs no such lines.
+
 """
 
 

@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from first_stage.errors import UserError
+from first_stage.models.padding import padding_of, set_padding
 
 # What the posterior clamps its log-variance to (diffusers' DiagonalGaussianDistribution).
 LOGVAR_BOUNDS = _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
@@ -145,6 +146,7 @@ def with_convolutions(autoencoder: AutoencoderKL) -> AutoencoderKL:
     config = {**autoencoder.config, "use_quant_conv": True, "use_post_quant_conv": True}
     result = AutoencoderKL.from_config(config)
     result.load_state_dict(autoencoder.state_dict(), strict=False)
+    set_padding(result, padding_of(autoencoder))
     for present, name, width in (
         (autoencoder.quant_conv, "quant_conv", 2 * channels),
         (autoencoder.post_quant_conv, "post_quant_conv", channels),

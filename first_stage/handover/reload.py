@@ -9,6 +9,8 @@ from torch import Tensor
 from first_stage.errors import UserError
 from first_stage.models.codebooks import Discrete
 from first_stage.models.first_stage import FirstStage
+from first_stage.models.loading import quiet_diffusers
+from first_stage.models.padding import padding_of, set_padding
 
 _TOLERANCE = 1e-3
 """Of the largest value. Layouts of the weights and TensorFloat-32 stay below; a codebook that was
@@ -31,10 +33,13 @@ def check_reload(first_stage: FirstStage, folder: Path) -> None:
         UserError: When the folder does not give back what was trained.
     """
     model = first_stage.model
-    stock: Any = type(model).from_pretrained(
-        folder, use_safetensors=True, torch_dtype=first_stage.dtype
-    )
+    with quiet_diffusers():  # it does not know the padding, which is told to the user
+        stock: Any = type(model).from_pretrained(
+            folder, use_safetensors=True, torch_dtype=first_stage.dtype
+        )
     stock = stock.to(first_stage.device).eval()
+    if (padding := padding_of(stock)) == "reflect":
+        set_padding(stock, padding)
     images = _images(first_stage)
     latents = first_stage.encode(images).latents
     problems = []

@@ -19,6 +19,7 @@ from first_stage.errors import UserError
 from first_stage.files import write_atomic
 from first_stage.models import ldm_keys
 from first_stage.models.layouts import CLASSES
+from first_stage.models.padding import padding_of
 from first_stage.models.single_file import (
     METADATA,
     load_single_file,
@@ -41,9 +42,10 @@ def ldm_weights(model: Any) -> dict[str, Tensor]:
     """A model's weights under latent diffusion's names, on the CPU.
 
     Raises:
-        UserError: When its class has no such names.
+        UserError: When its class has no such names, or its decoder pads by reflection.
     """
     name = type(model).__name__
+    _refuse_reflection(model, "--layout ldm")
     if name not in CLASSES or model.config.get("norm_type", "group") != "group":
         raise UserError(
             f"--layout ldm: {name} has no layout in latent diffusion's names (those that have are "
@@ -90,12 +92,16 @@ def put_into(model: Any, checkpoint: Path, output: Path) -> tuple[int, str]:
         How many tensors were replaced, and the types that the checkpoint keeps them in.
 
     Raises:
-        UserError: When the checkpoint has no first stage, or one of other shapes.
+        UserError: When the checkpoint has no first stage, or one of other shapes, or the decoder
+            pads by reflection.
     """
 
     def problem(text: str) -> UserError:
         return UserError(f"--into {str(checkpoint)!r} {text}")
 
+    _refuse_reflection(model, "--into")
+    if not checkpoint.exists():
+        raise problem("does not exist")
     if checkpoint.suffix != ".safetensors":
         raise problem("is no .safetensors, which alone can be copied byte by byte: convert it")
     found = read_contents(checkpoint, problem)
@@ -127,6 +133,15 @@ def put_into(model: Any, checkpoint: Path, output: Path) -> tuple[int, str]:
     return len(names), ", ".join(sorted(types))
 
 
+def _refuse_reflection(model: Any, option: str) -> None:
+    if padding_of(model) == "reflect":
+        raise UserError(
+            f"{option}: this decoder pads by reflection, which no such file says, so every program "
+            "that reads it would decode with zeros, and worse: use --layout diffusers, or train it "
+            "on with --model.decoder_padding zeros"
+        )
+
+
 def _stored(value: Tensor, kind: str, problem: Callable[[str], UserError]) -> bytes:
     """A tensor's bytes in a type of safetensors."""
     if kind not in _TYPES:
@@ -147,6 +162,8 @@ def programs(model: Any) -> str:
     build Stable Diffusion's own first stage).
     """
     config, name = model.config, type(model).__name__
+    if padding_of(model) == "reflect":
+        return "none: they decode with zeros at the border, and this decoder pads by reflection"
     if name == "AutoencoderTiny":
         if config.in_channels != 3 or config.latent_channels not in (4, 16):
             return f"none: {config.in_channels} image and {config.latent_channels} latent channels"

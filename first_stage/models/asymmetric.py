@@ -21,6 +21,7 @@ class Asymmetric(KL):
     model_class = AsymmetricAutoencoderKL
     carrier = ScalingOnly()
     checkpointing_problem = "diffusers has no gradient checkpointing for AsymmetricAutoencoderKL"
+    padding_problem = "AsymmetricAutoencoderKL's decoder reads a mask in layers that stay untrained"
 
     def build(self, config: ModelConfig, sample_size: int) -> Any:
         """Only pretrained ones are trained."""

@@ -7,6 +7,8 @@ export writes with it, and its card says in code what pipelines do.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from first_stage.errors import ConfigError
+
 
 class Carrier(Protocol):
     """Reads and writes the scaling and shift of a diffusers model."""
@@ -31,6 +33,38 @@ class Carrier(Protocol):
     def usage(self, encoded: str) -> list[str]:
         """Lines of Python that make `latents` of what `encoded` says, and `images` of those."""
         ...
+
+
+def set_scale(carrier: Carrier, model: Any, scaling: float | None, shift: float | None) -> None:
+    """Write what a user says of a model's latents, where its file does not.
+
+    Args:
+        carrier: Of its family.
+        model: The model.
+        scaling: `None`: as the model says.
+        shift: `None`: as the model says.
+
+    Raises:
+        ConfigError: When the model keeps each channel's own, or has no place for a shift.
+    """
+    if scaling is None and shift is None:
+        return
+    name = "scaling_factor" if scaling is not None else "shift_factor"
+    given = scaling if scaling is not None else shift
+    if carrier.channels_in is not None:
+        raise ConfigError(
+            f"{name} is {given}, but {type(model).__name__} keeps what each channel has, in "
+            f"{carrier.channels_in.replace('`', '')}: leave it out"
+        )
+    if shift and not carrier.carries_shift:
+        raise ConfigError(
+            f"shift_factor is {shift}, but the config of {type(model).__name__} has no place for "
+            "one: leave it out"
+        )
+    known = carrier.read(model)
+    carrier.write(
+        model, known[0] if scaling is None else scaling, known[1] if shift is None else shift
+    )
 
 
 class ScalingAndShift:

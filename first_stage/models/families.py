@@ -37,6 +37,7 @@ class Family(ABC):
         images_as: What `model.encode` takes, as code.
         encoded_as: What of `model.encode(images)` a diffusion model trains on, as code.
         checkpointing_problem: Why gradient checkpointing is refused; `None` where it works.
+        padding_problem: Why its decoder cannot pad by reflection; `None` where it can.
     """
 
     name: ClassVar[str]
@@ -46,6 +47,7 @@ class Family(ABC):
     images_as: ClassVar[str] = "images"
     encoded_as: ClassVar[str] = "latents"
     checkpointing_problem: ClassVar[str | None] = None
+    padding_problem: ClassVar[str | None] = None
 
     @abstractmethod
     def build(self, config: ModelConfig, sample_size: int) -> Any:

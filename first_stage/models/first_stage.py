@@ -21,6 +21,7 @@ from first_stage.models.bottlenecks import Bottleneck, Code, Encoded
 from first_stage.models.codebooks import Discrete
 from first_stage.models.disturb import Disturbance, disturb, like
 from first_stage.models.families import Family, family_of
+from first_stage.models.padding import least_latents
 
 
 class Reconstruction(NamedTuple):
@@ -132,8 +133,7 @@ class FirstStage(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images `(B, C_in, H, W)` float32, not clamped, from raw (unscaled) latents."""
-        settled = self.bottleneck.settle(latents).to(self.dtype)
-        return self.family.to_images(self.model, settled).float()
+        return self._to_images(self.bottleneck.settle(latents).to(self.dtype))
 
     def decode_tokens(self, tokens: Tensor) -> Tensor:
         """Images `(B, C_in, H, W)` float32, not clamped, from numbers of codes `(B, h, w)`.
@@ -149,8 +149,7 @@ class FirstStage(nn.Module):
                 f"tokens from {int(tokens.min())} to {int(tokens.max())} do not number the {count} "
                 f"codes of {self.name!r}"
             )
-        latents = self.bottleneck.from_tokens(tokens.long()).to(self.dtype)
-        return self.family.to_images(self.model, latents).float()
+        return self._to_images(self.bottleneck.from_tokens(tokens.long()).to(self.dtype))
 
     def forward(
         self,
@@ -190,8 +189,17 @@ class FirstStage(nn.Module):
             decoded, targets = disturb(latents, images, disturbance)
         if prior is not None:
             decoded = torch.cat([decoded, self.bottleneck.settle(like(decoded, prior))])
-        images = self.family.to_images(self.model, decoded).float()
-        return Reconstruction(images, code, latents, targets)
+        return Reconstruction(self._to_images(decoded), code, latents, targets)
+
+    def _to_images(self, latents: Tensor) -> Tensor:
+        """Images from settled latents; fewer than the decoder can reflect are repeated first."""
+        sides = latents.shape[-2:]
+        below, right = (max(least_latents(self.model) - side, 0) for side in sides)
+        if not (below or right):
+            return self.family.to_images(self.model, latents).float()
+        repeated = F.pad(latents, (0, right, 0, below), mode="replicate")
+        height, width = (side * self.downsample_factor for side in sides)
+        return self.family.to_images(self.model, repeated).float()[..., :height, :width]
 
 
 def as_first_stage(model: Any, name: str | None = None) -> FirstStage:

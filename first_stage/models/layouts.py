@@ -72,7 +72,10 @@ def config_of(shapes: Shapes, groups: int | None = None) -> dict[str, Any]:
         shapes[f"decoder.up_blocks.{k}.resnets.0.conv1.weight"][0] for k in reversed(range(ups))
     ]
     groups = groups or _GROUPS
-    if not widths or any(width % groups for width in {*widths, *decoder}):
+    for name in ("encoder.down_blocks.0", "decoder.up_blocks.0"):
+        if f"{name}.resnets.0.conv1.weight" not in shapes:
+            raise KeyError(f"{name}.resnets.0.conv1.weight")
+    if any(width % groups for width in {*widths, *decoder}):
         raise ValueError(
             f"its levels are {widths} wide, which {groups} groups, as in every public first stage, "
             "do not divide; the number of groups is in no shape: take its diffusers folder"

@@ -23,6 +23,7 @@ class OneFrame(KL):
 
     carrier = MeanAndStd()
     images_as = "images[:, :, None]"
+    padding_problem = "its convolutions over frames pad by themselves, with zeros"
 
     def build(self, config: ModelConfig, sample_size: int) -> Any:
         """Only pretrained ones are trained."""

@@ -9,7 +9,8 @@ import logging
 import pickle
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,24 +29,33 @@ SUFFIXES = (".safetensors", *_PICKLED)
 METADATA = "first_stage"
 """Entry of our safetensors' header: what shapes do not say, as JSON."""
 PREFIXES = ("first_stage_model.", "vae.", "")
-"""What stands before a first stage's names in a file; the bare ones last."""
+"""What stands before a first stage's names in a whole checkpoint, or nothing; any other prefix is
+found too, where it is the only one."""
 _WRAPPERS = ("_orig_mod.", "module.")
 _PARTS = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv|quantize|bn)\.")
 _LATENT_DIFFUSION = re.compile(r"(encoder\.(down|conv_in|down_blocks)|decoder\.(up|up_blocks))\.")
+_FIRST = re.compile(r"(.*\.)encoder\.(conv_in|layers\.0)\.weight")
 _TRAINING_ONLY = re.compile(r"(loss|model_ema|discriminator|perceptual_loss)\.|.*num_batches_track")
+_LORA = re.compile(r".*(lora_up|lora_down|lora_A|lora_B|lora\.up|hada_w1|\.lokr_)")
 _OTHERS = (
-    (r".*(lora_up|lora_down|lora_A|lora_B|lora\.up|hada_w1|\.lokr_)", "a LoRA: it changes a model"),
+    (_LORA.pattern, "a LoRA: it changes a model"),
     (r"(control_model\.|controlnet_|input_hint_block\.)", "a ControlNet"),
+    (r"(image_proj\.|ip_adapter\.)", "an IP-Adapter"),
+    (r"(vision_model|visual_projection)\.", "an image encoder"),
     (r"(.*text_model\.encoder\.|.*transformer\.resblocks\.|encoder\.block\.0\.layer\.|"
-     r"shared\.weight|model\.layers\.0\.self_attn)", "a text encoder"),
+     r"shared\.weight|(.*\.)?layers\.0\.self_attn|enc\.blk\.0\.attn)", "a text encoder"),
     (r"(encoder\.downsamples|decoder\.upsamples|decoder\.middle|encoder\.middle)\.",
      "a video autoencoder (Wan, Qwen-Image) in its own layout: take its diffusers folder"),
-    (r".*(diffusion_model\.|input_blocks\.|double_blocks\.|joint_blocks\.|transformer_blocks\.)",
-     "a diffusion model without its first stage"),
+    (r"(encoder\.project_in|decoder\.project_out)\.",
+     "a DC-AE in its own layout: take its diffusers folder"),
+    (r".*(diffusion_model\.|input_blocks\.|double_blocks\.|joint_blocks\.|transformer_blocks\.|"
+     r"time_embedding\.)", "a diffusion model without its first stage"),
+    (r"blocks\.0\.(self_attn|attn)\.", "a diffusion model without its first stage"),
     (r"(string_to_param|emb_params|clip_[lg]$)", "a textual inversion"),
     (r"(RRDB_trunk|body\.0\.rdb1|model\.0\.weight)", "an upscaler"),
-    (r"(vision_model|visual_projection)\.", "an image encoder"),
+    (r"\d+\.conv\.0\.weight$", "half of a TAESD: it takes a file of both, or its diffusers folder"),
 )  # fmt: skip
+_LONGEST_HEADER = 100_000_000
 _LOG = logging.getLogger(__name__)
 
 
@@ -88,6 +98,7 @@ def load_single_file(path: Path, problem: Callable[[str], UserError]) -> tuple[A
 
     found = read_contents(path, problem)
     weights = to_diffusers_names(found.weights)
+    _refuse_kinds(weights, problem)
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     try:
         config = config_of(shapes, found.metadata.get("norm_num_groups"))
@@ -120,10 +131,10 @@ def read_contents(path: Path, problem: Callable[[str], UserError]) -> Contents:
     Raises:
         UserError: When it has none, saying what it holds.
     """
-    reader = _pickled if path.suffix in _PICKLED else _safetensors
+    reader = _pickled if _is_pickled(path, problem) else _safetensors
     names, read, metadata = reader(path, problem)
-    prefix = _prefix(names)
-    if prefix is None:
+    prefix = _prefix(names, problem)
+    if prefix is None or any(_LORA.match(name) for name in names):
         raise problem(f"is {_what_it_is(names)}, not a first stage")
     inside = [name for name in names if _is_ours(name, prefix)]
     others = [name for name in names if not _is_ours(name, prefix)]
@@ -142,15 +153,25 @@ def _is_ours(name: str, prefix: str) -> bool:
     return bool(_PARTS.match(rest) or rest.startswith(("taesd_encoder.", "taesd_decoder.")))
 
 
-def _prefix(names: Iterable[str]) -> str | None:
-    """What stands before the first stage's weights; `None` when there are none."""
+def _prefix(names: Iterable[str], problem: Callable[[str], UserError]) -> str | None:
+    """What stands before the first stage's weights; `None` when there are none.
+
+    Raises:
+        UserError: When there are several, and nothing says which is meant.
+    """
     names = list(names)
     wrappers = ["", *_WRAPPERS, "".join(reversed(_WRAPPERS))]
     for prefix in (outer + inner for inner in PREFIXES for outer in wrappers):
         rests = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
         if any(_LATENT_DIFFUSION.match(r) for r in rests) or ldm_keys.is_tiny(rests):
             return prefix
-    return None
+    found = sorted({match[1] for name in names if (match := _FIRST.fullmatch(name))})
+    if len(found) > 1:
+        raise problem(
+            f"holds {len(found)} first stages, under {', '.join(found)}: save the one that is "
+            "meant in a file of its own"
+        )
+    return found[0] if found else None
 
 
 def _what_it_is(names: Iterable[str]) -> str:
@@ -192,6 +213,21 @@ def _settle_scale(config: dict[str, Any], found: Contents) -> str:
     return scale_remark(config) or ""
 
 
+def _refuse_kinds(weights: Mapping[str, Tensor], problem: Callable[[str], UserError]) -> None:
+    """Refuse weights that no first stage of images has, whatever their names."""
+    for name, value in weights.items():
+        if value.ndim == 5:
+            raise problem(
+                f"is a video autoencoder ({name} is {tuple(value.shape)}) in its own layout, not a "
+                "first stage of images: take its diffusers folder"
+            )
+        if value.ndim > 0 and not value.is_floating_point():
+            raise problem(
+                f"is quantized: {name} is {str(value.dtype).removeprefix('torch.')}. Take the file "
+                "in float16, bfloat16 or float32"
+            )
+
+
 def _refuse_misfits(
     wanted: Mapping[str, tuple[int, ...]],
     weights: Mapping[str, Tensor],
@@ -222,6 +258,42 @@ def _refuse_misfits(
 _Read = tuple[list[str], Callable[[Iterable[str]], dict[str, Tensor]], dict[str, Any]]
 
 
+def _is_pickled(path: Path, problem: Callable[[str], UserError]) -> bool:
+    """How a file is to be read, by its first bytes, whatever its name ends in.
+
+    Raises:
+        UserError: When it is neither of the two kinds.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:] == b"{" and struct.unpack("<Q", start[:8])[0] < _LONGEST_HEADER:
+        return False  # safetensors, also where the length looks like another kind's first letters
+    if start.startswith(b"GGUF"):
+        raise problem("is a GGUF file: take the first stage as .safetensors")
+    if start.lstrip()[:1] in (b"<", b"{", b"[") or start.startswith(b"version"):
+        if path.suffix.lower() == ".json":
+            raise problem("describes a first stage: name the folder that it lies in")
+        raise problem(
+            "is a web page or a pointer to the file, not the file itself: download it again"
+        )
+    named = path.suffix.lower() in _PICKLED
+    if not start.startswith((b"PK\x03\x04", b"\x80")):
+        if named:
+            cut = "is truncated: it has no more than its beginning" if len(start) < 9 else ""
+            raise problem(cut or "is no file of weights: it holds neither tensors nor a pickle")
+        return False  # what is wrong with it is said where it is read
+    if not named:
+        kind = path.suffix or "nothing that says so"
+        raise problem(f"is named {kind} but holds pickled objects: it is not opened")
+    if start.startswith(b"PK"):
+        if not zipfile.is_zipfile(path):
+            raise problem("is truncated: its archive has no end; download it again")
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise problem("is a TorchScript program, not weights: it is not run")
+    return True
+
+
 def _safetensors(path: Path, problem: Callable[[str], UserError]) -> _Read:
     try:
         with safe_open(path, framework="pt") as file:
@@ -245,10 +317,6 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)
-        if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-            return "is named .safetensors but holds pickled objects: it is not opened"
-        if start.startswith((b"<", b"version")):
-            return "is a web page or a pointer to the file, not the file itself: download it again"
         if len(start) == 8 and (length := struct.unpack("<Q", start)[0]) <= size - 8:
             try:
                 header = json.loads(file.read(length))
@@ -257,7 +325,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
                     return f"is truncated: {size:,} of {whole:,} bytes are there; download it again"
             except (ValueError, KeyError, TypeError, AttributeError):
                 pass
-        elif size < 8 or (length := struct.unpack("<Q", start)[0]) < 100_000_000:
+        elif size < 8 or (length := struct.unpack("<Q", start)[0]) < _LONGEST_HEADER:
             return f"is truncated: its {size:,} bytes end within its header; download it again"
     return f"is no safetensors file: {first_line(error)}"
 
@@ -276,5 +344,14 @@ def _pickled(path: Path, problem: Callable[[str], UserError]) -> _Read:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
         raise problem("holds no weights by name")
-    tensors = {str(k): v for k, v in loaded.items() if isinstance(v, Tensor)}
+    tensors = dict(_by_name(loaded))
     return list(tensors), lambda wanted: {name: tensors[name] for name in wanted}, {}
+
+
+def _by_name(loaded: Mapping[Any, Any], before: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Tensors of nested dictionaries; the names of those they lie in stand before theirs."""
+    for key, value in loaded.items():
+        if isinstance(value, Tensor):
+            yield f"{before}{key}", value
+        elif isinstance(value, Mapping):
+            yield from _by_name(value, f"{before}{key}.")

@@ -1,11 +1,13 @@
 """Sections with an evaluation's figures: summary, comparison, one row per image."""
 
+import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from first_stage.evaluation.table import Column, columns, latent_layout, remarks
+from first_stage.handover.card import load_lines
 from first_stage.report.charts import histogram, number
 from first_stage.report.page import Section, details, table
 
@@ -35,10 +37,8 @@ def summary_section(
     rows = [[escape(k.replace("_", " ")), escape(str(v))] for k, v in protocol.items()]
     body += details("Protocol: how this was measured", table(["", ""], rows, numeric_from=9))
     if run is not None and (run / "export" / "config.json").is_file():
-        code = (
-            f"from diffusers import {stages[0]['class']}\n\n"
-            f'vae = {stages[0]["class"]}.from_pretrained("{run.name}/export")'
-        )
+        made = json.loads((run / "export" / "config.json").read_text(encoding="utf-8"))
+        code = "\n".join(load_lines(made, f"{run.name}/export"))
         body += details("Load the exported first stage", f"<pre>{escape(code)}</pre>")
     return Section("summary", "Summary", body)
 

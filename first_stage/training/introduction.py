@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from first_stage.config.schema import Config
 from first_stage.data import images_from_pixels
 from first_stage.evaluation.grids import grid, save_png
+from first_stage.models.bottlenecks import Bottleneck, Gaussian
 from first_stage.training.step import Trainer
 
 _COLUMNS, _ROWS = 8, 4
@@ -32,13 +33,14 @@ class Phase:
     begins: str
 
 
-def phases(config: Config) -> list[Phase]:
+def phases(config: Config, bottleneck: Bottleneck) -> list[Phase]:
     """The phases of a run, in order.
 
     Args:
         config: The run's configuration.
+        bottleneck: Of its first stage.
     """
-    begins: dict[int, list[str]] = {0: ["pixels and KL"]}
+    begins = {0: [_beginning(config, bottleneck)]}
     for start, what in _beginnings(config):
         if start < config.train.max_steps:
             begins.setdefault(start, []).append(what)
@@ -46,6 +48,15 @@ def phases(config: Config) -> list[Phase]:
     return [
         Phase(start, end, ", ".join(begins[start])) for start, end in itertools.pairwise(starts)
     ]
+
+
+def _beginning(config: Config, bottleneck: Bottleneck) -> str:
+    weights = {**bottleneck.weights, **config.loss.penalties}
+    penalties = ["KL"] if isinstance(bottleneck, Gaussian) and config.loss.kl_weight else []
+    said = " and ".join(["pixels", *penalties, *(name for name in weights if weights[name])])
+    disturb = config.disturb
+    changes = [field.name for field in fields(disturb) if getattr(disturb, field.name).probability]
+    return f"{said}, latents disturbed by {' and '.join(changes)}" if changes else said
 
 
 def _beginnings(config: Config) -> Iterator[tuple[int, str]]:
@@ -76,7 +87,7 @@ def introduction(trainer: Trainer, *, micro: int, samples: int, held_out: int) -
     epoch = samples / train.batch_size
     seen = train.max_steps * train.batch_size / samples
     course = "; ".join(f"{p.begins} from {p.start:,}" if p.start else p.begins
-                       for p in phases(config))  # fmt: skip
+                       for p in phases(config, stage.bottleneck))  # fmt: skip
     return (
         f"{'1 process' if world == 1 else f'{world} processes'} on "
         f"{_device(trainer)}, precision {train.precision}, batch of "

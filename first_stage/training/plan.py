@@ -93,7 +93,7 @@ def _lines(
         raise ConfigError(problem)
     held = len(held_out) if held_out is not None else 0
     yield introduction(trainer, micro=micro, samples=len(source), held_out=held)
-    course = phases(config)
+    course = phases(config, stage.bottleneck)
     positions = StepSampler(
         config.train.batch_size, micro, 0, (_TIMED_STEPS + 1) * len(course),
         processes.rank, processes.world,

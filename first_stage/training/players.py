@@ -11,6 +11,7 @@ from torch import nn
 from first_stage.config.losses import CriticConfig
 from first_stage.config.schema import Config, ModelConfig, TrainConfig
 from first_stage.errors import ConfigError
+from first_stage.models.carriers import set_scale
 from first_stage.models.channels import add_latent_channels, inflate_images
 from first_stage.models.codebooks import Discrete
 from first_stage.models.critic import Critic, make_critic
@@ -18,6 +19,7 @@ from first_stage.models.families import family_named, trainable_family_of
 from first_stage.models.first_stage import FirstStage, lay_out
 from first_stage.models.loading import load_autoencoder
 from first_stage.models.original import OriginalEncoder
+from first_stage.models.padding import set_padding
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -92,8 +94,8 @@ def make_first_stage(config: ModelConfig, resolution: int) -> FirstStage:
         resolution: Side of the training crops, in pixels.
 
     Raises:
-        ConfigError: When the pretrained one is of no family that can be trained, or has another
-            number of image channels.
+        ConfigError: When the pretrained one is of no family that can be trained, has another
+            number of image channels, or cannot be trained in the way that is asked for.
     """
     if config.pretrained is None:
         family = family_named(config.family)
@@ -101,6 +103,13 @@ def make_first_stage(config: ModelConfig, resolution: int) -> FirstStage:
                            family.bottleneck(model, config))  # fmt: skip
     else:
         stage = _pretrained(config, config.pretrained)
+    if config.decoder_padding is not None:
+        problem = stage.family.padding_problem
+        if config.decoder_padding == "reflect" and problem is not None:
+            raise ConfigError(
+                f"model.decoder_padding is reflect, but {problem}: set it to zeros or null"
+            )
+        set_padding(stage.model, config.decoder_padding)
     if config.gradient_checkpointing:
         if (problem := stage.family.checkpointing_problem) is not None:
             raise ConfigError(
@@ -159,11 +168,7 @@ def _pretrained(config: ModelConfig, name: str) -> FirstStage:
     for part in family.idle_parts(model):
         part.requires_grad_(False)
     stage = FirstStage(model, family, family.bottleneck(model, config), name)
-    if config.scaling_factor is not None or config.shift_factor is not None:
-        scaling, shift = family.carrier.read(model)
-        scaling = scaling if config.scaling_factor is None else config.scaling_factor
-        shift = shift if config.shift_factor is None else config.shift_factor
-        family.carrier.write(model, scaling, shift)
+    set_scale(family.carrier, model, config.scaling_factor, config.shift_factor)
     if stage.in_channels != config.in_channels:
         raise ConfigError(
             f"model.in_channels is {config.in_channels}, but model.pretrained {name!r} takes "

@@ -176,27 +176,44 @@ def carry_over(trainer: Trainer, origin: Origin) -> str:
         What went over and what begins anew, for the user.
     """
     snapshot = read_checkpoint(origin.path)
-    config, theirs = trainer.config, snapshot.tensors
-    before = with_defaults(origin.state["config"], type(config))
-    own = trainer.snapshot(0)
-    taken: list[str] = ["weights", "their average"]
-    anew: list[str] = []
-    tensors = dict(own.tensors)
+    tensors, taken, anew = _carried(trainer, origin, snapshot.tensors)
+    state = {name: snapshot.state[name] for name in ("ema_steps", "scaler")}
+    trainer.restore(Snapshot(0, tensors, state), load_autoencoder(str(origin.path / "ema")))
+    begins = "".join(f", {name}" for name in anew)
+    return (
+        f"starting from step {origin.step} of {origin.path}: {', '.join(taken)} go on; "
+        f"steps and schedules begin at 0{begins}"
+    )
+
+
+_Groups = dict[str, dict[str, Tensor]]
+
+
+def _carried(
+    trainer: Trainer, origin: Origin, theirs: _Groups
+) -> tuple[_Groups, list[str], list[str]]:
+    """A new trainer's tensors with those of a checkpoint in the place of what it can take up.
+
+    Returns:
+        The tensors; in words what of them goes on, and what begins anew.
+    """
+    config, own = trainer.config, trainer.snapshot(0).tensors
+    before, now = with_defaults(origin.state["config"], type(config)), to_dict(config)
+    tensors, taken, anew = dict(own), ["weights", "their average"], list[str]()
     for name in ("first_stage", "bottleneck", "bottleneck_ema", "original"):
-        if name in theirs and name in own.tensors:
+        if name in theirs and name in own:
             tensors[name] = theirs[name]
     for name in ("critic", "critic_ema"):
-        if name in own.tensors:
+        if name in own:
             found = theirs.get(name, theirs.get("critic"))  # an average begins as its network
             (anew if found is None else taken).append(name.replace("_ema", "'s average"))
-            tensors[name] = own.tensors[name] if found is None else found
+            tensors[name] = own[name] if found is None else found
     tensors["optimizers"] = {}
-    now = to_dict(config)
     same_kind = before["train"]["optimizer"] == now["train"]["optimizer"]
     learned = [before["train"]["parts"], before["loss"]["learned_logvar"]]
     same = {
         "first_stage": learned == [list(config.train.parts), config.loss.learned_logvar],
-        "critic": "critic" in theirs and "critic" in own.tensors,
+        "critic": "critic" in theirs and "critic" in own,
     }
     for player, fits in same.items():
         moments = _of_player(theirs["optimizers"], player) if fits and same_kind else {}
@@ -205,17 +222,11 @@ def carry_over(trainer: Trainer, origin: Origin) -> str:
     if trainer.critic is None:
         anew = [name for name in anew if "critic" not in name]
     if not differences({"loss": before["loss"]}, {"loss": now["loss"]}):
-        own_means = {k: v for k, v in own.tensors["means"].items() if k.startswith("meter.")}
+        own_means = {k: v for k, v in own["means"].items() if k.startswith("meter.")}
         objective = {k: v for k, v in theirs["means"].items() if k.startswith("objective.")}
         tensors["means"] = own_means | objective
         taken.append("the balance's means")
-    state = {name: snapshot.state[name] for name in ("ema_steps", "scaler")}
-    trainer.restore(Snapshot(0, tensors, state), load_autoencoder(str(origin.path / "ema")))
-    begins = "".join(f", {name}" for name in anew)
-    return (
-        f"starting from step {origin.step} of {origin.path}: {', '.join(taken)} go on; "
-        f"steps and schedules begin at 0{begins}"
-    )
+    return tensors, taken, anew
 
 
 def _verify(path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from autoencoders import pictures_in, tiny_dc, tiny_kl, tiny_taesd, tiny_vq
 from conftest import ROOT
 from diffusers import UNet2DModel
+from launching import run as launch
 
 from first_stage.commands.evaluate import main, parse, short_names
 from first_stage.errors import UserError
@@ -189,6 +190,29 @@ def test_processes_do_not_change_the_result(stages, tmp_path) -> None:
         assert "101 images" in distance["note"]
     assert_same(found[1], found[2])
     assert_same(found[1], found[3])
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_before_and_after(stages, tmp_path) -> None:
+    data = pictures_in(tmp_path, 17)
+    after = tiny_kl()
+    with torch.no_grad():
+        for parameter in after.decoder.parameters():
+            parameter.mul_(1.1)
+    after.save_pretrained(tmp_path / "after")
+    found = {}
+    for processes in (1, 2):
+        output = tmp_path / f"out-{processes}"
+        line = ["--first_stage", tmp_path / "after", "--before", stages / "kl/export"]
+        line += ["--data.path", data, "--output", output, "--features", "none"]
+        line += ["--batch_size", 4, "--data.workers", 0]
+        text = launch(processes, ROOT / "scripts/evaluate.py", *line, output=tmp_path / "text")
+        assert f"{processes} process(es) on cpu" in text
+        assert "Latents are the same bit for bit" in text
+        found[processes] = json.loads((output / "metrics.json").read_text())
+    assert len(found[1]["change"]["per_image"]) == 17
+    assert found[1]["change"]["worst"]
+    assert_same(found[1], found[2])
 
 
 def test_own_seed_of_torch_changes_nothing(stages, tmp_path) -> None:

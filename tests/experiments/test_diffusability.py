@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from autoencoders import build_autoencoder
 from conftest import picture
 from diffusers import AutoencoderKL
+from PIL import Image
 
-from experiments.diffusability import command, judge, yardstick
+from experiments.diffusability import command, crops, judge, yardstick
 from experiments.diffusability.results import (
     JUDGED,
     Result,
@@ -21,6 +23,9 @@ from experiments.diffusability.results import (
     verdicts,
 )
 from experiments.diffusability.yardstick import Cell
+from experiments.objectives.experiment import Photos
+from first_stage.data import Sample
+from first_stage.data.sources import ListSource
 from first_stage.errors import ConfigError, UserError
 
 
@@ -222,10 +227,38 @@ def test_what_cannot_work_is_said_in_one_line(made, tmp_path, more, words):
     assert words in str(caught.value)
 
 
-def test_every_setting_is_a_recipe(tmp_path):
+def test_crops_of_photos_are_files_to_train_and_to_measure_on(tmp_path):
+    draw = np.random.default_rng(0)
+    arrays = [draw.integers(0, 256, (size, 90, 3), dtype=np.uint8) for size in (64, 80)]
+    samples = [Sample(str(n), Image.fromarray(pixels)) for n, pixels in enumerate(arrays)]
+    held_out = torch.from_numpy(arrays[0][None, :, :64]).permute(0, 3, 1, 2) / 127.5 - 1
+    photos = Photos(ListSource("photos", samples), held_out, ["0"])
+    for folder in (tmp_path / "once", tmp_path / "again"):
+        crops.write_crops(photos, folder)
+    names = sorted(file.name for file in (tmp_path / "once/training").iterdir())
+    assert len(names) == len(set(names)) == 2 * crops.EACH
+    seen = set()
+    for name in names:
+        with Image.open(tmp_path / "once/training" / name) as image:
+            part = np.asarray(image)
+        whole = arrays[int(name.split("-")[0])]
+        windows = np.lib.stride_tricks.sliding_window_view(whole, (64, 64), (0, 1))
+        assert (windows == part.transpose(2, 0, 1)).all((2, 3, 4)).any()  # it is a part of it
+        seen.add(part.tobytes())
+        assert (tmp_path / "again/training" / name).read_bytes() == (
+            tmp_path / "once/training" / name
+        ).read_bytes()
+    assert len(seen) > crops.EACH  # not one place again and again
+    with Image.open(tmp_path / "once/held_out/0000.png") as image:
+        assert (np.asarray(image) == arrays[0][:, :64]).all()
+
+
+@pytest.mark.parametrize("recipe", ["digits.yaml", "photos.yaml"])
+def test_every_setting_is_a_recipe(recipe):
     """What settings.yaml changes, the recipe has."""
-    options = command.parse_options(["--settings", "none"])
+    recipe = str(Path(command.__file__).with_name(recipe))
+    options = command.parse_options(["--settings", "none", "--recipe", recipe])
     for changes in command._settings(options).values():
-        changes = {name: value for name, value in changes.items() if name != command.WHITEN}
+        changes = {name: value for name, value in changes.items() if name not in command.AFTERWARDS}
         fields = [str(part) for name, value in changes.items() for part in (f"--{name}", value)]
         command.parse_config(["--config", options.recipe, *fields])

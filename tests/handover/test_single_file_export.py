@@ -99,6 +99,7 @@ def test_into_refuses_what_does_not_fit(folder, tmp_path):
         ("other.safetensors", "has another first stage"),
         ("none.safetensors", "not a first stage"),
         ("other.ckpt", "no .safetensors"),
+        ("nowhere.safetensors", "does not exist"),
     ]:
         with pytest.raises(UserError, match=words):
             export("--first_stage", folder("sd"), "--into", tmp_path / name,

@@ -15,6 +15,8 @@ _ASYMMETRIC = {
 }
 _WAN_22 = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
            "scale_factor_spatial": 16, "temperal_downsample": [False, True, True]}  # fmt: skip
+_DC = {"attention_head_dim": 32, "downsample_block_type": "Conv",
+       "upsample_block_type": "interpolate"}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "hunyuan_image": (
         "AutoencoderKLHunyuanImage",
@@ -55,6 +57,57 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """Class, its arguments as published, and small ones of the same kind."""
+
+
+def _levels(plain: int, deep: int) -> dict[str, Any]:
+    """Block types and kernel sizes of DC-AE: residual levels, then ones with attention."""
+    kinds = ("ResBlock",) * plain + ("EfficientViTBlock",) * deep
+    return {"encoder_block_types": kinds, "decoder_block_types": kinds}
+
+
+WHOLE: dict[str, tuple[str, dict[str, Any], tuple[int, int]]] = {
+    "asymmetric_1.5": ("AsymmetricAutoencoderKL", FAMILIES["asymmetric"][1], (8, 4)),
+    "asymmetric_2": (
+        "AsymmetricAutoencoderKL",
+        {**FAMILIES["asymmetric"][1], "up_block_out_channels": (256, 512, 1024, 1024),
+         "layers_per_up_block": 5}, (8, 4),
+    ),
+    "hunyuan_image": ("AutoencoderKLHunyuanImage", FAMILIES["hunyuan_image"][1], (32, 64)),
+    "qwen_image": ("AutoencoderKLQwenImage", {}, (8, 16)),
+    "wan_2.1": ("AutoencoderKLWan", {}, (8, 16)),
+    "wan_2.2": ("AutoencoderKLWan", FAMILIES["wan_22"][1], (16, 48)),
+    "dc_f32c32_sana": (
+        "AutoencoderDC",
+        {**_DC, **_levels(3, 3), "latent_channels": 32, "scaling_factor": 0.41407,
+         "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
+         "decoder_block_out_channels": (128, 256, 512, 512, 1024, 1024),
+         "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+         "decoder_layers_per_block": (3, 3, 3, 3, 3, 3),
+         "encoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,)),
+         "decoder_qkv_multiscales": ((), (), (), (5,), (5,), (5,))}, (32, 32),
+    ),
+    "dc_f64c128_in": (
+        "AutoencoderDC",
+        {"attention_head_dim": 32, **_levels(3, 4), "latent_channels": 128,
+         "encoder_block_out_channels": (128, 256, 512, 512, 1024, 1024, 2048),
+         "decoder_block_out_channels": (128, 256, 512, 512, 1024, 1024, 2048),
+         "encoder_layers_per_block": (0, 4, 8, 2, 2, 2, 2),
+         "decoder_layers_per_block": (0, 5, 10, 2, 2, 2, 2),
+         "encoder_qkv_multiscales": ((),) * 7, "decoder_qkv_multiscales": ((),) * 7,
+         "decoder_norm_types": ("batch_norm",) * 3 + ("rms_norm",) * 4,
+         "decoder_act_fns": ("relu",) * 3 + ("silu",) * 4}, (64, 128),
+    ),
+}  # fmt: skip
+"""Class, arguments as published, and what it makes of images: downsample factor and channels.
+DC-AE's are those of diffusers' `scripts/convert_dcae_to_diffusers.py`."""
+
+
+def whole_family(name: str, device: str = "cpu") -> nn.Module:
+    """One of `WHOLE`, with random weights (on `meta`: with none)."""
+    torch.manual_seed(0)
+    kind, fields, _ = WHOLE[name]
+    with torch.device(device):
+        return getattr(diffusers, kind)(**fields).eval()
 
 
 def public_family(name: str, small: bool = True) -> nn.Module:

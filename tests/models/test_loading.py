@@ -12,10 +12,11 @@ import pytest
 import torch
 from autoencoders import tiny_kl
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
+from public_shapes import public_autoencoder
 from safetensors.torch import load_file, save_file
 
 from first_stage.errors import UserError
-from first_stage.models import loading
+from first_stage.models import loading, places
 from first_stage.models.loading import (
     fingerprint_weights,
     load_autoencoder,
@@ -65,10 +66,25 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_class_that_this_diffusers_lacks_is_named_with_the_remedy(tmp_path, monkeypatch):
+    import diffusers
+
+    monkeypatch.delitem(diffusers._class_to_module, "AutoencoderOobleck")
+    monkeypatch.delattr(diffusers, "AutoencoderOobleck", raising=False)
+    config = {"_class_name": "AutoencoderOobleck", "_diffusers_version": "9.0.0"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        load_autoencoder(str(tmp_path))
+    told = str(caught.value)
+    assert "is of the class AutoencoderOobleck, which diffusers 9.0.0 wrote" in told
+    assert told.endswith(f"{diffusers.__version__} here does not have: pip install -U diffusers")
+    assert "\n" not in told
+
+
 def test_pickled_weights_are_never_loaded(tmp_path):
     tiny_kl().save_pretrained(tmp_path, safe_serialization=False)
     assert list(tmp_path.glob("*.bin"))
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match=r"has no weights as .*, only diffusion_pytorch"):
         load_autoencoder(str(tmp_path))
 
 
@@ -163,7 +179,7 @@ def test_without_a_network_it_says_at_once_what_is_true(monkeypatch, name, reaso
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", reason == "offline")
-    monkeypatch.setattr(loading, "_PATIENCE", 0.3)
+    monkeypatch.setattr(places, "_PATIENCE", 0.3)
     monkeypatch.setattr("huggingface_hub.get_session", lambda: type("S", (), {"head": head}))
     began = time.monotonic()
     with pytest.raises(UserError, match=r"no such folder here, .* cannot be reached") as error:
@@ -194,9 +210,16 @@ def test_the_training_resolution_is_not_the_tile(saved, tmp_path):
 
 _ON_THE_HUB = """
 from first_stage.models.loading import load_autoencoder, training_resolution
-for name in ("some/stage", "some/pipeline", "some/other"):
+for name in ("some/stage", "some/pipeline@refs/pr/3", "some/other"):
     print(training_resolution(name, load_autoencoder(name)))
 """
+
+
+def test_the_training_resolution_of_a_single_file_is_what_its_layout_says(tmp_path):
+    model = public_autoencoder("sd")
+    file = tmp_path / "x.safetensors"
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
+    assert training_resolution(str(file), load_autoencoder(str(file))) == 512
 
 
 def test_the_training_resolution_of_a_first_stage_from_the_hub(saved, tmp_path):
@@ -205,8 +228,9 @@ def test_the_training_resolution_of_a_first_stage_from_the_hub(saved, tmp_path):
     folder = saved(dict)
     for name, subfolder in names.items():
         repository = tmp_path / "hub" / f"models--some--{name}"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text("0" * 40)
+        (repository / "refs/refs/pr").mkdir(parents=True)
+        for revision in ("main", "refs/pr/3"):
+            (repository / "refs" / revision).write_text("0" * 40)
         place = repository / "snapshots" / ("0" * 40) / subfolder
         shutil.copytree(folder, place)
         if name != "other":

@@ -9,13 +9,14 @@ import torch
 from conftest import arguments, picture
 from equality import RECORDING, check_equal, line
 from launching import run
-from public_families import FAMILIES, public_family
+from public_families import FAMILIES, WHOLE, public_family, whole_family
 from public_shapes import public_autoencoder
 from recording import record
 
-from first_stage.commands import cache, evaluate
+from first_stage.commands import cache, evaluate, export
 from first_stage.config import parse_config
 from first_stage.errors import ConfigError
+from first_stage.files import sha256
 from first_stage.models.families import FAMILIES as REGISTERED
 from first_stage.models.families import family_named
 from first_stage.models.first_stage import FirstStage
@@ -61,6 +62,47 @@ def test_it_is_what_diffusers_computes_and_a_folder_gives_it_back(name, tmp_path
         model = load_autoencoder(str(tmp_path / str(step)))
     files = [(tmp_path / k / "diffusion_pytorch_model.safetensors").read_bytes() for k in "01"]
     assert files[0] == files[1]
+
+
+def tried_at_true_shape(name, folder):
+    """Out, in and out again; what was written both times, and the class that came back."""
+    model, sums = whole_family(name), []
+    for value in model.buffers():
+        if value.is_floating_point():
+            value.normal_().abs_()  # a batch norm's, else 0 and 1
+    config = dict(model.config)
+    for _ in range(2):
+        kind = type(model)
+        model.save_pretrained(folder)
+        del model
+        files = sorted(folder.glob("*.safetensors"))
+        sums.append([sha256(file) for file in files])
+        model = load_autoencoder(str(folder))
+        assert type(model) is kind
+    assert sums[0] == sums[1]
+    told = {key: value for key, value in model.config.items() if not key.startswith("_")}
+    wanted = {key: value for key, value in config.items() if not key.startswith("_")}
+    assert json.loads(json.dumps(told)) == json.loads(json.dumps(wanted))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["asymmetric_1.5", "qwen_image", "wan_2.1", "dc_f32c32_sana"])
+def test_the_true_public_shapes_come_back_bit_by_bit(name, tmp_path):
+    """Random weights; the largest ones of `WHOLE` take gigabytes."""
+    tried_at_true_shape(name, tmp_path)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_factor_channels_and_layout_of_the_true_public_shapes(name):
+    stage = FirstStage(whole_family(name, "meta"))
+    assert (stage.downsample_factor, stage.latent_channels) == WHOLE[name][2]
+    assert stage.in_channels == 3
+    layout = stage.family.layout(stage.model)
+    assert (layout["in_channels"], layout["latent_channels"]) == (3, WHOLE[name][2][1])
+    frozen = {id(p) for part in stage.family.encoder_parts(stage.model) for p in part.parameters()}
+    names = {n for n, p in stage.model.named_parameters() if id(p) in frozen}
+    assert {n.split(".")[0] for n in names} <= {"encoder", "quant_conv"}
+    assert stage.last_layer.shape[0] in (3, 12)  # Wan 2.2 puts out patches of 2x2
 
 
 @pytest.mark.parametrize("name", FRAMES)
@@ -193,6 +235,25 @@ def test_none_is_built_anew_and_none_is_checkpointed_in_silence(name, tmp_path, 
         fields = {"model.pretrained": tmp_path / "before", "model.gradient_checkpointing": "true"}
         with pytest.raises(ConfigError, match="no gradient checkpointing"):
             train(parse_config(arguments(tmp_path / "run", images, **fields)))
+
+
+@pytest.mark.parametrize("name", ["wan", "flux2"])
+def test_the_export_says_where_each_channel_has_its_own(name, tmp_path, capsys):
+    model = public_autoencoder(name) if name == "flux2" else public_family(name)
+    model.save_pretrained(tmp_path / "before")
+    line = ["--first_stage", str(tmp_path / "before"), "--output", str(tmp_path / "after")]
+    with pytest.raises(ConfigError, match=r"scaling_factor is 0.5, but .* keeps what each channel"):
+        export.main([*line, "--scaling_factor", "0.5"])
+    export.main(line)
+    said = "the running mean and variance of its batch norm" if name == "flux2" else "latents_mean"
+    told, card = capsys.readouterr().out, (tmp_path / "after/README.md").read_text()
+    for text in (told, card):
+        assert "mean and deviation of each channel in" in text
+        assert said in text
+        assert "scaling_factor" not in text
+    before, after = (load_autoencoder(str(tmp_path / n)) for n in ("before", "after"))
+    assert all(torch.equal(v, after.state_dict()[k]) for k, v in before.state_dict().items())
+    assert before.config.get("latents_std") == after.config.get("latents_std")
 
 
 def test_every_class_says_what_its_card_says():

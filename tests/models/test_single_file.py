@@ -1,5 +1,6 @@
 """One file in: every bit in its place, the layout read off the shapes, anything else refused."""
 
+import json
 import logging
 import pickle
 
@@ -162,6 +163,18 @@ def wrong_files(folder):
         "shape.safetensors": (
             {**stage, "quant_conv.weight": torch.zeros(2, 2, 1, 1)}, "instead of"),
         "more.safetensors": ({**stage, "encoder.extra.weight": torch.zeros(2)}, "unknown"),
+        "half2.safetensors": (
+            {k: v for k, v in stage.items() if k.startswith("decoder")}, "only a part"),
+        "vae_lora.safetensors": ({"vae.encoder.down.0.lora_A.weight": torch.zeros(4)}, "a LoRA"),
+        "llava.safetensors": (
+            {"model.language_model.layers.0.self_attn.q.weight": torch.zeros(4)}, "a text encoder"),
+        "dit.safetensors": ({"blocks.0.self_attn.q.weight": torch.zeros(4)}, "a diffusion model"),
+        "dc.safetensors": ({"encoder.project_in.conv.weight": torch.zeros(4)}, "a DC-AE"),
+        "frames.safetensors": (
+            {k: v[:, :, None] if v.ndim == 4 else v for k, v in stage.items()}, "a video auto"),
+        "int8.safetensors": ({k: v.to(torch.int8) for k, v in stage.items()}, "is quantized: "),
+        "two.safetensors": (
+            {f"{p}.{k}": v.clone() for p in "ab" for k, v in stage.items()}, "under a., b.: save"),
     }  # fmt: skip
     found = {}
     for file, (weights, words) in tensors.items():
@@ -171,6 +184,12 @@ def wrong_files(folder):
     whole = (folder / "torn.safetensors").read_bytes()
     (folder / "torn.safetensors").write_bytes(whole[: len(whole) // 2])
     (folder / "torn2.safetensors").write_bytes(whole[:100])
+    (folder / "a.gguf").write_bytes(b"GGUF" + bytes(40))
+    (folder / "picture.ckpt").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    (folder / "pointer.ckpt").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    (folder / "model_index.json").write_text("{}")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), str(folder / "program.pt"))
+    torch.save({"ema": stage, "generator": stage}, folder / "several.pth")
     (folder / "page.safetensors").write_bytes(b"<!doctype html><html>not found</html>" * 9)
     torch.save(stage, folder / "named.pt")
     (folder / "named.safetensors").write_bytes((folder / "named.pt").read_bytes())
@@ -181,7 +200,9 @@ def wrong_files(folder):
         "torn.safetensors": "is truncated: ", "torn2.safetensors": "is truncated: ",
         "page.safetensors": "a web page", "named.safetensors": "holds pickled objects",
         "code.ckpt": "holds code or objects", "plain.ckpt": "holds code or objects",
-        "torn.pth": "is truncated",
+        "torn.pth": "is truncated", "a.gguf": "a GGUF file", "picture.ckpt": "neither tensors",
+        "pointer.ckpt": "a pointer", "model_index.json": "name the folder",
+        "program.pt": "a TorchScript program", "several.pth": "under ema., generator.: save",
     }  # fmt: skip
 
 
@@ -195,13 +216,46 @@ def test_a_wrong_file_is_refused_in_one_line_that_says_what_it_is(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "model.first_stage_model.", "vae.vae.", "generator."])
+def test_a_prefix_of_any_name_is_found(prefix, tmp_path):
+    model = public_autoencoder("sd")
+    weights = {prefix + key: value for key, value in ldm(model).items()}
+    save_file(weights | {"loss.logvar": torch.zeros(())}, tmp_path / "x.safetensors")
+    assert same(load_autoencoder(str(tmp_path / "x.safetensors")), model)
+    nested = {"epoch": 3, "params": {prefix + key: value for key, value in ldm(model).items()}}
+    torch.save(nested, tmp_path / "X.CKPT")
+    assert same(load_autoencoder(str(tmp_path / "X.CKPT")), model)
+
+
+def test_a_file_is_what_it_holds_whatever_its_name(tmp_path):
+    model = public_autoencoder("tiny")
+    save_file(ldm(model), tmp_path / "named.ckpt")
+    assert same(load_autoencoder(str(tmp_path / "named.ckpt")), model)
+    # A header as long as another kind of file begins: " <" and zeros.
+    filler = {"filler": "x" * 20_000}
+    header = (tmp_path / "named.ckpt").read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    told = json.loads(header[8 : 8 + length]) | {"__metadata__": filler}
+    text = json.dumps(told).encode()
+    filler["filler"] = filler["filler"][: 20_000 - len(text) + 0x3C20]
+    text = json.dumps(told | {"__metadata__": filler}).encode()
+    assert len(text) == 0x3C20
+    whole = len(text).to_bytes(8, "little") + text + header[8 + length :]
+    assert whole.startswith(b" <")
+    (tmp_path / "odd.safetensors").write_bytes(whole)
+    assert same(load_autoencoder(str(tmp_path / "odd.safetensors")), model)
+
+
 def test_variants_shards_and_a_folder_of_files(tmp_path):
     model = public_autoencoder("kl_f4")
     model.save_pretrained(tmp_path / "half", variant="fp16")
     model.save_pretrained(tmp_path / "shards", max_shard_size="2MB")
     model.save_pretrained(tmp_path / "pipe/vae", max_shard_size="2MB", variant="fp16")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    for name in ("half", "shards", "pipe"):
+    model.save_pretrained(tmp_path / "other", variant="non_ema")
+    shard = "shards/diffusion_pytorch_model-00001-of-"
+    (first,) = (str(f.relative_to(tmp_path)) for f in tmp_path.glob(f"{shard}*"))
+    for name in ("half", "shards", "pipe", "other", first):
         assert same(load_autoencoder(str(tmp_path / name)), model), name
     (tmp_path / "files").mkdir()
     save_file(ldm(model), tmp_path / "files/my.safetensors")

@@ -3,11 +3,14 @@
 import re
 
 import numpy as np
+import pytest
 import torch
 from conftest import TINY, arguments
 from PIL import Image
 
 from first_stage.commands.train import main, without_plan
+from first_stage.models.bottlenecks import Gaussian, Plain
+from first_stage.models.codebooks import Codebook
 from first_stage.training import loop
 from first_stage.training.introduction import Phase, draw_first_batch, phases
 from first_stage.training.loop import train
@@ -23,7 +26,7 @@ PHASED = {
 
 
 def test_phases(tiny):
-    assert phases(tiny(**PHASED)) == [
+    assert phases(tiny(**PHASED), Gaussian()) == [
         Phase(0, 2, "pixels and KL"),
         Phase(2, 3, "the critic learns"),
         Phase(3, 6, "the learned term, the adversarial term"),
@@ -34,7 +37,20 @@ def test_phases(tiny):
 def test_phases_of_pixels_alone(tiny):
     config = tiny(loss__learned__weight=0, loss__adversarial__weight=0, train__encoder_steps=0)
     said = "pixels and KL, the decoder learns alone from the start"
-    assert phases(config) == [Phase(0, int(TINY["train.max_steps"]), said)]
+    assert phases(config, Gaussian()) == [Phase(0, int(TINY["train.max_steps"]), said)]
+
+
+@pytest.mark.parametrize(("bottleneck", "changed", "said"), [
+    (Gaussian(), {"loss__kl_weight": 0}, "pixels"),
+    (Plain(), {}, "pixels"),
+    (Plain(), {"loss__penalties": "{magnitude: 0.1}"}, "pixels and magnitude"),
+    (Codebook(8, 4), {}, "pixels and codebook and commitment"),
+    (Gaussian(), {"disturb__noise__probability": 0.5, "disturb__prefix__probability": 0.5},
+     "pixels and KL, latents disturbed by noise and prefix"),
+])  # fmt: skip
+def test_what_a_run_begins_with_is_that_of_its_family(tiny, bottleneck, changed, said):
+    config = tiny(loss__learned__weight=0, loss__adversarial__weight=0, **changed)
+    assert phases(config, bottleneck) == [Phase(0, int(TINY["train.max_steps"]), said)]
 
 
 def test_a_plan_tells_what_it_would_cost_and_leaves_no_run(tmp_path, images, capsys):

@@ -49,8 +49,8 @@ def in_another_process(work, *arguments):
 
     child = FORK.Process(target=run)
     child.start()
-    answer = answers.get(timeout=60)
-    child.join(60)
+    answer = answers.get(timeout=600)
+    child.join(600)
     return answer
 
 
@@ -384,13 +384,13 @@ def _encode_with_lag(data, output, log, rank, barrier, numbers, answers, lost):
         if rank == 0:
             for _ in range(PROCESSES - 1):
                 numbers.put(own)
-        result = own if rank == 0 else numbers.get(timeout=60)
-        barrier.wait(60)
+        result = own if rank == 0 else numbers.get(timeout=600)
+        barrier.wait(600)
         return result
 
     if rank == lost:  # is taken for done with its units, but is not
         launch._share = lambda left, process, in_order: []
-    process = Process(rank, PROCESSES, barrier=lambda: barrier.wait(60), hand_over=hand_over)
+    process = Process(rank, PROCESSES, barrier=lambda: barrier.wait(600), hand_over=hand_over)
     try:
         source = open_source(str(data))
         outcome = precompute(
@@ -412,9 +412,9 @@ def run_ten(data, output, log, lost=None):
     ]
     for child in children:
         child.start()
-    found = sorted(answers.get(timeout=120) for _ in children)
+    found = sorted(answers.get(timeout=600) for _ in children)
     for child in children:
-        child.join(60)
+        child.join(600)
     return found
 
 

@@ -30,7 +30,8 @@ from latent_tools.build.unit import OpenUnit
 from latent_tools.format.plan import committed_units
 from latent_tools.format.shards import commit_path, shard_name, unit_of_shard
 
-pytestmark = pytest.mark.slow
+# Minutes on two cores; a machine ten times slower must not fail for that.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KILLS, UNITS = 20, 250
 LEASHED = Path(__file__).with_name("leashed_launch.py")

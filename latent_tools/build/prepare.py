@@ -31,6 +31,7 @@ from latent_tools.format.manifest import (
     mismatches,
 )
 from latent_tools.format.plan import (
+    IDS,
     Plan,
     Shape,
     committed_units,
@@ -57,7 +58,7 @@ _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1, "uint16": 2, "u
 
 def source_ids(source: Source) -> pa.Array:
     """The ids of all samples."""
-    return pa.array((source.id(index) for index in range(len(source))), pa.string())
+    return pa.array((source.id(index) for index in range(len(source))), IDS)
 
 
 def _refuse_duplicates(source: Source, ids: pa.Array) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import safetensors
-from cache_helpers import NumberReader, cache, make_vae, options, shard_hashes, write_photos
+from cache_helpers import NumberReader, cache, make_vae, options, photo, shard_hashes, write_photos
 
 from first_stage import files
 from first_stage.data import Reading, decode, open_source
@@ -21,10 +21,11 @@ from latent_tools import CacheError, LatentDataset, LatentStream, Manifest, Proc
 from latent_tools import maintenance as tools
 from latent_tools.build import launch
 from latent_tools.build.encode import ChunkEncoder
+from latent_tools.build.prepare import source_ids
 from latent_tools.build.sizes import image_sizes
 from latent_tools.format.files import LaunchLock
 from latent_tools.format.plan import Plan, committed_units
-from latent_tools.format.shards import commit_path
+from latent_tools.format.shards import commit_path, read_commit
 
 FORK = multiprocessing.get_context("fork")
 
@@ -156,6 +157,25 @@ class TestErrorsOfTheMachine:
             sizes()
         monkeypatch.undo()
         assert sizes() == [[16, 16], [16, 16]]
+
+    def test_a_size_is_kept_for_the_same_data_read_the_same_way(self, tmp_path):
+        for side, name in ((16, "a"), (32, "b")):
+            write_photos(tmp_path / name, 2, side=side)
+        turned = photo(0, (32, 16))
+        exif = turned.getexif()
+        exif[0x0112] = 6  # a quarter turn
+        turned.save(tmp_path / "a" / "class0" / "00000.png", exif=exif)
+
+        def sizes(name, upright):
+            source = open_source(str(tmp_path / name))
+            ids, reading = source_ids(source), Reading(3, upright=upright)
+            return image_sizes(tmp_path / "c", source, np.arange(2), ids, 1, reading).tolist()
+
+        assert sizes("a", True) == [[32, 16], [16, 16]]
+        assert sizes("a", False) == [[16, 32], [16, 16]]
+        assert sizes("b", True) == [[32, 32], [32, 32]]
+        assert len(list((tmp_path / "c" / "planning").iterdir())) == 3
+        assert sizes("a", True) == [[32, 16], [16, 16]]
 
     def test_a_commit_is_read_again(self, made, monkeypatch):
         original, left = Path.read_text, {"times": 2}
@@ -356,6 +376,52 @@ def test_missing_commits_are_said(tmp_path, monkeypatch):
     with pytest.raises(CacheError, match=r"2 of 4 units .* \(the first is unit 1\).*same command"):
         precompute(NumberReader(), "x", source, tmp_path / "c", options(unit_size=4), Process(0, 2))
     assert not (tmp_path / "c" / "index.parquet").exists()
+
+
+def handed_over(folder):
+    """What the first process of a launch with three units to do hands over."""
+    ids = source_ids(open_source(str(folder / "data")))
+    return [launch._number_of(ids), launch._number_written(folder / "c"), 0, 1, 2]
+
+
+def as_second_of_two(folder, numbers):
+    source = open_source(str(folder / "data"))
+    process = Process(1, 2, hand_over=lambda _: numbers)
+    return precompute(NumberReader(), "x", source, folder / "c", options(unit_size=4), process)
+
+
+class TestTheSecondProcess:
+    """Its machine may see the folder as it was, or other data."""
+
+    @pytest.fixture
+    def stale(self, made, monkeypatch):
+        """What the first process hands over, and its plan; another one, as long, is there."""
+        monkeypatch.setattr(launch, "_LAG", 0.3)
+        for unit in range(3):
+            commit_path(made / "c", unit).unlink()
+        numbers, plan = handed_over(made), Plan.load(made / "c")
+        ids = plan.table["id"].to_pylist()
+        other = Plan.empty().extend(ids[::-1], np.full((10, 2), 16), 4)
+        other.save(made / "c")
+        return made, numbers, plan
+
+    def test_waits_for_the_plan_that_the_first_one_wrote(self, stale, monkeypatch):
+        made, numbers, plan = stale
+        monkeypatch.setattr(launch.time, "sleep", lambda _: plan.save(made / "c"))
+        assert as_second_of_two(made, numbers).units == 1
+        assert read_commit(made / "c", 1)["ids"] == plan.ids(plan.units[1])
+
+    def test_is_refused_where_it_never_comes(self, stale):
+        made, numbers, _ = stale
+        with pytest.raises(CacheError, match=r"not here what the first process wrote.*one folder"):
+            as_second_of_two(made, numbers)
+        assert list(committed_units(made / "c")) == []
+
+    def test_is_refused_where_data_are_missing(self, made):
+        numbers = handed_over(made)
+        (made / "data" / "class1" / "00003.png").unlink()
+        with pytest.raises(CacheError, match=r"process 1 sees other samples .*\(9 of them\)"):
+            as_second_of_two(made, numbers)
 
 
 PROCESSES, LAG = 10, 2.0

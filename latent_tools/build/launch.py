@@ -191,7 +191,7 @@ def _number_of(ids: pa.Array) -> int:
     if len(ids):
         _, offsets, text = ids.buffers()
         ends = np.frombuffer(offsets, np.int64)[: len(ids) + 1]
-        digest.update(ends)
+        digest.update(ends.tobytes())
         digest.update(memoryview(text)[: ends[-1]])
     return int.from_bytes(digest.digest(), "big")
 

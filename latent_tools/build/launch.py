@@ -190,9 +190,9 @@ def _number_of(ids: pa.Array) -> int:
     digest = hashlib.blake2b(digest_size=7)
     if len(ids):
         _, offsets, text = ids.buffers()
-        ends = np.frombuffer(offsets, np.int64)[: len(ids) + 1]
-        digest.update(ends.tobytes())
-        digest.update(memoryview(text)[: ends[-1]])
+        end = int(np.frombuffer(offsets, np.int64)[len(ids)])
+        digest.update(memoryview(offsets)[: 8 * (len(ids) + 1)])
+        digest.update(memoryview(text)[:end])
     return int.from_bytes(digest.digest(), "big")
 
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -89,6 +90,49 @@ class TestGc:
         monkeypatch.setattr(tools, "committed_units", lambda folder: iter([0, 2]))
         assert tools.leftovers(made / "c", delete=True) == []
         assert shard_hashes(made / "c") == before
+
+    def test_shards_of_an_index_are_kept_for_its_readers(self, made):
+        before = shard_hashes(made / "c")
+        aside = tools.release(made / "c", 1)
+        assert [item.path for item in tools.leftovers(made / "c", delete=True)] == [aside]
+        assert shard_hashes(made / "c") == before
+        assert len(LatentDataset(made / "c").items(range(10), 0)) == 10
+        assert cache(made / "data", made / "c", NumberReader(), unit_size=4).units == 1
+
+    def test_what_has_another_name_is_left_alone(self, made):
+        note = made / "c" / "shards" / "read me.txt"
+        note.write_text("mine")
+        assert tools.leftovers(made / "c", delete=True) == []
+        assert note.read_text() == "mine"
+
+    @pytest.mark.parametrize("content", ["{half", '{"unit": 1}', '{"unit": 2, "shard": null}'])
+    def test_a_damaged_commit_costs_no_shard(self, made, content):
+        before = shard_hashes(made / "c")
+        commit_path(made / "c", 1).write_text(content)
+        with pytest.raises(CacheError, match=r"u000001\.json"):
+            tools.leftovers(made / "c", delete=True)
+        assert shard_hashes(made / "c") == before
+
+    def test_behind_links(self, made, tmp_path):
+        (made / "c" / "shards").rename(tmp_path / "elsewhere")
+        (made / "c" / "shards").symlink_to(tmp_path / "elsewhere")
+        shard = tmp_path / "elsewhere" / "b16x16-u000001.safetensors"
+        shard.rename(tmp_path / "moved")
+        shard.symlink_to(tmp_path / "moved")
+        stray = tmp_path / "elsewhere" / "b16x16-u000009.safetensors"
+        stray.write_bytes(b"x")
+        (tmp_path / "link").symlink_to(made / "c")
+        assert len(tools.leftovers(tmp_path / "link", delete=True)) == 1
+        assert not stray.exists()
+        assert cache(made / "data", tmp_path / "link", NumberReader(), unit_size=4).units == 0
+        assert len(LatentDataset(tmp_path / "link").items(range(10), 0)) == 10
+
+
+def test_a_link_to_nowhere_is_said(tmp_path):
+    write_photos(tmp_path / "data", 2)
+    (tmp_path / "link").symlink_to(tmp_path / "no disk" / "c")
+    with pytest.raises(CacheError, match=r"is a link to .*no disk/c', which is not there"):
+        cache(tmp_path / "data", tmp_path / "link", NumberReader())
 
 
 def _take(folder):
@@ -313,6 +357,18 @@ class TestNothingCommitted:
         assert shard_hashes(tmp_path / "c") == shard_hashes(tmp_path / "other")
         with pytest.raises(UserError, match="was made differently"):
             cache(tmp_path / "data", tmp_path / "c", make_vae(), unit_size=4)
+
+    def test_without_locks_it_is_said_what_to_delete(self, tmp_path, monkeypatch):
+        def lockf(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        write_photos(tmp_path / "data", 6)
+        self.fail_once(tmp_path / "data", tmp_path / "c", flip=True)
+        with pytest.raises(CacheError, match=r"Nothing is encoded .* delete that folder"):
+            cache(tmp_path / "data", tmp_path / "c", NumberReader())
+        shutil.rmtree(tmp_path / "c")
+        assert cache(tmp_path / "data", tmp_path / "c", NumberReader()).is_complete
 
     def test_and_so_is_the_corrected_data(self, tmp_path):
         write_photos(tmp_path / "wrong", 3, first=50)

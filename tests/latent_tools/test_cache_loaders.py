@@ -224,6 +224,21 @@ class TestStatefulDataLoader:
         with pytest.raises(UserError, match=r"1 readers .* now there are 2"):
             next(iter(other))
 
+    @pytest.mark.parametrize("changed", [{"seed": 5}, {"mix": 3}, {"shuffle": False}])
+    def test_another_order_is_refused(self, made, changed):
+        stream = LatentStream(LatentDataset(made), mix=2)
+        next(iter(stream))
+        other = LatentStream(LatentDataset(made), **{"mix": 2, **changed})
+        with pytest.raises(UserError, match=rf"\({next(iter(changed))} was \d+ and is \d+\)"):
+            other.load_state_dict(stream.state_dict())
+
+    def test_a_cache_that_has_grown_is_refused_within_an_epoch(self, made, of_two_shapes):
+        stream = LatentStream(LatentDataset(made))
+        next(iter(stream))
+        grown = LatentStream(LatentDataset(of_two_shapes), shape=(32, 16))
+        with pytest.raises(UserError, match=r"samples was 11 and is 3, shards was 3 and is 1"):
+            grown.load_state_dict(stream.state_dict())
+
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_off_epoch_costs_the_next_one_nothing(made, workers):

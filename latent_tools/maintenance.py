@@ -3,6 +3,7 @@
 Nothing here deletes anything unless told to.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from latent_tools.build.images import ChunkReader, Preprocessing
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.build.prepare import source_ids
 from latent_tools.format.files import CacheError, LaunchLock
-from latent_tools.format.index import INDEX
+from latent_tools.format.index import INDEX, Index
 from latent_tools.format.manifest import Manifest
 from latent_tools.format.plan import Plan, committed_units
 from latent_tools.format.shards import (
@@ -327,7 +328,8 @@ class Leftover:
 def leftovers(folder: Path, delete: bool = False) -> list[Leftover]:
     """Find, and if asked for delete, what a finished cache does not need.
 
-    Unfinished files of killed launches, shards without a commit, and commits that were set aside.
+    Unfinished files of killed launches, shards of which neither a commit nor the index tells, and
+    commits that were set aside. Files with other names are left alone.
     The launch's lock is held until the last file is deleted: a launch that starts meanwhile is
     refused, and none that runs can lose a shard.
 
@@ -362,6 +364,10 @@ def leftovers(folder: Path, delete: bool = False) -> list[Leftover]:
 
 def _unneeded(folder: Path) -> Iterator[Leftover]:
     wanted = {read_commit(folder, unit)["shard"] for unit in committed_units(folder)}
+    with contextlib.suppress(
+        CacheError
+    ):  # whoever reads by an index that is there needs its shards
+        wanted.update(Index(folder).units.shards)
     for place in (folder, folder / SHARDS, folder / COMMITS):
         for path in sorted(path for path in place.iterdir() if path.is_file()):
             reason = None
@@ -369,7 +375,11 @@ def _unneeded(folder: Path) -> Iterator[Leftover]:
                 reason = "unfinished file of a killed launch"
             elif path.name.endswith(_RELEASED):
                 reason = "commit set aside by verify --release"
-            elif place.name == SHARDS and path.name not in wanted:
+            elif (
+                place.name == SHARDS
+                and unit_of_shard(path.name) is not None
+                and path.name not in wanted
+            ):
                 reason = "shard without a commit"
             if reason is not None:
                 yield Leftover(path, reason, path.stat().st_size)

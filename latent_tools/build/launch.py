@@ -6,6 +6,8 @@ its commit is there. At the end the first process asks for every commit by its n
 index and the statistics.
 """
 
+import contextlib
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterator
@@ -13,12 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
 
 from first_stage.data import Reading, Source, deliver
 from first_stage.distributed.memory import memory_told
+from first_stage.files import patiently
 from first_stage.models.first_stage import FirstStage, as_first_stage
 from latent_tools.build.checked import is_as_checked, write_look
 from latent_tools.build.encode import ChunkEncoder, Pass
@@ -32,7 +36,9 @@ from latent_tools.build.progress import Progress, Watch, example_failure, timed
 from latent_tools.build.unit import EncodedChunk
 from latent_tools.build.writer import UnitWriter
 from latent_tools.format.files import CacheError, LaunchLock
+from latent_tools.format.manifest import FILE as MANIFEST
 from latent_tools.format.manifest import Manifest
+from latent_tools.format.plan import FILE as PLAN
 from latent_tools.format.plan import Plan, Unit, committed_units
 
 _LAG = 60.0
@@ -134,13 +140,22 @@ def precompute(
         lock = prepare(folder, launch, source, ids, options, say)
         accepted()
     process.barrier()
-    if (keep := getattr(source, "keep_classes", None)) is not None:
-        keep(Manifest.load(folder).source.get("classes") or [])
     with lock or LaunchLock(folder) as held:
         held.share()
-        numbers = _to_do(folder) if process.rank == 0 else []
-        planned, *left = process.hand_over(numbers)
-        plan = _load_plan(folder, planned)
+        numbers = []
+        if process.rank == 0:
+            numbers = [_number_of(ids), _number_written(folder), *_to_do(folder)]
+        data, written, *left = process.hand_over(numbers)
+        if data != _number_of(ids):
+            raise CacheError(
+                f"process {process.rank} sees other samples in data.path {source.name!r} than the "
+                f"first process ({len(ids)} of them): it must be the same data on all machines. "
+                "Start the same command again when it is"
+            )
+        _await(folder, written)
+        plan = Plan.load(folder)
+        if (keep := getattr(source, "keep_classes", None)) is not None:
+            keep(Manifest.load(folder).source.get("classes") or [])
         work = _Work(folder, plan, left, launch, options, process)
         if left:
             samples = sum(len(unit) for unit in work.left)
@@ -161,27 +176,45 @@ def precompute(
 
 
 def _to_do(folder: Path) -> list[int]:
-    """The number of planned samples, then those of the units that have no commit."""
-    plan = Plan.load(folder)
+    """The numbers of the units that have no commit."""
     if is_as_checked(folder):
-        return [len(plan)]
-    listed = set(committed_units(folder))
+        return []
+    units, listed = Plan.load(folder).units, set(committed_units(folder))
     # What is not listed is asked for by name: a listing may lag behind.
-    left = missing_units(folder, [unit for unit in plan.units if unit.number not in listed])
-    return [len(plan), *(unit.number for unit in left)]
+    left = missing_units(folder, [unit for unit in units if unit.number not in listed])
+    return [unit.number for unit in left]
 
 
-def _load_plan(folder: Path, planned: int) -> Plan:
-    """The plan that the first process wrote, as soon as this machine sees it."""
+def _number_of(ids: pa.Array) -> int:
+    """A number that stands for these ids in this order."""
+    digest = hashlib.blake2b(digest_size=7)
+    if len(ids):
+        _, offsets, text = ids.buffers()
+        end = int(np.frombuffer(offsets, np.int64)[len(ids)])
+        digest.update(memoryview(offsets)[: 8 * (len(ids) + 1)])
+        digest.update(memoryview(text)[:end])
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _number_written(folder: Path) -> int:
+    """A number that stands for the plan and the manifest that are seen in a folder."""
+    digest = hashlib.blake2b(digest_size=7)
+    for name in (PLAN, MANIFEST):
+        with contextlib.suppress(FileNotFoundError):
+            digest.update(patiently((folder / name).read_bytes, repr(str(folder / name))))
+    return int.from_bytes(digest.digest(), "big")
+
+
+def _await(folder: Path, written: int) -> None:
+    """Wait until this machine sees the plan and the manifest that the first process wrote."""
     end = time.monotonic() + _LAG
-    while len(plan := Plan.load(folder)) != planned:
+    while _number_written(folder) != written:
         if time.monotonic() > end:
             raise CacheError(
-                f"the plan in {str(folder)!r} has {len(plan)} samples here and {planned} on the "
-                f"first process, for {_LAG:.0f} s: output must be one folder for all machines"
+                f"the plan and the manifest in {str(folder)!r} are not here what the first process "
+                f"wrote, for {_LAG:.0f} s: output must be one folder for all machines"
             )
         time.sleep(_LOOK_AGAIN)
-    return plan
 
 
 def _silent(_: str) -> None:

@@ -31,6 +31,7 @@ from latent_tools.format.manifest import (
     mismatches,
 )
 from latent_tools.format.plan import (
+    IDS,
     Plan,
     Shape,
     committed_units,
@@ -57,7 +58,7 @@ _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "uint8": 1, "uint16": 2, "u
 
 def source_ids(source: Source) -> pa.Array:
     """The ids of all samples."""
-    return pa.array((source.id(index) for index in range(len(source))), pa.string())
+    return pa.array((source.id(index) for index in range(len(source))), IDS)
 
 
 def _refuse_duplicates(source: Source, ids: pa.Array) -> None:
@@ -175,9 +176,10 @@ def prepare(
     lock = LaunchLock(folder)
     lock.take()
     plan = _plan(folder, say)
-    if (folder / FILE).exists() and (_is_begun(folder, plan) or not lock.is_held):
+    is_begun = _is_begun(folder, plan)
+    if (folder / FILE).exists() and (is_begun or not lock.is_held):
         cache = Manifest.load(folder)
-        _check_same(folder, cache, launch, say)
+        _check_same(folder, cache, launch, is_begun, say)
         _keep_classes(folder, cache, source)
         new = len(plan.new_ids(ids))
         if len(plan) and new:
@@ -267,6 +269,11 @@ def _keep_classes(folder: Path, cache: Manifest, source: Source) -> None:
 
 
 def _check_folder(folder: Path) -> None:
+    if folder.is_symlink() and not folder.exists():
+        raise CacheError(
+            f"output {str(folder)!r} is a link to {str(folder.readlink())!r}, which is not there: "
+            "make that folder, or give another --output"
+        )
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"output {str(folder)!r} is a file: give a folder")
     if folder.is_dir() and not (folder / FILE).exists():
@@ -286,12 +293,18 @@ def _check_folder(folder: Path) -> None:
 
 
 def _check_same(
-    folder: Path, cache: Manifest, launch: Manifest, say: Callable[[str], None]
+    folder: Path, cache: Manifest, launch: Manifest, is_begun: bool, say: Callable[[str], None]
 ) -> None:
     if found := mismatches(cache, launch):
+        advice = "give another --output, or the first stage and options that it was made with"
+        if not is_begun:
+            advice += (
+                ". Nothing is encoded in it yet: when no other launch is filling it, which cannot "
+                "be known on a file system without locks, delete that folder"
+            )
         raise CacheError(
             f"the cache {str(folder)!r} was made differently: {'; '.join(found)}. Nothing was "
-            "changed: give another --output, or the first stage and options that it was made with"
+            f"changed: {advice}"
         )
     if cache.first_stage["decoder_sha256"] != launch.first_stage["decoder_sha256"]:
         say("the decoder differs from the cache's; the latents do not depend on it")

@@ -46,7 +46,7 @@ def image_sizes(
     ):
         for start in range(0, len(positions), _BLOCK):
             block = slice(start, start + _BLOCK)
-            path = folder / FOLDER / f"{_digest(ids[block])}.npy"
+            path = folder / FOLDER / f"{_digest(source, reading, ids[block])}.npy"
             if path.exists():
                 sizes[block] = np.load(path, allow_pickle=False)
             else:
@@ -61,8 +61,9 @@ def forget_sizes(folder: Path) -> None:
     shutil.rmtree(folder / FOLDER, ignore_errors=True)
 
 
-def _digest(ids: pa.Array) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _digest(source: Source, reading: Reading, ids: pa.Array) -> str:
+    """What names a block: other data, or images read otherwise, have other sizes."""
+    digest = hashlib.blake2b(f"{source.name} {reading}\0".encode(), digest_size=16)
     for name in ids.to_pylist():
         digest.update(name.encode() + b"\0")
     return digest.hexdigest()

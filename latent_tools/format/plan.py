@@ -82,17 +82,17 @@ class Plan:
 
     def places_in(self, ids: pa.Array) -> np.ndarray:
         """Where each planned sample stands in a list of ids; -1 for those not in it."""
-        found = pc.index_in(self.table["id"], value_set=ids)
+        found = pc.index_in(self.table["id"], value_set=_as_ids(ids))
         return found.fill_null(-1).to_numpy()
 
     def new_ids(self, ids: pa.Array) -> np.ndarray:
         """Positions in a list of ids of those that are not planned yet, in order."""
-        planned = pc.is_in(ids, value_set=self.table["id"].combine_chunks())
+        planned = pc.is_in(_as_ids(ids), value_set=self.table["id"].combine_chunks())
         return np.flatnonzero(~planned.to_numpy(zero_copy_only=False))
 
     def without(self, ids: Sequence[str]) -> "Plan":
         """The plan without some samples; the others keep their units."""
-        dropped = pc.is_in(self.table["id"], value_set=pa.array(ids, pa.string()))
+        dropped = pc.is_in(self.table["id"], value_set=_as_ids(ids))
         table = self.table.filter(pc.invert(dropped))
         units = table["unit"].to_numpy()
         starts = np.flatnonzero(np.diff(units, prepend=-1))
@@ -129,7 +129,7 @@ class Plan:
             number += math.ceil(len(rows) / unit_size)
         if not parts:
             return self
-        names = ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string())
+        names = _as_ids(ids)
         added = [
             pa.table(
                 {
@@ -159,7 +159,7 @@ class Plan:
         parts = [
             pa.table(
                 {
-                    "id": pa.array(ids, pa.string()),
+                    "id": _as_ids(ids),
                     "height": pa.array([height] * len(ids), pa.int32()),
                     "width": pa.array([width] * len(ids), pa.int32()),
                     "unit": pa.array([number] * len(ids), pa.int32()),
@@ -187,7 +187,8 @@ class Plan:
         if not path.exists():
             return Plan.empty()
         try:
-            return Plan(patiently(lambda: pq.read_table(path, schema=_SCHEMA), repr(str(path))))
+            read = patiently(lambda: pq.read_table(path, columns=_SCHEMA.names), repr(str(path)))
+            return Plan(read.cast(_SCHEMA))
         except (OSError, pa.ArrowException) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CacheError(
@@ -197,15 +198,21 @@ class Plan:
             ) from error
 
 
+IDS = pa.large_string()
+"""The type of ids: with 32 bits, those of 80 million samples would be too long for one array."""
 _SCHEMA = pa.schema(
     {
-        "id": pa.string(),
+        "id": IDS,
         "height": pa.int32(),
         "width": pa.int32(),
         "unit": pa.int32(),
         "row": pa.int32(),
     }
 )
+
+
+def _as_ids(ids: Sequence[str] | pa.Array) -> pa.Array:
+    return ids.cast(IDS) if isinstance(ids, pa.Array) else pa.array(ids, IDS)
 
 
 def duplicate_id(ids: pa.Array) -> str | None:

@@ -119,7 +119,7 @@ def read_commit(folder: Path, unit: int) -> dict[str, Any]:
         CacheError: When it is missing or damaged.
     """
     commit = read_json(commit_path(folder, unit))
-    if not isinstance(commit, dict) or commit.get("unit") != unit:
+    if not isinstance(commit, dict) or commit.get("unit") != unit or "shard" not in commit:
         raise CacheError(f"{str(commit_path(folder, unit))!r} is no commit of unit {unit}")
     return commit
 

@@ -7,6 +7,8 @@ came since the loop last told the epoch.
 """
 
 import sys
+from types import FrameType
+from typing import Any
 
 import torch
 
@@ -71,8 +73,26 @@ def is_asked_by_accelerate() -> bool:
     Its prepared loaders call `set_epoch` like everybody else and hand nothing over that would tell
     them apart: https://github.com/huggingface/accelerate/blob/main/src/accelerate/data_loader.py
     """
+    return _module(sys._getframe(2)).startswith("accelerate.")
+
+
+def loader_of_accelerate() -> Any:
+    """The loader of accelerate that iterates over the caller of the function that calls this one.
+
+    torch's loaders in between are passed over: `dispatch_batches` hands the sampler to one of them.
+
+    Returns:
+        The loader, or another object of accelerate's; `None` when it is somebody else who asks.
+    """
     frame = sys._getframe(2)
-    return str(frame.f_globals.get("__name__", "")).startswith("accelerate.")
+    while frame.f_back is not None and _module(frame).startswith(("torch.", "torchdata.")):
+        frame = frame.f_back
+    is_theirs = _module(frame).startswith("accelerate.data_loader")
+    return frame.f_locals.get("self") if is_theirs else None
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__", ""))
 
 
 def processes() -> int:

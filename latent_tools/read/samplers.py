@@ -1,6 +1,7 @@
 """Batches of one shape, the same number on every process."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch.distributed
@@ -9,7 +10,7 @@ from torch.utils.data import Sampler
 from first_stage.seeding import Purpose, generator
 from latent_tools.format.files import CacheError
 from latent_tools.read.dataset import LatentDataset
-from latent_tools.read.epoch import is_asked_by_accelerate, processes
+from latent_tools.read.epoch import is_asked_by_accelerate, loader_of_accelerate, processes
 
 
 class BucketBatchSampler(Sampler[list[int]]):
@@ -65,14 +66,15 @@ class BucketBatchSampler(Sampler[list[int]]):
         """This process's batches of the epoch.
 
         Raises:
-            CacheError: When accelerate's `prepare` would divide them a second time, or would leave
-                out those that are not full.
+            CacheError: When accelerate's `prepare` would divide them a second time, would leave out
+                those that are not full, or would join those of different buckets.
         """
-        if is_asked_by_accelerate():
-            self._check_undivided()
+        loader = loader_of_accelerate()
+        if loader is not None and processes() > 1:
+            self._check_prepared(loader)
         return self._batches()
 
-    def _check_undivided(self) -> None:
+    def _check_prepared(self, loader: Any) -> None:
         advice = "do not prepare this loader (accelerator.device is where batches go)"
         if self.world > 1:
             raise CacheError(
@@ -84,6 +86,12 @@ class BucketBatchSampler(Sampler[list[int]]):
             raise CacheError(
                 "BucketBatchSampler with drop_last=False has batches that are not full, which "
                 f"accelerate's prepare leaves out: give drop_last=True, or {advice}"
+            )
+        is_joined = hasattr(loader, "_fetch_batches") and not loader.split_batches
+        if is_joined and len(self._buckets) > 1:
+            raise CacheError(
+                "BucketBatchSampler has batches of several shapes, which accelerate joins before "
+                f"it sends them (dispatch_batches): set dispatch_batches=False, or {advice}"
             )
 
     def _batches(self) -> Iterator[list[int]]:

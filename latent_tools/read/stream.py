@@ -93,18 +93,39 @@ class LatentStream(IterableDataset[dict[str, Any]]):
             )
         self.dataset.tell_epoch(epoch, is_count)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where to go on: the epoch, how many of its samples this reader gave, of how many."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where to go on: the epoch, how many of its samples this reader gave, in which order."""
         epoch, taken = self._place
-        return {"epoch": epoch, "taken": taken, "readers": self._readers}
+        return {"epoch": epoch, "taken": taken, "readers": self._readers, "order": self._order()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def _order(self) -> list[int]:
+        """What the order of an epoch depends on beside the number of readers."""
+        samples = int(self._counts.sum())
+        return [samples, len(self._counts), self.seed, self.mix, self.shuffle, self.drop_last]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken, with the same number of processes and workers.
 
         The epoch is that of the state, unless the training loop sets another one.
+
+        Raises:
+            CacheError: When the state is of within an epoch of another order: of other options, or
+                of a cache that has grown since.
         """
         worker, workers = _this_worker()
         epoch, taken, readers = state["epoch"], state["taken"], state.get("readers", 0)
+        there = self._order()
+        if taken and (then := state.get("order", there)) != there:
+            names = ("samples", "shards", "seed", "mix", "shuffle", "drop_last")
+            changed = ", ".join(
+                f"{name} was {a:d} and is {b:d}"
+                for name, a, b in zip(names, then, there, strict=True)
+                if a != b
+            )
+            raise CacheError(
+                f"the stream's state is of an epoch in another order ({changed}): use the same "
+                "options and the cache as it was, or begin an epoch"
+            )
         is_over = taken > 0 and taken >= self._share(worker, workers)[1]
         self.dataset.restore_epoch(epoch + is_over, worker)
         self._place = (epoch, taken)

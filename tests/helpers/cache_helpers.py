@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 
+from first_stage import files
 from first_stage.data import open_source
 from first_stage.models.bottlenecks import Gaussian
 from first_stage.models.families import Family, register_family
@@ -122,17 +123,18 @@ def shard_hashes(output: Path) -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def launch_command(processes: int, *arguments: str) -> tuple[list[str], dict[str, str]]:
+def launch_command(
+    processes: int, *arguments: str, script: Path = ROOT / "scripts" / "cache_latents.py"
+) -> tuple[list[str], dict[str, str]]:
     """Command and environment of `accelerate launch scripts/cache_latents.py` on the CPU."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch"]
     launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launcher += ["--num_processes", str(processes)]
     if processes > 1:
         launcher += ["--multi_gpu", "--main_process_port", "0"]
-    command = [*launcher, str(ROOT / "scripts" / "cache_latents.py"), *arguments]
-    return command, {
+    return [*launcher, str(script), *arguments], {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'helpers'}",
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
     }
@@ -142,7 +144,7 @@ def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
     """Run the command through the launcher."""
     command, environment = launch_command(processes, *arguments)
     return subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=1200
     )
 
 
@@ -151,23 +153,74 @@ def run_tool(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", "latent_tools", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
-def encode_logged(data: Path, output: Path, log: Path) -> None:
-    """Precompute, writing down each unit whose pixels go into the encoder."""
+def stand_still(after_units: int | None = None, log: Path | None = None) -> None:
+    """Begin no further unit of this process after so many: it waits to be killed.
+
+    Args:
+        after_units: How many; `None` lets it go on.
+        log: Each unit is written down here whenever some of its pixels go into the encoder.
+    """
     from latent_tools.build.encode import ChunkEncoder
 
-    original = ChunkEncoder.start
+    original, begun = ChunkEncoder.start, set()
 
     def start(self, chunk):
-        handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.write(handle, f"{chunk.unit}\n".encode())
-        os.close(handle)
+        if chunk.unit not in begun and len(begun) == after_units:
+            _wait_for_the_kill()
+        begun.add(chunk.unit)
+        if log is not None:
+            with log.open("a") as file:
+                file.write(f"{chunk.unit}\n")
         return original(self, chunk)
 
     ChunkEncoder.start = start
+
+
+def stand_still_in_the_write_of(name: str, said: Path) -> None:
+    """Stop, to be killed, when a file is written and synced but does not have its name yet.
+
+    Args:
+        name: Its name.
+        said: Where the temporary file's name is written down, once it is there.
+    """
+    original = files._sync_file
+
+    def sync(path):
+        original(path)
+        if path.name.startswith(files.TEMPORARY) and path.name.endswith(f"-{name}"):
+            files.write_text(said, path.name)
+            _wait_for_the_kill()
+
+    files._sync_file = sync
+
+
+def _wait_for_the_kill() -> None:
+    while True:
+        time.sleep(1.0)
+
+
+def encode_logged(
+    data: Path, output: Path, log: Path, units: int | None = None, held: str | None = None
+) -> None:
+    """Precompute, writing down each unit whose pixels go into the encoder.
+
+    Args:
+        data: The photos.
+        output: The cache.
+        log: The units; beside it, as `.err`, what is printed, and as `.held` what is held.
+        units: Stand still after so many.
+        held: Stand still in the write of this file.
+    """
+    # Progress bars, and what a decode worker says when the process that it talks to is killed.
+    with log.with_suffix(".err").open("a") as printed:
+        os.dup2(printed.fileno(), 2)
+    stand_still(units, log)
+    if held is not None:
+        stand_still_in_the_write_of(held, log.with_suffix(".held"))
     torch.set_num_threads(1)
     # As in a launch of its own: of a server's child the workers would come from another server,
     # which imports everything anew and outlives whoever is killed.

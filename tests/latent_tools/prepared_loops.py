@@ -49,7 +49,13 @@ def streamed(accelerator, stream, dispatch):
     return [number for batch in loader for number in batch["number"].tolist()]
 
 
-def main(cache: str, output: str) -> None:
+def sampled(accelerator, dataset, dispatch, **named):
+    accelerator.dataloader_config = DataLoaderConfiguration(dispatch_batches=dispatch)
+    sampler = BucketBatchSampler(dataset, 2, **named)
+    return accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate))
+
+
+def main(cache: str, buckets: str, output: str) -> None:
     accelerator = Accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
     dataset = LatentDataset(cache, flip=0.0)
@@ -69,13 +75,12 @@ def main(cache: str, output: str) -> None:
         "refused": [
             refused(lambda d=d: streamed(accelerator, shared, d)) for d in (True, False)
         ]
-        + [
-            refused(
-                lambda: accelerator.prepare(
-                    DataLoader(dataset, batch_sampler=BucketBatchSampler(dataset, 2))
-                )
+        + [refused(lambda d=d: sampled(accelerator, dataset, d)) for d in (True, False)],
+        "joined": refused(
+            lambda: sampled(
+                accelerator, LatentDataset(buckets), True, rank=0, world=1, drop_last=True
             )
-        ],
+        ),
     }  # fmt: skip
     Path(f"{output}{rank}.json").write_text(json.dumps(found))
     accelerator.wait_for_everyone()

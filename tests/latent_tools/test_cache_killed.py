@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
@@ -27,19 +28,32 @@ from first_stage.data import open_source
 from latent_tools import LatentDataset, Manifest
 from latent_tools.build.unit import OpenUnit
 from latent_tools.format.plan import committed_units
+from latent_tools.format.shards import commit_path, shard_name, unit_of_shard
 
-pytestmark = pytest.mark.slow
+# Minutes on two cores; a machine ten times slower must not fail for that.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-KILLS = 20
-UNITS = 250
+KILLS, UNITS = 20, 250
+LEASHED = Path(__file__).with_name("leashed_launch.py")
+LEASH = 10
+"""Units after which a run that is to be killed stands still: a fast machine is not done before."""
+
+
+@pytest.fixture
+def context(monkeypatch):
+    """Starts runs, all of which are ended with the test."""
+    # The server that forks the runs imports everything once; it looks for modules there.
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'helpers'}")
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["cache_helpers"])
+    yield found
+    for process in multiprocessing.active_children():
+        process.kill()
+        process.join()
 
 
 @pytest.mark.parametrize("beside_gc", [False, True])
-def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypatch, beside_gc):
-    # The server that forks the runs imports everything once; it looks for modules there.
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests' / 'helpers'}")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cache_helpers"])
+def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, context, beside_gc):
     data, output, log = tmp_path / "data", tmp_path / "c", tmp_path / "log"
     write_photos(data, 8 * UNITS)
 
@@ -50,45 +64,53 @@ def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypat
 
     undisturbed = start(data, tmp_path / "reference", tmp_path / "reference.log")
     undisturbed.join()
-    assert undisturbed.exitcode == 0
+    assert undisturbed.exitcode == 0, (tmp_path / "reference.err").read_text()
 
-    gc = context.Process(target=tidy_all_the_time, args=(output, tmp_path / "gc"), daemon=True)
+    gc = context.Process(target=tidy_all_the_time, args=(output, tmp_path / "gc"))
     if beside_gc:
         gc.start()
-    moments, again = random.Random(7), []
+    moments, again, cut_off = random.Random(7), [], []
     done: set[int] = set()
     progress = []
-    log.touch()
     for kill in range(KILLS):
-        lines = len(log.read_text().split())
-        process = start(data, output, log)
-        if kill % 4:
+        lines = len(_lines(log))
+        more, held = moments.randint(1, 6), None
+        if kill % 4 == 3:  # in the write of a shard or, when that is there, of its commit
+            unit = sorted(set(range(UNITS)) - done)[more]
+            shard, commit = shard_name(unit, (16, 16)), commit_path(output, unit).name
+            held = commit if kill % 8 == 3 else shard
+        process = start(data, output, log, LEASH, held)
+        if held is not None:
+            _wait((tmp_path / "log.held").exists, process)
+            cut_off.append((tmp_path / "log.held").read_text())
+        elif kill % 4:
             # Anywhere in the encoding, some units on: counted, since machines differ in speed.
-            units = len(done) + moments.randint(1, 6)
-            _wait(lambda units=units: len(set(committed_units(output))) >= units)
+            units = len(done) + more
+            _wait(lambda units=units: len(set(committed_units(output))) >= units, process)
             time.sleep(moments.uniform(0, 0.02))
         else:  # in the start, or soon after
             time.sleep(moments.uniform(0, 0.4))
-        assert process.is_alive(), "the run ended before it could be killed often enough"
+        assert process.is_alive(), (tmp_path / "log.err").read_text()
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-        if beside_gc and kill % 2:  # often enough the next launch takes the lock at once
-            time.sleep(1.0)
-        again += [unit for unit in map(int, log.read_text().split()[lines:]) if unit in done]
+        again += [unit for unit in map(int, _lines(log)[lines:]) if unit in done]
         done = set(committed_units(output)) if output.exists() else set()
         progress.append(len(done))
-    assert len(set(progress)) > 5, progress  # the kills fell into the encoding
-    assert progress[-1] < UNITS  # a fast machine must not be done before the last kill
-    lines = len(log.read_text().split())
+        if held is not None:
+            (tmp_path / "log.held").unlink()
+            if beside_gc:  # looks before the next launch may take the lock
+                _wait(lambda: cut_off[-1] in _lines(tmp_path / "gc"), gc)
+                left = {unit_of_shard(path.name) for path in (output / "shards").iterdir()}
+                assert left == done
+    assert len(set(progress)) > KILLS // 2, progress  # the kills fell into the encoding
+    assert progress[-1] < UNITS
+    lines = len(_lines(log))
     last = start(data, output, log)
     last.join()
-    assert last.exitcode == 0
+    assert last.exitcode == 0, (tmp_path / "log.err").read_text()
     if beside_gc:
         assert gc.is_alive()
-        gc.kill()
-        gc.join()
-        assert (tmp_path / "gc").read_text()  # what the kills left
-    again += [unit for unit in map(int, log.read_text().split()[lines:]) if unit in done]
+    again += [unit for unit in map(int, _lines(log)[lines:]) if unit in done]
     assert again == []
     assert {n: h for n, h in shard_hashes(output).items() if not n.startswith(".")} == shard_hashes(
         tmp_path / "reference"
@@ -96,6 +118,10 @@ def test_twenty_kills_leave_the_shards_of_an_undisturbed_run(tmp_path, monkeypat
     index = (output / "index.parquet").read_bytes()
     assert index == (tmp_path / "reference" / "index.parquet").read_bytes()
     assert Manifest.load(output).statistics == Manifest.load(tmp_path / "reference").statistics
+
+
+def _lines(path):
+    return path.read_text().split() if path.exists() else []
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +164,12 @@ def test_any_number_of_processes_gives_the_same_bytes(many, processes):
 
 def test_the_number_of_processes_may_change_after_a_kill(many):
     """A launch of three is killed whole; one of two finishes."""
-    command, environment = launch_command(3, *arguments(many, "changed"))
+    command, environment = launch_command(3, *arguments(many, "changed"), script=LEASHED)
     killed = subprocess.Popen(
         command, env=environment, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    _wait(lambda: len(set(committed_units(many / "changed"))) >= 5)
+    _wait(lambda: len(set(committed_units(many / "changed"))) >= 5, killed)
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
     _kill_orphans(many / "changed")
@@ -158,9 +184,12 @@ def test_the_number_of_processes_may_change_after_a_kill(many):
     assert_same(many, "changed")
 
 
-def _wait(condition):
-    deadline = time.monotonic() + 120
+def _wait(condition, process):
+    """Wait for something that a process does, as long as it lives."""
+    deadline = time.monotonic() + 600
     while not condition():
+        is_over = process.poll() is not None if hasattr(process, "poll") else not process.is_alive()
+        assert not is_over, "it ended before"
         assert time.monotonic() < deadline
         time.sleep(0.01)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from cache_helpers import NumberReader, cache, make_vae, write_photos
+from cache_helpers import NumberReader, cache, make_vae, photo, write_photos
 from prepared_loops import START, loop
 from torch.utils.data import DataLoader
 
@@ -27,6 +27,18 @@ def made(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("made")
     write_photos(root / "data", 11)
     cache(root / "data", root / "c", make_vae(), unit_size=4)
+    return root / "c"
+
+
+@pytest.fixture(scope="module")
+def of_two_shapes(tmp_path_factory) -> Path:
+    """A cache of eleven photos, three of them upright."""
+    root = tmp_path_factory.mktemp("shapes")
+    (root / "data").mkdir()
+    for number in range(11):
+        size = (16, 32) if number < 3 else (32, 16)
+        photo(number, size).save(root / "data" / f"{number:05d}.png")
+    cache(root / "data", root / "c", make_vae(), unit_size=4, buckets="16x32,32x16")
     return root / "c"
 
 
@@ -61,6 +73,16 @@ class TestEpochs:
             found = dict(zip(batch["id"], batch["latents"].sum((1, 2, 3)).tolist(), strict=True))
             assert found == pytest.approx({name: draws(made, 7)[name] for name in found})
 
+    @pytest.mark.parametrize("skipped", [0, 2])
+    def test_on_one_process_batches_that_are_not_full_are_read(self, of_two_shapes, skipped):
+        dataset, accelerator = LatentDataset(of_two_shapes, flip=0.0), Accelerator(cpu=True)
+        sampler = BucketBatchSampler(dataset, 2)
+        loader = accelerator.prepare(DataLoader(dataset, batch_sampler=sampler))
+        sampler.set_epoch(7)
+        expected = [[dataset.ids[row] for row in batch] for batch in sampler]
+        loader = accelerator.skip_first_batches(loader, skipped) if skipped else loader
+        assert [batch["id"] for batch in loader] == expected[skipped:]
+
     def test_told_once_a_loaders_count_goes_on_from_there(self):
         epoch = Epoch()
         epoch.count(0)
@@ -77,11 +99,12 @@ class TestEpochs:
 
 
 @pytest.fixture(scope="module")
-def two(made, tmp_path_factory) -> list[dict]:
+def two(made, of_two_shapes, tmp_path_factory) -> list[dict]:
     """What each of two processes read."""
     folder = tmp_path_factory.mktemp("two")
     script = Path(__file__).with_name("prepared_loops.py")
-    launching.run(2, script, made, folder / "rank", output=folder / "log")
+    line = (made, of_two_shapes, folder / "rank")
+    launching.run(2, script, *line, output=folder / "log")
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert [one["world"] for one in found] == [2, 2]
     return found
@@ -110,6 +133,10 @@ class TestTwoProcesses:
             for said in one["refused"]:
                 assert f"the share of process {rank} of 2" in said
                 assert "a part would never be read" in said
+
+    def test_batches_of_two_shapes_are_not_joined(self, two):
+        for one in two:
+            assert "set dispatch_batches=False" in one["joined"]
 
 
 class TestShares:
@@ -196,6 +223,21 @@ class TestStatefulDataLoader:
         other.load_state_dict(stream.state_dict())
         with pytest.raises(UserError, match=r"1 readers .* now there are 2"):
             next(iter(other))
+
+    @pytest.mark.parametrize("changed", [{"seed": 5}, {"mix": 3}, {"shuffle": False}])
+    def test_another_order_is_refused(self, made, changed):
+        stream = LatentStream(LatentDataset(made), mix=2)
+        next(iter(stream))
+        other = LatentStream(LatentDataset(made), **{"mix": 2, **changed})
+        with pytest.raises(UserError, match=rf"\({next(iter(changed))} was \d+ and is \d+\)"):
+            other.load_state_dict(stream.state_dict())
+
+    def test_a_cache_that_has_grown_is_refused_within_an_epoch(self, made, of_two_shapes):
+        stream = LatentStream(LatentDataset(made))
+        next(iter(stream))
+        grown = LatentStream(LatentDataset(of_two_shapes), shape=(32, 16))
+        with pytest.raises(UserError, match=r"samples was 11 and is 3, shards was 3 and is 1"):
+            grown.load_state_dict(stream.state_dict())
 
 
 @pytest.mark.parametrize("workers", [0, 2])

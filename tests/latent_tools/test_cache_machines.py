@@ -4,6 +4,7 @@ import errno
 import fcntl
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import safetensors
-from cache_helpers import NumberReader, cache, make_vae, options, shard_hashes, write_photos
+from cache_helpers import NumberReader, cache, make_vae, options, photo, shard_hashes, write_photos
 
 from first_stage import files
 from first_stage.data import Reading, decode, open_source
@@ -21,10 +22,11 @@ from latent_tools import CacheError, LatentDataset, LatentStream, Manifest, Proc
 from latent_tools import maintenance as tools
 from latent_tools.build import launch
 from latent_tools.build.encode import ChunkEncoder
+from latent_tools.build.prepare import source_ids
 from latent_tools.build.sizes import image_sizes
 from latent_tools.format.files import LaunchLock
 from latent_tools.format.plan import Plan, committed_units
-from latent_tools.format.shards import commit_path
+from latent_tools.format.shards import commit_path, read_commit
 
 FORK = multiprocessing.get_context("fork")
 
@@ -49,8 +51,8 @@ def in_another_process(work, *arguments):
 
     child = FORK.Process(target=run)
     child.start()
-    answer = answers.get(timeout=60)
-    child.join(60)
+    answer = answers.get(timeout=600)
+    child.join(600)
     return answer
 
 
@@ -88,6 +90,49 @@ class TestGc:
         monkeypatch.setattr(tools, "committed_units", lambda folder: iter([0, 2]))
         assert tools.leftovers(made / "c", delete=True) == []
         assert shard_hashes(made / "c") == before
+
+    def test_shards_of_an_index_are_kept_for_its_readers(self, made):
+        before = shard_hashes(made / "c")
+        aside = tools.release(made / "c", 1)
+        assert [item.path for item in tools.leftovers(made / "c", delete=True)] == [aside]
+        assert shard_hashes(made / "c") == before
+        assert len(LatentDataset(made / "c").items(range(10), 0)) == 10
+        assert cache(made / "data", made / "c", NumberReader(), unit_size=4).units == 1
+
+    def test_what_has_another_name_is_left_alone(self, made):
+        note = made / "c" / "shards" / "read me.txt"
+        note.write_text("mine")
+        assert tools.leftovers(made / "c", delete=True) == []
+        assert note.read_text() == "mine"
+
+    @pytest.mark.parametrize("content", ["{half", '{"unit": 1}', '{"unit": 2, "shard": null}'])
+    def test_a_damaged_commit_costs_no_shard(self, made, content):
+        before = shard_hashes(made / "c")
+        commit_path(made / "c", 1).write_text(content)
+        with pytest.raises(CacheError, match=r"u000001\.json"):
+            tools.leftovers(made / "c", delete=True)
+        assert shard_hashes(made / "c") == before
+
+    def test_behind_links(self, made, tmp_path):
+        (made / "c" / "shards").rename(tmp_path / "elsewhere")
+        (made / "c" / "shards").symlink_to(tmp_path / "elsewhere")
+        shard = tmp_path / "elsewhere" / "b16x16-u000001.safetensors"
+        shard.rename(tmp_path / "moved")
+        shard.symlink_to(tmp_path / "moved")
+        stray = tmp_path / "elsewhere" / "b16x16-u000009.safetensors"
+        stray.write_bytes(b"x")
+        (tmp_path / "link").symlink_to(made / "c")
+        assert len(tools.leftovers(tmp_path / "link", delete=True)) == 1
+        assert not stray.exists()
+        assert cache(made / "data", tmp_path / "link", NumberReader(), unit_size=4).units == 0
+        assert len(LatentDataset(tmp_path / "link").items(range(10), 0)) == 10
+
+
+def test_a_link_to_nowhere_is_said(tmp_path):
+    write_photos(tmp_path / "data", 2)
+    (tmp_path / "link").symlink_to(tmp_path / "no disk" / "c")
+    with pytest.raises(CacheError, match=r"is a link to .*no disk/c', which is not there"):
+        cache(tmp_path / "data", tmp_path / "link", NumberReader())
 
 
 def _take(folder):
@@ -156,6 +201,25 @@ class TestErrorsOfTheMachine:
             sizes()
         monkeypatch.undo()
         assert sizes() == [[16, 16], [16, 16]]
+
+    def test_a_size_is_kept_for_the_same_data_read_the_same_way(self, tmp_path):
+        for side, name in ((16, "a"), (32, "b")):
+            write_photos(tmp_path / name, 2, side=side)
+        turned = photo(0, (32, 16))
+        exif = turned.getexif()
+        exif[0x0112] = 6  # a quarter turn
+        turned.save(tmp_path / "a" / "class0" / "00000.png", exif=exif)
+
+        def sizes(name, upright):
+            source = open_source(str(tmp_path / name))
+            ids, reading = source_ids(source), Reading(3, upright=upright)
+            return image_sizes(tmp_path / "c", source, np.arange(2), ids, 1, reading).tolist()
+
+        assert sizes("a", True) == [[32, 16], [16, 16]]
+        assert sizes("a", False) == [[16, 32], [16, 16]]
+        assert sizes("b", True) == [[32, 32], [32, 32]]
+        assert len(list((tmp_path / "c" / "planning").iterdir())) == 3
+        assert sizes("a", True) == [[32, 16], [16, 16]]
 
     def test_a_commit_is_read_again(self, made, monkeypatch):
         original, left = Path.read_text, {"times": 2}
@@ -294,6 +358,18 @@ class TestNothingCommitted:
         with pytest.raises(UserError, match="was made differently"):
             cache(tmp_path / "data", tmp_path / "c", make_vae(), unit_size=4)
 
+    def test_without_locks_it_is_said_what_to_delete(self, tmp_path, monkeypatch):
+        def lockf(*_):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "lockf", lockf)
+        write_photos(tmp_path / "data", 6)
+        self.fail_once(tmp_path / "data", tmp_path / "c", flip=True)
+        with pytest.raises(CacheError, match=r"Nothing is encoded .* delete that folder"):
+            cache(tmp_path / "data", tmp_path / "c", NumberReader())
+        shutil.rmtree(tmp_path / "c")
+        assert cache(tmp_path / "data", tmp_path / "c", NumberReader()).is_complete
+
     def test_and_so_is_the_corrected_data(self, tmp_path):
         write_photos(tmp_path / "wrong", 3, first=50)
         write_photos(tmp_path / "data", 6)
@@ -358,6 +434,52 @@ def test_missing_commits_are_said(tmp_path, monkeypatch):
     assert not (tmp_path / "c" / "index.parquet").exists()
 
 
+def handed_over(folder):
+    """What the first process of a launch with three units to do hands over."""
+    ids = source_ids(open_source(str(folder / "data")))
+    return [launch._number_of(ids), launch._number_written(folder / "c"), 0, 1, 2]
+
+
+def as_second_of_two(folder, numbers):
+    source = open_source(str(folder / "data"))
+    process = Process(1, 2, hand_over=lambda _: numbers)
+    return precompute(NumberReader(), "x", source, folder / "c", options(unit_size=4), process)
+
+
+class TestTheSecondProcess:
+    """Its machine may see the folder as it was, or other data."""
+
+    @pytest.fixture
+    def stale(self, made, monkeypatch):
+        """What the first process hands over, and its plan; another one, as long, is there."""
+        monkeypatch.setattr(launch, "_LAG", 0.3)
+        for unit in range(3):
+            commit_path(made / "c", unit).unlink()
+        numbers, plan = handed_over(made), Plan.load(made / "c")
+        ids = plan.table["id"].to_pylist()
+        other = Plan.empty().extend(ids[::-1], np.full((10, 2), 16), 4)
+        other.save(made / "c")
+        return made, numbers, plan
+
+    def test_waits_for_the_plan_that_the_first_one_wrote(self, stale, monkeypatch):
+        made, numbers, plan = stale
+        monkeypatch.setattr(launch.time, "sleep", lambda _: plan.save(made / "c"))
+        assert as_second_of_two(made, numbers).units == 1
+        assert read_commit(made / "c", 1)["ids"] == plan.ids(plan.units[1])
+
+    def test_is_refused_where_it_never_comes(self, stale):
+        made, numbers, _ = stale
+        with pytest.raises(CacheError, match=r"not here what the first process wrote.*one folder"):
+            as_second_of_two(made, numbers)
+        assert list(committed_units(made / "c")) == []
+
+    def test_is_refused_where_data_are_missing(self, made):
+        numbers = handed_over(made)
+        (made / "data" / "class1" / "00003.png").unlink()
+        with pytest.raises(CacheError, match=r"process 1 sees other samples .*\(9 of them\)"):
+            as_second_of_two(made, numbers)
+
+
 PROCESSES, LAG = 10, 2.0
 
 
@@ -384,13 +506,13 @@ def _encode_with_lag(data, output, log, rank, barrier, numbers, answers, lost):
         if rank == 0:
             for _ in range(PROCESSES - 1):
                 numbers.put(own)
-        result = own if rank == 0 else numbers.get(timeout=60)
-        barrier.wait(60)
+        result = own if rank == 0 else numbers.get(timeout=600)
+        barrier.wait(600)
         return result
 
     if rank == lost:  # is taken for done with its units, but is not
         launch._share = lambda left, process, in_order: []
-    process = Process(rank, PROCESSES, barrier=lambda: barrier.wait(60), hand_over=hand_over)
+    process = Process(rank, PROCESSES, barrier=lambda: barrier.wait(600), hand_over=hand_over)
     try:
         source = open_source(str(data))
         outcome = precompute(
@@ -412,9 +534,9 @@ def run_ten(data, output, log, lost=None):
     ]
     for child in children:
         child.start()
-    found = sorted(answers.get(timeout=120) for _ in children)
+    found = sorted(answers.get(timeout=600) for _ in children)
     for child in children:
-        child.join(60)
+        child.join(600)
     return found
 
 

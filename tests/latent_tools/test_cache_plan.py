@@ -1,7 +1,10 @@
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from first_stage.data.sources import ListSource
+from latent_tools.build.prepare import source_ids
 from latent_tools.format.files import CacheError
 from latent_tools.format.plan import (
     Plan,
@@ -88,3 +91,15 @@ def test_buckets_must_fit_the_downsample_factor():
     assert parse_buckets("16x32, 32x16", 64, 8) == [(16, 32), (32, 16)]
     with pytest.raises(CacheError, match=r"12x16, but both sides must be multiples .* 8"):
         parse_buckets("12x16", 64, 8)
+
+
+def test_ids_have_64_bit_places_and_those_of_older_plans_are_read(tmp_path):
+    """With 32 bits, 2 GiB of ids, which 80 million samples have, do not fit into an array."""
+    plan = Plan.empty().extend(list("abc"), square(3), 2)
+    assert plan.table["id"].type == pa.large_string()
+    older = plan.table.set_column(0, "id", plan.table["id"].cast(pa.string()))
+    pq.write_table(older, tmp_path / "plan.parquet")
+    assert Plan.load(tmp_path).table.equals(plan.table)
+    Plan.load(tmp_path).save(tmp_path)
+    assert Plan.load(tmp_path).table.equals(plan.table)
+    assert source_ids(ListSource("x", [])).type == pa.large_string()

@@ -14,7 +14,7 @@ from first_stage.commands.standard_latents import ExportData, Measured, images, 
 from first_stage.config.parsing import read_options
 from first_stage.config.types import PositiveFloat
 from first_stage.errors import ConfigError
-from first_stage.files import write_folder, write_json, write_text
+from first_stage.files import make_writable, write_folder, write_json, write_text
 from first_stage.handover.public import public_name
 from first_stage.handover.single_file import programs, put_into, write_single_file
 from first_stage.models.first_stage import FirstStage
@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if Path(options.output).exists():
         raise ConfigError(f"output {options.output!r} is already there: give another")
     vae = load_autoencoder(options.first_stage, field="--first_stage")
+    make_writable(Path(options.output).parent, f"--output {options.output!r}")
     if options.scaling_factor is not None or options.shift_factor is not None:
         _set_scale(vae, options.scaling_factor, options.shift_factor)
     standing_card, known = _plain_card(options, vae), _statistics_file(options)

@@ -10,6 +10,7 @@ import json
 import logging
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,7 +246,8 @@ def _read_config(place: _Place) -> dict[str, Any]:
     class _Any(ConfigMixin):
         config_name = "config.json"
 
-    return dict(_Any.load_config(place.source, subfolder=place.subfolder, **place.options))
+    with _quiet_diffusers():
+        return dict(_Any.load_config(place.source, subfolder=place.subfolder, **place.options))
 
 
 def _class_of(config: Mapping[str, Any], place: _Place) -> Any:
@@ -307,13 +309,18 @@ def _from_pretrained(
 
 @contextlib.contextmanager
 def _quiet_diffusers() -> Iterator[None]:
-    """Without the warnings about weights: what is wrong with them is told in one line."""
+    """Without warnings: what is wrong with weights is told in one line.
+
+    diffusers still gives the hub's client an argument that newer ones warn about.
+    """
     from diffusers.utils import logging as diffusers_logging
 
     before = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+            yield
     finally:
         diffusers_logging.set_verbosity(before)
 

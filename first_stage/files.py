@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
-from first_stage.errors import DISK_REMEDIES, UserError
+from first_stage.errors import DISK_REMEDIES, ConfigError, UserError
 
 FILE_LIST = "files.txt"
 """What a folder calls the list of the data files that were read, and of those left out and why."""
@@ -114,6 +115,27 @@ def writing(folder: Path | None, what_is_saved: Callable[[], str]) -> Iterator[N
                 where = folder or Path("the disk")
                 raise WriteError(_write_problem(where, number, "", what_is_saved())) from error
         raise
+
+
+def make_writable(folder: Path, told: str) -> None:
+    """Make a folder, and find out before the long work whether its results can be written there.
+
+    Args:
+        folder: The folder; it may be there already.
+        told: The field and the value that named it, for the message.
+
+    Raises:
+        ConfigError: When nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        # What exists where a folder should be is a file.
+        number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno
+        reason = error if number is None else os.strerror(number)
+        raise ConfigError(f"{told} cannot be written: {reason}") from error
 
 
 def _write_problem(folder: Path, number: int, file: str, saved: str) -> str:

@@ -59,7 +59,7 @@ def test_lower_bounds_are_the_oldest_versions():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     needed = [*project["dependencies"], *extras["demo"], *extras["test"]]
-    for name in ("tracking", "evaluation", "comparison", "tiff", "heic", "jxl", "dicom"):
+    for name in ("tracking", "evaluation", "comparison", "tiff", "heic", "jxl", "dicom", "jpeg"):
         needed += extras[name]
     found = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?>=([\d.]+)$", "\n".join(needed), re.MULTILINE))
     for tool in ("import-linter", "ruff", "mypy"):

@@ -1,6 +1,5 @@
 """The command `first-stage evaluate`: arguments, messages, files."""
 
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +21,7 @@ from first_stage.evaluation.drift import check_alike, drift_in_words
 from first_stage.evaluation.files import METRICS
 from first_stage.evaluation.images import EvaluationImages
 from first_stage.evaluation.table import comparison_table, remarks
-from first_stage.files import FILE_LIST
+from first_stage.files import FILE_LIST, make_writable
 from first_stage.metrics.feature_networks import (
     FeatureNetwork,
     default_networks,
@@ -103,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     processes = Processes()
     say = print if processes.is_main else _nothing
     first_stages = [*([a.before] if a.before else []), *(a.first_stage or [])]
-    _writable(Path(a.output))
+    make_writable(Path(a.output), f"--output {a.output!r}")
     _check(first_stages, a.before)
     say(f"{processes.world} process(es) on {accelerator.device.type}, float32", flush=True)
     options = Options(
@@ -249,18 +248,6 @@ def _networks(keys: list[str] | None, device: Any, say: Any) -> tuple[FeatureNet
     if not networks:
         say("no feature distances: pip install 'first-stage[evaluation]' for FD-EfficientNet-Lite0")
     return networks
-
-
-def _writable(output: Path) -> None:
-    """Find out before the long work whether its results can be written."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise ConfigError(
-            f"--output {str(output)!r} cannot be written: {error.strerror}"
-        ) from error
 
 
 def _finish(evaluation: Evaluation, output: Path, names: Sequence[str]) -> None:

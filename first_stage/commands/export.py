@@ -14,7 +14,7 @@ from first_stage.commands.standard_latents import ExportData, Measured, fewer, i
 from first_stage.config.parsing import read_options
 from first_stage.config.types import PositiveFloat, PositiveInt
 from first_stage.errors import ConfigError
-from first_stage.files import write_folder, write_json, write_text
+from first_stage.files import make_writable, write_folder, write_json, write_text
 from first_stage.handover.card import load_lines, padding_remark
 from first_stage.handover.public import public_name
 from first_stage.handover.single_file import programs, put_into, write_single_file
@@ -73,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise ConfigError(f"output {options.output!r} is already there: give another")
     vae = load_autoencoder(options.first_stage, field="--first_stage")
     carrier = FirstStage(vae).family.carrier
+    make_writable(Path(options.output).parent, f"--output {options.output!r}")
     set_scale(carrier, vae, options.scaling_factor, options.shift_factor)
     standing_card, known, words = None, _statistics_file(options), ""
     if options.fold_statistics or options.whiten:

@@ -9,8 +9,8 @@ from torch import Tensor
 from first_stage.errors import UserError
 from first_stage.models.codebooks import Discrete
 from first_stage.models.first_stage import FirstStage
-from first_stage.models.loading import quiet_diffusers
 from first_stage.models.padding import padding_of, set_padding
+from first_stage.models.quiet import quiet_diffusers
 
 _TOLERANCE = 1e-3
 """Of the largest value. Layouts of the weights and TensorFloat-32 stay below; a codebook that was

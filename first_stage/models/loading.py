@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from first_stage.files import standing
 from first_stage.models.families import FAMILIES
 from first_stage.models.padding import padding_of, set_padding
 from first_stage.models.places import WEIGHTS, Place, find, is_of_a_folder, read_config
+from first_stage.models.quiet import quiet_diffusers
 from first_stage.models.single_file import SUFFIXES, is_single_file, load_single_file
 
 STATISTICS_FILE = "latent_statistics.json"
@@ -202,22 +203,6 @@ def _from_pretrained(
                 raise
             found = load(variant="fp16")  # on the hub: what its folder holds is seen only now
     return found
-
-
-@contextlib.contextmanager
-def quiet_diffusers() -> Iterator[None]:
-    """Without the warnings about weights: what is wrong with them is told in one line."""
-    from diffusers.utils import logging as diffusers_logging
-
-    before, bars = diffusers_logging.get_verbosity(), diffusers_logging.is_progress_bar_enabled()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(before)
-        if bars:
-            diffusers_logging.enable_progress_bar()
 
 
 def _misfits(info: Mapping[str, Any]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from first_stage.errors import UserError, first_line
 from first_stage.files import standing
+from first_stage.models.quiet import quiet_diffusers
 from first_stage.models.single_file import SUFFIXES
 
 WEIGHTS = "diffusion_pytorch_model"
@@ -163,4 +164,5 @@ def read_config(place: Place) -> dict[str, Any]:
     class _Any(ConfigMixin):
         config_name = "config.json"
 
-    return dict(_Any.load_config(place.source, subfolder=place.subfolder, **place.options))
+    with quiet_diffusers():
+        return dict(_Any.load_config(place.source, subfolder=place.subfolder, **place.options))

@@ -11,7 +11,7 @@ from PIL import Image
 from first_stage.command_line import command_line
 from first_stage.errors import ConfigError
 from first_stage.evaluation.grids import save_png
-from first_stage.files import FILE_LIST, remove_leftovers
+from first_stage.files import FILE_LIST, make_writable, remove_leftovers
 from first_stage.locks import RecordLock
 from first_stage.training import overwrite as earlier
 
@@ -59,15 +59,7 @@ def prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:
     Raises:
         ConfigError: When it cannot be written, or holds a run that neither goes on nor may go.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"output_dir {str(folder)!r} cannot be written: {error.strerror or error}"
-        ) from error
+    make_writable(folder, f"output_dir {str(folder)!r}")
     earlier.settle(folder)
     if resume:
         for place in (folder, folder / CHECKPOINTS, folder / PICTURES):

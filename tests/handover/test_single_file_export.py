@@ -133,6 +133,25 @@ def test_a_scale_that_the_user_gives_is_written(folder, tmp_path):
     assert load_autoencoder(str(tmp_path / "xl")).config.scaling_factor == 0.13025
 
 
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("out", []),
+        ("out", ["--fold_statistics", "--data.path", "photos"]),
+        ("out.safetensors", ["--layout", "ldm"]),
+        ("out.safetensors", ["--into", "model.safetensors"]),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_the_work(
+    name, more, folder, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("in the way")
+    for work in ("standard", "put_into", "write_single_file"):  # calling it would be another error
+        monkeypatch.setattr(f"first_stage.commands.export.{work}", None)
+    with pytest.raises(UserError, match=f"--output .*{name}' cannot be written: Not a directory"):
+        export("--first_stage", folder("sd"), "--output", tmp_path / "file" / name, *more)
+
+
 def test_which_programs_take_a_layout():
     sd = public_autoencoder("sd", small=False)
     assert programs(sd) == "ComfyUI, A1111, Forge, kohya's --vae"

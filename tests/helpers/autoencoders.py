@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from PIL import Image
 
+import first_stage.models.first_stage  # noqa: F401  # families register themselves
 from first_stage.config.schema import ModelConfig
 from first_stage.models.families import family_named
 

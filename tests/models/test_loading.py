@@ -170,7 +170,7 @@ def test_the_folder_does_not_stay_in_the_config(saved, tmp_path):
 
 @pytest.mark.parametrize("name", ["nobody/no-such-first-stage", "runs/exprot"])
 @pytest.mark.parametrize("reason", ["offline", "no name", "no answer"])
-def test_without_a_network_it_says_at_once_what_is_true(monkeypatch, name, reason):
+def test_without_a_network_it_says_at_once_what_is_true(monkeypatch, recwarn, name, reason):
     from huggingface_hub import constants
 
     def head(*_, **__):
@@ -187,6 +187,7 @@ def test_without_a_network_it_says_at_once_what_is_true(monkeypatch, name, reaso
     assert time.monotonic() - began < 10
     assert "\n" not in str(error.value)
     assert name in str(error.value)
+    assert not [str(w.message) for w in recwarn if w.category is UserWarning]
 
 
 def test_the_fingerprint_is_of_the_weights_alone(saved):

@@ -157,6 +157,8 @@ class LatentStream(IterableDataset[dict[str, Any]]):
 
     def _read(self, epoch: int, taken: int, worker: int, workers: int) -> Iterator[dict[str, Any]]:
         name = "tokens" if self.dataset.manifest.holds_tokens else "latents"
+        if not taken:  # accelerate asks for an iterator long before it reads
+            epoch = self.dataset.epoch
         for rows in self._rows(epoch, taken, worker, workers):
             for item in self.dataset.items(rows, epoch):
                 taken += 1

@@ -152,10 +152,10 @@ def test_dit(kind, request):
     for scaling in (vae.config.scaling_factor, 1.0):
         vae.register_to_config(scaling_factor=scaling)
         made[scaling] = pipeline(
-            class_labels=[1, 2], num_inference_steps=STEPS, output_type="pt",
+            class_labels=[1, 2], num_inference_steps=STEPS, output_type="np",
             generator=torch.Generator().manual_seed(2),
         ).images  # fmt: skip
-        assert made[scaling].shape == (2, 3, 16, 16)
+        assert made[scaling].shape == (2, 16, 16, 3)
     scaled, raw = seen
     torch.testing.assert_close(scaled, raw / (0.5 if kind == "exported" else 1.0))
 

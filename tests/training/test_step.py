@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 from by_the_book import critic_gradient, kl_to_prior
 from stepping import assert_close, averaged, batch_of, gradients_of, make_trainer
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from first_stage.config.schema import TrainConfig
 from first_stage.data import Batch, images_from_pixels
@@ -130,6 +131,10 @@ def test_layout_mode_and_checkpointing_change_no_gradient(tiny):
         fast.restore(copy.deepcopy(plain.snapshot(step)), plain.first_stage.network.model)
 
 
+@pytest.mark.skipif(
+    torch.__version__ < TorchVersion("2.9"),
+    reason="torch 2.8 ends in a segmentation fault in the backward pass of bf16 convolutions",
+)
 def test_bf16_gradients_are_as_near_as_the_plain_form_comes(tiny):
     exact = make_trainer(tiny())
     exact.training_step(0, [batch_of(exact, 4, 0)])  # now every term has its weight

@@ -364,9 +364,8 @@ def leftovers(folder: Path, delete: bool = False) -> list[Leftover]:
 
 def _unneeded(folder: Path) -> Iterator[Leftover]:
     wanted = {read_commit(folder, unit)["shard"] for unit in committed_units(folder)}
-    with contextlib.suppress(
-        CacheError
-    ):  # whoever reads by an index that is there needs its shards
+    # Whoever reads by an index that is there needs its shards.
+    with contextlib.suppress(CacheError):
         wanted.update(Index(folder).units.shards)
     for place in (folder, folder / SHARDS, folder / COMMITS):
         for path in sorted(path for path in place.iterdir() if path.is_file()):

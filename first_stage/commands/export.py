@@ -15,7 +15,7 @@ from first_stage.config.parsing import read_options
 from first_stage.config.types import PositiveFloat, PositiveInt
 from first_stage.errors import ConfigError
 from first_stage.files import make_writable, write_folder, write_json, write_text
-from first_stage.handover.card import load_lines, padding_remark
+from first_stage.handover.card import load_lines_of, padding_remark
 from first_stage.handover.public import public_name
 from first_stage.handover.single_file import programs, put_into, write_single_file
 from first_stage.models.carriers import set_scale
@@ -111,8 +111,7 @@ def _write_folder(options: Options, vae: Any, text: str, known: dict[str, Any] |
             write_json(folder / STATISTICS_FILE, known)
 
     write_folder(Path(options.output), write)
-    config = {**vae.config, "_class_name": type(vae).__name__}
-    loading = "\n  ".join(load_lines(config, options.output))
+    loading = "\n  ".join(load_lines_of(vae, options.output))
     print(
         f"export    {options.output} ({_scale_in_words(vae)})\nLoad it with diffusers:\n  {loading}"
     )
@@ -195,8 +194,7 @@ def half_difference(options: Options, vae: Any, rounded: Any) -> str:
 def _plain_card(options: Options, vae: Any) -> str:
     """The card of a first stage that is only written anew."""
     stage = FirstStage(vae)
-    config = {**vae.config, "_class_name": type(vae).__name__}
-    loading = "\n".join(load_lines(config, "this-folder"))
+    loading = "\n".join(load_lines_of(vae, "this-folder"))
     return f"""# First stage f{stage.downsample_factor}, {stage.latent_channels} latent channels
 
 `{public_name(options.first_stage)}`, a `{type(vae).__name__}`, written anew; its weights are

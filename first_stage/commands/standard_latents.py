@@ -20,7 +20,7 @@ from first_stage.config.types import PositiveInt
 from first_stage.data import fixed_images, images_from_pixels
 from first_stage.distributed.processes import Processes
 from first_stage.errors import ConfigError
-from first_stage.handover.card import load_lines, padding_remark
+from first_stage.handover.card import load_lines_of, padding_remark
 from first_stage.handover.fewer_channels import keep_channels
 from first_stage.handover.folding import common_deviation, fold_statistics
 from first_stage.handover.public import public_name
@@ -130,10 +130,8 @@ def fewer(
         for batch in images(measured):
             for model, found in zip((small, vae), both, strict=True):
                 found.append(psnr(batch, reconstruct(FirstStage(model), batch)[0].clamp(-1, 1)))
-        less, all_of_them = (float(torch.cat(found).mean()) for found in both)
-        said += (
-            f": PSNR {less:.2f} dB on {len(torch.cat(both[0]))} images, {all_of_them:.2f} with all"
-        )
+        few, whole = (torch.cat(found) for found in both)
+        said += f": PSNR {few.mean():.2f} dB on {len(few)} images, {whole.mean():.2f} with all"
     print(f"channels  {said}")
     return small, known, f"\nIt has {said}; a diffusion model has that many fewer to learn.\n"
 
@@ -216,8 +214,7 @@ def images(measured: Measured) -> Iterator[torch.Tensor]:
 def _card(measured: Measured, whiten: bool, mean: list[float], std: list[float]) -> str:
     """The folder's README."""
     vae = measured.vae
-    config = {**vae.config, "_class_name": type(vae).__name__}
-    loading = "\n".join(load_lines(config, "this-folder"))
+    loading = "\n".join(load_lines_of(vae, "this-folder"))
     rows = "\n".join(
         f"| {channel} | {m:.6f} | {s:.6f} |"
         for channel, (m, s) in enumerate(zip(mean, std, strict=True))

@@ -27,12 +27,16 @@ def load_lines(config: Mapping[str, Any], folder: str) -> list[str]:
     ]
 
 
+def load_lines_of(model: Any, folder: str) -> list[str]:
+    """The same for a loaded model, whose export will lie there."""
+    return load_lines({**model.config, "_class_name": type(model).__name__}, folder)
+
+
 def load_snippet(first_stage: FirstStage, folder: str) -> str:
     """The lines of Python that load an export with diffusers alone, and encode and decode."""
     family, model = first_stage.family, first_stage.model
-    config = {**model.config, "_class_name": type(model).__name__}
     lines = [
-        *load_lines(config, folder),
+        *load_lines_of(model, folder),
         *family.carrier.usage(f"vae.encode({family.images_as}).{family.encoded_as}"),
     ]
     if isinstance(first_stage.bottleneck, Discrete):

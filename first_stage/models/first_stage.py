@@ -193,8 +193,8 @@ class FirstStage(nn.Module):
 
     def _to_images(self, latents: Tensor) -> Tensor:
         """Images from settled latents; fewer than the decoder can reflect are repeated first."""
-        sides = latents.shape[-2:]
-        below, right = (max(least_latents(self.model) - side, 0) for side in sides)
+        sides, least = latents.shape[-2:], least_latents(self.model)
+        below, right = (max(least - side, 0) for side in sides)
         if not (below or right):
             return self.family.to_images(self.model, latents).float()
         repeated = F.pad(latents, (0, right, 0, below), mode="replicate")

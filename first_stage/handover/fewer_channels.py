@@ -12,11 +12,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from first_stage.errors import UserError
-from first_stage.handover.folding import store
-from first_stage.models.padding import FIELD as PADDING
-from first_stage.models.padding import padding_of, set_padding
-
-_AT_LATENTS = ("encoder.conv_out.", "quant_conv.", "post_quant_conv.", "decoder.conv_in.")
+from first_stage.handover.folding import rebuilt, store
 
 
 @torch.no_grad()
@@ -49,19 +45,12 @@ def keep_channels(autoencoder: Any, count: int) -> AutoencoderKL:
     had = int(autoencoder.config.latent_channels)
     if not 0 < count < had:
         raise UserError(f"keep_channels is {count}; there are {had}: keep from 1 to {had - 1}")
-    config = {**autoencoder.config, "latent_channels": count}
-    config.pop("_use_default_values", None)  # fields that `from_config` would set back
-    config.pop(PADDING, None)  # it has no such field
-    for name in ("latents_mean", "latents_std"):
-        if config.get(name) is not None:
-            config[name] = list(config[name])[:count]
-    result = AutoencoderKL.from_config(config)
-    rest = {
-        name: value
-        for name, value in autoencoder.state_dict().items()
-        if not name.startswith(_AT_LATENTS)
+    kept_lists = {
+        name: list(autoencoder.config[name])[:count]
+        for name in ("latents_mean", "latents_std")
+        if autoencoder.config.get(name) is not None
     }
-    result.load_state_dict(rest, strict=False)
+    result = rebuilt(autoencoder, latent_channels=count, **kept_lists)
 
     last, to_moments = autoencoder.encoder.conv_out, autoencoder.quant_conv
     weight, bias = last.weight.double(), _bias(last)
@@ -88,7 +77,6 @@ def keep_channels(autoencoder: Any, count: int) -> AutoencoderKL:
         weight = torch.einsum("ijhw,jk->ikhw", weight, columns)
     store(result.decoder.conv_in.weight, weight)
     store(result.decoder.conv_in.bias, bias)
-    set_padding(result, padding_of(autoencoder))
     return result.to(last.weight.device).train(autoencoder.training)
 
 

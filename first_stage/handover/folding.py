@@ -14,12 +14,14 @@ while all channels are divided by the same number, so a codebook takes one stand
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from first_stage.errors import UserError
+from first_stage.models.padding import FIELD as PADDING
 from first_stage.models.padding import padding_of, set_padding
 
 # What the posterior clamps its log-variance to (diffusers' DiagonalGaussianDistribution).
@@ -137,16 +139,32 @@ def _check(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
             )
 
 
+def rebuilt(autoencoder: AutoencoderKL, **changes: Any) -> AutoencoderKL:
+    """An autoencoder of another layout, in float32, with the weights whose shapes stayed.
+
+    Args:
+        autoencoder: The autoencoder; it is not changed.
+        changes: Fields of its config.
+    """
+    config = {**autoencoder.config, **changes}
+    config.pop("_use_default_values", None)  # fields that `from_config` would set back
+    config.pop(PADDING, None)  # it has no such field
+    result = AutoencoderKL.from_config(config)
+    shapes = {name: value.shape for name, value in result.state_dict().items()}
+    weights = autoencoder.state_dict()
+    stayed = {name: value for name, value in weights.items() if shapes.get(name) == value.shape}
+    result.load_state_dict(stayed, strict=False)
+    set_padding(result, padding_of(autoencoder))
+    return result
+
+
 def with_convolutions(autoencoder: AutoencoderKL) -> AutoencoderKL:
     """A copy that has both 1x1 convolutions; the ones it lacked do nothing."""
     if autoencoder.quant_conv is not None and autoencoder.post_quant_conv is not None:
         return copy.deepcopy(autoencoder)
     channels = autoencoder.config.latent_channels
     reference = autoencoder.encoder.conv_out.weight
-    config = {**autoencoder.config, "use_quant_conv": True, "use_post_quant_conv": True}
-    result = AutoencoderKL.from_config(config)
-    result.load_state_dict(autoencoder.state_dict(), strict=False)
-    set_padding(result, padding_of(autoencoder))
+    result = rebuilt(autoencoder, use_quant_conv=True, use_post_quant_conv=True)
     for present, name, width in (
         (autoencoder.quant_conv, "quant_conv", 2 * channels),
         (autoencoder.post_quant_conv, "post_quant_conv", channels),

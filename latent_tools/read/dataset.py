@@ -21,7 +21,7 @@ from latent_tools.format.manifest import Manifest, check_weights
 from latent_tools.format.plan import Shape
 from latent_tools.format.shards import ShardReader
 from latent_tools.read.as_datasets import as_datasets
-from latent_tools.read.epoch import Epoch, is_asked_by_accelerate
+from latent_tools.read.epoch import Epoch, let_readers_begin_now, loader_of_accelerate
 from latent_tools.read.normalization import (
     Normalization,
     Sampling,
@@ -181,11 +181,17 @@ class LatentDataset(Dataset[dict[str, Any]]):
         A loader prepared by `accelerate` calls this too, with a count of its own that begins at 0
         after each restart: that count goes on from the epoch that the training loop set last.
         """
-        self.tell_epoch(epoch, is_asked_by_accelerate())
+        self.tell_epoch(epoch, loader_of_accelerate())
 
-    def tell_epoch(self, epoch: int, is_count: bool) -> None:
-        """Set the epoch, or take a loader's count of its passes; see `Epoch`."""
-        if is_count:
+    def tell_epoch(self, epoch: int, counts: Any) -> None:
+        """Set the epoch, or take the count of its passes of a loader of accelerate; see `Epoch`.
+
+        Args:
+            epoch: The epoch, or the count.
+            counts: The loader whose count it is; `None` when the training loop says the epoch.
+        """
+        if counts is not None:
+            let_readers_begin_now(counts)
             self._epoch.count(epoch)
         else:
             self._epoch.tell(epoch)

@@ -12,7 +12,10 @@ from typing import Any
 
 import torch
 
+from latent_tools.format.files import CacheError
+
 _NEVER = -1
+_BETWEEN = ("torch.", "torchdata.", "accelerate.")
 _READERS = 1024  # more worker processes than a machine's data loader has
 
 
@@ -67,28 +70,62 @@ class Epoch:
         self._state[4] = 1
 
 
-def is_asked_by_accelerate() -> bool:
-    """Whether the caller of the function that calls this one is a loader of accelerate.
+def loader_of_accelerate() -> Any:
+    """The loader of accelerate that asks the caller of the function that calls this one.
 
     Its prepared loaders call `set_epoch` like everybody else and hand nothing over that would tell
     them apart: https://github.com/huggingface/accelerate/blob/main/src/accelerate/data_loader.py
-    """
-    return _module(sys._getframe(2)).startswith("accelerate.")
-
-
-def loader_of_accelerate() -> Any:
-    """The loader of accelerate that iterates over the caller of the function that calls this one.
-
-    torch's loaders in between are passed over: `dispatch_batches` hands the sampler to one of them.
+    What lies between is passed over: torch's loaders, and what accelerate wraps a data set in.
 
     Returns:
         The loader, or another object of accelerate's; `None` when it is somebody else who asks.
     """
-    frame = sys._getframe(2)
-    while frame.f_back is not None and _module(frame).startswith(("torch.", "torchdata.")):
+    frame: FrameType | None = sys._getframe(2)
+    found = None
+    while frame is not None and _module(frame).startswith(_BETWEEN):
+        if _module(frame) == "accelerate.data_loader":
+            found = frame.f_locals.get("self", found)
+            if hasattr(found, "base_dataloader"):
+                break
         frame = frame.f_back
-    is_theirs = _module(frame).startswith("accelerate.data_loader")
-    return frame.f_locals.get("self") if is_theirs else None
+    return found
+
+
+def let_readers_begin_now(loader: Any) -> None:
+    """Leave readers alone that were started before it was known which epoch comes.
+
+    With `use_stateful_dataloader` a loader of accelerate asks torchdata's for its state in
+    `prepare`, which starts the workers, and they read ahead: of epoch 0, whatever is told later. An
+    empty state makes torchdata's loader start others; a state that was loaded meanwhile stays.
+
+    Args:
+        loader: A loader of accelerate that is about to begin a pass.
+
+    Raises:
+        CacheError: When its states would be wrong, see `check_states`.
+    """
+    check_states(loader)
+    stateful = getattr(loader, "base_dataloader", None)
+    if getattr(stateful, "_initial_iter_for_state_dict", False):
+        stateful.load_state_dict({})
+
+
+def check_states(loader: Any) -> None:
+    """Refuse a loader of accelerate that would save places that training has not come to.
+
+    Raises:
+        CacheError: When one process reads for several (`dispatch_batches`) and states are kept: it
+            has read the next batches when it keeps its state, and every process saves a state of
+            its own under the same name.
+    """
+    is_dispatched = hasattr(loader, "_fetch_batches")
+    if is_dispatched and processes() > 1 and getattr(loader, "use_stateful_dataloader", False):
+        raise CacheError(
+            "accelerate's state of a loader that reads for several processes (dispatch_batches) "
+            "is not where training is, and resumed with it samples would be left out: set "
+            "use_stateful_dataloader=False, or dispatch_batches=False, or give rank and world and "
+            "do not prepare torchdata's StatefulDataLoader"
+        )
 
 
 def _module(frame: FrameType) -> str:

@@ -10,7 +10,7 @@ from torch.utils.data import Sampler
 from first_stage.seeding import Purpose, generator
 from latent_tools.format.files import CacheError
 from latent_tools.read.dataset import LatentDataset
-from latent_tools.read.epoch import is_asked_by_accelerate, loader_of_accelerate, processes
+from latent_tools.read.epoch import check_states, loader_of_accelerate, processes
 
 
 class BucketBatchSampler(Sampler[list[int]]):
@@ -54,7 +54,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle anew, and let the data set draw anew."""
-        self.dataset.tell_epoch(epoch, is_asked_by_accelerate())
+        self.dataset.tell_epoch(epoch, loader_of_accelerate())
 
     def __len__(self) -> int:
         whole = self.batch_size * self.world
@@ -75,6 +75,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return self._batches()
 
     def _check_prepared(self, loader: Any) -> None:
+        check_states(loader)
         advice = "do not prepare this loader (accelerator.device is where batches go)"
         if self.world > 1:
             raise CacheError(

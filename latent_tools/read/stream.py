@@ -11,7 +11,7 @@ from first_stage.seeding import Purpose, generator
 from latent_tools.format.files import CacheError
 from latent_tools.format.plan import Shape
 from latent_tools.read.dataset import LatentDataset
-from latent_tools.read.epoch import is_asked_by_accelerate, processes
+from latent_tools.read.epoch import loader_of_accelerate, processes
 
 _TOGETHER = 64
 """Samples that are read at once."""
@@ -81,17 +81,18 @@ class LatentStream(IterableDataset[dict[str, Any]]):
         """Say which epoch comes. A state of that epoch that was loaded stays.
 
         Raises:
-            CacheError: When accelerate's `prepare` would divide this process's share once more.
+            CacheError: When accelerate's `prepare` would divide this process's share once more, or
+                would keep states that run ahead of training.
         """
-        is_count = is_asked_by_accelerate()
-        if is_count and self.world > 1 and processes() > 1:
+        counts = loader_of_accelerate()
+        if counts is not None and self.world > 1 and processes() > 1:
             raise CacheError(
                 f"LatentStream takes the share of process {self.rank} of {self.world}, and "
                 "accelerate's prepare divides the loader once more: a part would never be read. "
                 "Leave rank and world out, or do not prepare this loader (accelerator.device is "
                 "where batches go)"
             )
-        self.dataset.tell_epoch(epoch, is_count)
+        self.dataset.tell_epoch(epoch, counts)
 
     def state_dict(self) -> dict[str, Any]:
         """Where to go on: the epoch, how many of its samples this reader gave, in which order."""

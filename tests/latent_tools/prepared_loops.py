@@ -55,6 +55,43 @@ def sampled(accelerator, dataset, dispatch, **named):
     return accelerator.prepare(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate))
 
 
+def stateful(accelerator, dataset, dispatch=False):
+    """A loader that keeps states, of batches that a sampler of ours makes."""
+    accelerator.dataloader_config = DataLoaderConfiguration(
+        dispatch_batches=dispatch, use_stateful_dataloader=True
+    )
+    sampler = BucketBatchSampler(dataset, 2, rank=0, world=1, drop_last=True)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=2, collate_fn=collate)
+    loader = accelerator.prepare(loader)
+    sampler.set_epoch(START)
+    return loader
+
+
+def resumed(accelerator, cache, folder):
+    """What is read in an epoch that is broken off after a batch, and after a restart."""
+    loader = stateful(accelerator, LatentDataset(cache, flip=0.0))
+    accelerator._dataloaders[:] = [loader]
+    batches = iter(loader)
+    first = next(batches)
+    accelerator.save_state(folder)
+    loader = stateful(accelerator, LatentDataset(cache, flip=0.0))
+    accelerator._dataloaders[:] = [loader]
+    accelerator.load_state(folder)
+    return [
+        (number, total)
+        for batch in (first, *loader)
+        for number, total in zip(
+            batch["number"].tolist(), batch["latents"].sum((1, 2, 3)).tolist(), strict=True
+        )
+    ]
+
+
+def streamed_with_states(accelerator, stream):
+    accelerator.dataloader_config = DataLoaderConfiguration(use_stateful_dataloader=True)
+    loader = DataLoader(stream, batch_size=2, num_workers=2, collate_fn=collate)
+    yield from accelerator.prepare(loader)
+
+
 def main(cache: str, buckets: str, output: str) -> None:
     accelerator = Accelerator()
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -76,6 +113,11 @@ def main(cache: str, buckets: str, output: str) -> None:
             refused(lambda d=d: streamed(accelerator, shared, d)) for d in (True, False)
         ]
         + [refused(lambda d=d: sampled(accelerator, dataset, d)) for d in (True, False)],
+        "resumed": resumed(accelerator, cache, f"{output}-state"),
+        "dispatched": [
+            refused(lambda: stateful(accelerator, LatentDataset(cache), dispatch=True)),
+            refused(lambda: streamed_with_states(accelerator, LatentStream(LatentDataset(cache)))),
+        ],
         "joined": refused(
             lambda: sampled(
                 accelerator, LatentDataset(buckets), True, rank=0, world=1, drop_last=True

@@ -134,6 +134,19 @@ class TestTwoProcesses:
                 assert f"the share of process {rank} of 2" in said
                 assert "a part would never be read" in said
 
+    def test_a_stateful_loader_goes_on_within_the_epoch_that_is_told(self, two, made):
+        seen = [tuple(pair) for one in two for pair in one["resumed"]]
+        expected = {int(name[-9:-4]): total for name, total in draws(made, START).items()}
+        assert len(seen) == 8  # four full batches, two for each process
+        assert len(dict(seen)) == 8
+        for number, total in seen:
+            assert total == pytest.approx(expected[number], rel=1e-5)
+
+    def test_states_of_one_process_that_reads_for_two_are_refused(self, two):
+        for one in two:
+            for said in one["dispatched"]:
+                assert "set use_stateful_dataloader=False" in said
+
     def test_batches_of_two_shapes_are_not_joined(self, two):
         for one in two:
             assert "set dispatch_batches=False" in one["joined"]

@@ -106,7 +106,7 @@ def let_readers_begin_now(loader: Any) -> None:
     """
     check_states(loader)
     stateful = getattr(loader, "base_dataloader", None)
-    if getattr(stateful, "_initial_iter_for_state_dict", False):
+    if stateful is not None and getattr(stateful, "_initial_iter_for_state_dict", False):
         stateful.load_state_dict({})
 
 

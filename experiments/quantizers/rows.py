@@ -8,7 +8,8 @@ from experiments.objectives.rows import Budget, Size
 from experiments.quantizers.stock import StockConfig
 from first_stage.config.schema import Config, ModelConfig
 from first_stage.config.sections import with_sections
-from first_stage.models.codebooks import CodebookConfig, GridConfig
+from first_stage.models.codebooks import CodebookConfig
+from first_stage.models.grids import GridConfig
 
 DIMENSIONS = 4
 """Latent channels of all but the largest grid, which has an axis more."""

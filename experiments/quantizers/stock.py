@@ -15,7 +15,7 @@ from first_stage.config.sections import section
 from first_stage.config.types import PositiveInt
 from first_stage.models.bottlenecks import Bottleneck, Code
 from first_stage.models.built_in import VQ
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from first_stage.models.families import register_family
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from first_stage.data import displayed
 from first_stage.evaluation.grids import grid
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from first_stage.models.first_stage import FirstStage, reconstruct
 
 MOST_CODES = 256

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from first_stage.metrics.precision import float64_device
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from first_stage.models.first_stage import FirstStage
 from first_stage.models.quantizers import perplexity
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from first_stage.errors import UserError
 from first_stage.metrics.moments import ChannelMoments
 from first_stage.models.bottlenecks import Encoded
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from first_stage.models.first_stage import FirstStage, pad
 
 

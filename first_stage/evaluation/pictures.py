@@ -11,7 +11,7 @@ from first_stage.data import displayed, pixels_from_images
 from first_stage.evaluation.change import WORST
 from first_stage.evaluation.code_pictures import token_maps
 from first_stage.evaluation.images import ImageList, group_by_shape
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from first_stage.models.first_stage import FirstStage, reconstruct
 
 MAX_SIDE = 512

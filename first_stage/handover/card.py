@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from first_stage.handover.statistics import LatentStatistics
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from first_stage.models.first_stage import FirstStage, as_first_stage
 from first_stage.models.padding import FIELD, padding_of, stock_lines
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from first_stage.errors import UserError
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from first_stage.models.first_stage import FirstStage
 from first_stage.models.padding import padding_of, set_padding
 from first_stage.models.quiet import quiet_diffusers

@@ -23,8 +23,9 @@ from first_stage.config.types import NonNegativeInt, PositiveInt
 from first_stage.errors import ConfigError
 from first_stage.models.bottlenecks import Bottleneck, Gaussian, Plain
 from first_stage.models.carriers import ScalingOnly
-from first_stage.models.codebooks import Codebook, CodebookConfig, FiniteGrid, GridConfig
+from first_stage.models.codebooks import Codebook, CodebookConfig, LinearCodebook
 from first_stage.models.families import Family, register_family
+from first_stage.models.grids import FiniteGrid, GridConfig
 
 
 class KL(Family):
@@ -102,6 +103,8 @@ class VQ(Family):
         options: CodebookConfig = section(config, "vq", CodebookConfig)
         rule = options.rule or ("linear" if codes > _MANY_CODES else "euclidean")
         table = None if config.pretrained is None else embedding.detach()
+        if rule == "linear":
+            return LinearCodebook(codes, dimensions, options.gradient, table)
         return Codebook(codes, dimensions, rule, options.gradient, options.restart_after, table)
 
     def to_code(self, model: Any, images: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from first_stage.config.disturb import DisturbConfig, Transform
 from first_stage.errors import ConfigError
 from first_stage.models.bottlenecks import Bottleneck
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 
 _TINY = 1e-8
 

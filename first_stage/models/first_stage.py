@@ -18,7 +18,7 @@ from first_stage.models import (  # noqa: F401  # families register themselves
     one_frame,
 )
 from first_stage.models.bottlenecks import Bottleneck, Code, Encoded
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from first_stage.models.disturb import Disturbance, disturb, like
 from first_stage.models.families import Family, family_of
 from first_stage.models.padding import least_latents

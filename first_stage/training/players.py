@@ -13,8 +13,8 @@ from first_stage.config.schema import Config, ModelConfig, TrainConfig
 from first_stage.errors import ConfigError
 from first_stage.models.carriers import set_scale
 from first_stage.models.channels import add_latent_channels, inflate_images
-from first_stage.models.codebooks import Discrete
 from first_stage.models.critic import Critic, make_critic
+from first_stage.models.discrete import Discrete
 from first_stage.models.families import family_named, trainable_family_of
 from first_stage.models.first_stage import FirstStage, lay_out
 from first_stage.models.loading import load_autoencoder

@@ -13,7 +13,7 @@ from first_stage.evaluation.codes import CodeCounts
 from first_stage.evaluation.grids import grid
 from first_stage.metrics import images as metrics
 from first_stage.metrics.precision import float64_device, full_float32
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from first_stage.models.first_stage import FirstStage, reconstruct
 
 METRICS = {"psnr": metrics.psnr, "ssim": metrics.ssim, "l1": metrics.l1}

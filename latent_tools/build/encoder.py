@@ -10,7 +10,7 @@ from torch import Tensor
 from first_stage.config.types import Precision
 from first_stage.distributed.memory import is_out_of_memory
 from first_stage.errors import first_line
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from first_stage.models.first_stage import FirstStage, lay_out
 from latent_tools.format.files import CacheError
 

@@ -14,7 +14,7 @@ import torch
 from first_stage.config.types import misfits
 from first_stage.data import Reading, Source
 from first_stage.files import TEMPORARY
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from latent_tools.build.checked import CHECKED, write_checked
 from latent_tools.build.encoder import LatentEncoder
 from latent_tools.build.follow import first_free_unit, follow, trim

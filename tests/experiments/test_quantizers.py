@@ -19,7 +19,7 @@ from experiments.quantizers.stock import StockCodebook
 from first_stage.data import Sample
 from first_stage.data.sources import ListSource
 from first_stage.errors import ConfigError
-from first_stage.models.codebooks import Discrete
+from first_stage.models.discrete import Discrete
 from first_stage.models.first_stage import FirstStage
 from first_stage.models.loading import load_autoencoder
 from first_stage.training.players import make_first_stage

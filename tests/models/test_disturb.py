@@ -12,7 +12,7 @@ from first_stage.config.disturb import (
 )
 from first_stage.errors import ConfigError
 from first_stage.models.bottlenecks import Gaussian, Plain
-from first_stage.models.codebooks import Codebook, FiniteGrid
+from first_stage.models.codebooks import Codebook
 from first_stage.models.disturb import (
     Disturbance,
     Geometry,
@@ -24,6 +24,7 @@ from first_stage.models.disturb import (
     prefix,
     scaled,
 )
+from first_stage.models.grids import FiniteGrid
 from first_stage.training.draws import disturbance
 
 ALL = DisturbConfig(

@@ -31,7 +31,8 @@ def _end(error: Exception, _batch: Any) -> None:
 
 
 def _is_about_shared_memory(error: BaseException) -> bool:
-    return any(words in str(error) for words in ("shared memory", "unable to resize file"))
+    told = ("shared memory", "unable to resize file", "unable to write to file </torch_")
+    return any(words in str(error) for words in told)
 
 
 def loader_fault(error: Exception, rank: int) -> UserError | None:

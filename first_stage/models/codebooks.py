@@ -174,7 +174,7 @@ class LinearCodebook(Codebook):
         frozen: `(K, D)`, what the matrix makes codes of.
     """
 
-    weights: ClassVar[Mapping[str, float]] = {**Codebook.weights, "spread": 0.01}
+    weights: ClassVar[Mapping[str, float]] = {**Codebook.weights, "spread": 0.003}
     frozen: Tensor
 
     def __init__(

@@ -1,6 +1,6 @@
 """The comparison of first stages as text, and the columns that it shares with the report."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,137 +38,15 @@ class Column:
 
 def columns(stages: Sequence[dict[str, Any]]) -> list[Column]:
     """The figures of these first stages that at least one of them has."""
-    result = [
-        Column("PSNR", "higher", _mean("psnr"), _digits(2, " dB"), "peak signal-to-noise ratio"),
-        Column("SSIM", "higher", _mean("ssim"), _digits(4), "structural similarity"),
-        Column("MS-SSIM", "higher", _mean("ms_ssim"), _digits(4), "SSIM at five scales"),
-        Column("L1", "lower", _mean("l1"), _digits(4), "mean absolute error, values in [-1, 1]"),
-        Column("LPIPS", "lower", _mean("lpips"), _digits(4), "AlexNet, version 0.1"),
-        Column(
-            "detail kept",
-            "",
-            lambda s: s["sharpness"]["high_frequency_kept"],
-            lambda v: f"{v:.1%}",
-            "energy finer than four pixels, reconstructions over originals; 100% is right",
-        ),
-        Column(
-            "detail agreement",
-            "higher",
-            lambda s: s["sharpness"]["high_frequency_agreement"],
-            lambda v: f"{v:.1%}",
-            "correlation of that detail with the original's",
-        ),
+    found = [
+        *_OF_IMAGES,
+        *_of_networks(stages),
+        *_of_channels(stages),
+        *_OF_LATENTS,
+        *_OF_PROBES,
+        *_OF_CODES,
     ]
-    networks = {n: entry["network"] for stage in stages for n, entry in stage["features"].items()}
-    for name, key in networks.items():
-        result += [
-            Column(name, "lower", _frechet(name), _digits(3), "Fréchet distance of features"),
-            Column(
-                f"distance, {key}",
-                "lower",
-                _feature_distance(name),
-                _digits(4),
-                "1 - cosine of the features of an image and its reconstruction",
-            ),
-        ]
-    for channel in dict.fromkeys(b["channel"] for s in stages for b in s.get("bands", [])):
-        result += [
-            Column(
-                f"PSNR, channel {channel}", "higher", _band(channel, "psnr"), _digits(2, " dB"),
-                "of the mean error over images",
-            ),
-            Column(
-                f"RMSE, channel {channel}", "lower", _band(channel, "rmse"), lambda v: f"{v:.4g}",
-                "root of the mean squared error, in stored values (0 to 255 without a range)",
-            ),
-        ]  # fmt: skip
-    result += [
-        Column(
-            "KL",
-            "",
-            lambda s: s["latent_health"]["kl"],
-            lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}",
-            "nats per image, from the posterior to a standard normal",
-        ),
-        Column(
-            "active channels",
-            "",
-            lambda s: s["latent_health"]["active_channels"],
-            lambda v: f"{v:.0f}",
-            "of the latents: they carry signal",
-        ),
-    ]
-    result += [
-        Column(
-            "halved latents",
-            "higher",
-            _at("latent_health", "equivariance", "scale_0.5", "psnr_to_image"),
-            _digits(2, " dB"),
-            "PSNR of what halved latents decode to, against halved images: the higher, the more "
-            "latents are like a small image, which a diffusion model learns more easily",
-        ),
-        Column(
-            "latents' slope",
-            "",
-            _at("latent_health", "spectrum", "slope"),
-            _digits(2),
-            "how their energy falls with frequency, as a power of it; near 0 they are like noise, "
-            "and the images' own is in the next row",
-        ),
-        Column(
-            "images' slope",
-            "",
-            _at("sharpness", "slope"),
-            _digits(2),
-            "the same of the images",
-        ),
-        Column(
-            "channel redundancy",
-            "",
-            _at("latent_health", "redundancy"),
-            lambda v: f"{v:.0%}",
-            "how far channels repeat each other: 0% are not correlated at all",
-        ),
-    ]
-    result += [
-        Column(
-            "flat colors",
-            "lower",
-            _at("flat", "off_mean"),
-            lambda v: "0%" if v == 0 else f"{100 * v:.2g}%",
-            "share of the energy of reconstructed flat colors that is off their mean: "
-            "checkerboards, spots, borders",
-        ),
-        Column(
-            "seams",
-            "lower",
-            _at("seams", "near"),
-            lambda v: f"{v:.2g}",
-            "of decoding in tiles: 8-bit levels (root mean square) from decoding whole, near them",
-        ),
-        Column(
-            "codes used",
-            "higher",
-            lambda s: s.get("codes", {}).get("used"),
-            lambda v: f"{v:.1%}",
-            "share of the codebook that these images use",
-        ),
-        Column(
-            "code perplexity",
-            "",
-            lambda s: s.get("codes", {}).get("perplexity"),
-            lambda v: f"{v:,.0f}",
-            "how many equally frequent codes would be as hard to guess",
-        ),
-        Column(
-            "most frequent code",
-            "",
-            lambda s: s.get("codes", {}).get("most_frequent"),
-            lambda v: f"{v:.1%}",
-            "its share of the tokens",
-        ),
-    ]
-    return [c for c in result if any(c.value(stage) is not None for stage in stages)]
+    return [c for c in found if any(c.value(stage) is not None for stage in stages)]
 
 
 def latent_layout(stage: dict[str, Any]) -> str:
@@ -264,3 +142,138 @@ def _feature_distance(name: str) -> Callable[[dict[str, Any]], float | None]:
 
 def _digits(count: int, unit: str = "") -> Callable[[float], str]:
     return lambda value: f"{value:,.{count}f}{unit}"
+
+
+def _of_networks(stages: Sequence[dict[str, Any]]) -> Iterator[Column]:
+    networks = {n: entry["network"] for stage in stages for n, entry in stage["features"].items()}
+    for name, key in networks.items():
+        yield Column(name, "lower", _frechet(name), _digits(3), "Fréchet distance of features")
+        yield Column(
+            f"distance, {key}",
+            "lower",
+            _feature_distance(name),
+            _digits(4),
+            "1 - cosine of the features of an image and its reconstruction",
+        )
+
+
+def _of_channels(stages: Sequence[dict[str, Any]]) -> Iterator[Column]:
+    for channel in dict.fromkeys(b["channel"] for s in stages for b in s.get("bands", [])):
+        yield Column(
+            f"PSNR, channel {channel}", "higher", _band(channel, "psnr"), _digits(2, " dB"),
+            "of the mean error over images",
+        )  # fmt: skip
+        yield Column(
+            f"RMSE, channel {channel}", "lower", _band(channel, "rmse"), lambda v: f"{v:.4g}",
+            "root of the mean squared error, in stored values (0 to 255 without a range)",
+        )  # fmt: skip
+
+
+# Below what they are made of.
+_OF_IMAGES: tuple[Column, ...] = (
+    Column("PSNR", "higher", _mean("psnr"), _digits(2, " dB"), "peak signal-to-noise ratio"),
+    Column("SSIM", "higher", _mean("ssim"), _digits(4), "structural similarity"),
+    Column("MS-SSIM", "higher", _mean("ms_ssim"), _digits(4), "SSIM at five scales"),
+    Column("L1", "lower", _mean("l1"), _digits(4), "mean absolute error, values in [-1, 1]"),
+    Column("LPIPS", "lower", _mean("lpips"), _digits(4), "AlexNet, version 0.1"),
+    Column(
+        "detail kept",
+        "",
+        lambda s: s["sharpness"]["high_frequency_kept"],
+        lambda v: f"{v:.1%}",
+        "energy finer than four pixels, reconstructions over originals; 100% is right",
+    ),
+    Column(
+        "detail agreement",
+        "higher",
+        lambda s: s["sharpness"]["high_frequency_agreement"],
+        lambda v: f"{v:.1%}",
+        "correlation of that detail with the original's",
+    ),
+)
+_OF_LATENTS: tuple[Column, ...] = (
+    Column(
+        "KL",
+        "",
+        lambda s: s["latent_health"]["kl"],
+        lambda v: f"{v:,.0f}" if v >= 100 else f"{v:.3g}",
+        "nats per image, from the posterior to a standard normal",
+    ),
+    Column(
+        "active channels",
+        "",
+        lambda s: s["latent_health"]["active_channels"],
+        lambda v: f"{v:.0f}",
+        "of the latents: they carry signal",
+    ),
+    Column(
+        "halved latents",
+        "higher",
+        _at("latent_health", "equivariance", "scale_0.5", "psnr_to_image"),
+        _digits(2, " dB"),
+        "PSNR of what halved latents decode to, against halved images: the higher, the more "
+        "latents are like a small image, which a diffusion model learns more easily",
+    ),
+    Column(
+        "latents' slope",
+        "",
+        _at("latent_health", "spectrum", "slope"),
+        _digits(2),
+        "how their energy falls with frequency, as a power of it; near 0 they are like noise, "
+        "and the images' own is in the next row",
+    ),
+    Column(
+        "images' slope",
+        "",
+        _at("sharpness", "slope"),
+        _digits(2),
+        "the same of the images",
+    ),
+    Column(
+        "channel redundancy",
+        "",
+        _at("latent_health", "redundancy"),
+        lambda v: f"{v:.0%}",
+        "how far channels repeat each other: 0% are not correlated at all",
+    ),
+)
+_OF_PROBES: tuple[Column, ...] = (
+    Column(
+        "flat colors",
+        "lower",
+        _at("flat", "off_mean"),
+        lambda v: "0%" if v == 0 else f"{100 * v:.2g}%",
+        "share of the energy of reconstructed flat colors that is off their mean: "
+        "checkerboards, spots, borders",
+    ),
+    Column(
+        "seams",
+        "lower",
+        _at("seams", "near"),
+        lambda v: f"{v:.2g}",
+        "of decoding in tiles: 8-bit levels (root mean square) from decoding whole, near them",
+    ),
+)
+_OF_CODES: tuple[Column, ...] = (
+    Column(
+        "codes used",
+        "higher",
+        lambda s: s.get("codes", {}).get("used"),
+        lambda v: f"{v:.1%}",
+        "share of the codebook that these images use",
+    ),
+    Column(
+        "code perplexity",
+        "",
+        lambda s: s.get("codes", {}).get("perplexity"),
+        lambda v: f"{v:,.0f}",
+        "how many equally frequent codes would be as hard to guess",
+    ),
+    Column(
+        "most frequent code",
+        "",
+        lambda s: s.get("codes", {}).get("most_frequent"),
+        lambda v: f"{v:.1%}",
+        "its share of the tokens",
+    ),
+)

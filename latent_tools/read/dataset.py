@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from first_stage.seeding import Purpose, hashed_bits, standard_normals
 from latent_tools.format.files import CacheError
@@ -200,6 +200,11 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """Take the epoch of a reader's saved state, unless the training loop has set one."""
         self._epoch.restore(epoch, reader)
 
+    def check_worker(self) -> None:
+        """Refuse to go on, in a worker that began before the epoch was set; see `Epoch`."""
+        if get_worker_info() is not None:
+            self._epoch.check_worker()
+
     @property
     def is_epoch_told(self) -> bool:
         """Whether the training loop has set the epoch."""
@@ -258,7 +263,12 @@ class LatentDataset(Dataset[dict[str, Any]]):
 
         Args:
             indices: Their places; those of one shape are read together.
+
+        Raises:
+            CacheError: When this is a worker that drew items before the epoch was set.
         """
+        if self.flip > 0 or self._draws:
+            self.check_worker()
         return self.items(indices, self.epoch)
 
     def items(self, indices: Sequence[int], epoch: int) -> list[dict[str, Any]]:

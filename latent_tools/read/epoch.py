@@ -27,6 +27,7 @@ class Epoch:
         # reader's was restored.
         self._state = torch.tensor([0, _NEVER, _NEVER, _NEVER, 0]).share_memory_()
         self._restored = torch.full((_READERS,), _NEVER).share_memory_()
+        self._reads_unasked = False  # of this process alone
 
     @property
     def is_told(self) -> bool:
@@ -38,6 +39,25 @@ class Epoch:
         """The epoch."""
         number, told, _, _, is_restored = self._state.tolist()
         return self._of_readers() if is_restored and told == _NEVER else number
+
+    def check_worker(self) -> None:
+        """Called by a data loader's worker when it draws.
+
+        Raises:
+            CacheError: When the worker had begun before anybody said the epoch, and it is none of
+                the first two by now: what it has read ahead is of epoch 0.
+        """
+        number, told, _, passes, is_restored = self._state.tolist()
+        if told == passes == _NEVER and not is_restored:
+            self._reads_unasked = True
+        elif self._reads_unasked:
+            if number > 1:
+                raise CacheError(
+                    f"the epoch was set to {number} when a worker had already drawn items of epoch "
+                    "0: accelerate's stateful loaders start their workers in prepare, so call "
+                    "set_epoch before it"
+                )
+            self._reads_unasked = False
 
     def _of_readers(self) -> int:
         # Where one reader is not done with an epoch, it is the one that goes on.

@@ -138,7 +138,8 @@ class LatentStream(IterableDataset[dict[str, Any]]):
         """This reader's items: from the beginning, or once from where a loaded state was taken.
 
         Raises:
-            CacheError: When the state is of another number of readers.
+            CacheError: When the state is of another number of readers, or the epoch is set after a
+                worker has begun.
         """
         worker, workers = _this_worker()
         self._readers = self.world * workers
@@ -161,6 +162,7 @@ class LatentStream(IterableDataset[dict[str, Any]]):
         if not taken:  # accelerate asks for an iterator long before it reads
             epoch = self.dataset.epoch
         for rows in self._rows(epoch, taken, worker, workers):
+            self.dataset.check_worker()
             for item in self.dataset.items(rows, epoch):
                 taken += 1
                 self._place = (epoch, taken)

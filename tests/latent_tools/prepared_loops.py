@@ -86,6 +86,27 @@ def resumed(accelerator, cache, folder):
     ]
 
 
+def told_too_late(accelerator, dataset):
+    """A loop whose sampler accelerate tells the epoch, and not the data set."""
+    accelerator.dataloader_config = DataLoaderConfiguration(
+        use_stateful_dataloader=True, use_seedable_sampler=True, data_seed=0
+    )
+    began = torch.multiprocessing.Event()
+
+    def collate_and_say_so(items):
+        began.set()
+        return collate(items)
+
+    loader = accelerator.prepare(
+        DataLoader(
+            dataset, batch_size=1, shuffle=True, num_workers=1, collate_fn=collate_and_say_so
+        )
+    )
+    assert began.wait(60)
+    dataset.set_epoch(START)
+    yield from loader
+
+
 def streamed_with_states(accelerator, stream):
     accelerator.dataloader_config = DataLoaderConfiguration(use_stateful_dataloader=True)
     loader = DataLoader(stream, batch_size=2, num_workers=2, collate_fn=collate)
@@ -118,6 +139,7 @@ def main(cache: str, buckets: str, output: str) -> None:
             refused(lambda: stateful(accelerator, LatentDataset(cache), dispatch=True)),
             refused(lambda: streamed_with_states(accelerator, LatentStream(LatentDataset(cache)))),
         ],
+        "late": refused(lambda: told_too_late(accelerator, LatentDataset(cache))),
         "joined": refused(
             lambda: sampled(
                 accelerator, LatentDataset(buckets), True, rank=0, world=1, drop_last=True

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from cache_helpers import NumberReader, cache, make_vae, photo, write_photos
 from prepared_loops import START, loop
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from first_stage.errors import UserError
 from latent_tools import BucketBatchSampler, LatentDataset, LatentStream
@@ -142,6 +142,11 @@ class TestTwoProcesses:
         for number, total in seen:
             assert total == pytest.approx(expected[number], rel=1e-5)
 
+    def test_an_epoch_that_is_told_after_a_worker_has_drawn_is_refused(self, two):
+        for one in two:
+            assert f"the epoch was set to {START} when a worker had already" in one["late"]
+            assert "call set_epoch before it" in one["late"]
+
     def test_states_of_one_process_that_reads_for_two_are_refused(self, two):
         for one in two:
             for said in one["dispatched"]:
@@ -181,6 +186,16 @@ def read(loader, batches=None):
             break
         found += list(zip(batch["id"], batch["latents"].sum((1, 2, 3)).tolist(), strict=True))
     return found
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_a_first_epoch_that_nobody_sets_may_be_followed_by_others(made, persistent):
+    dataset = LatentDataset(made, flip=0.0)
+    loader = DataLoader(dataset, 2, num_workers=1, persistent_workers=persistent)
+    assert dict(read(loader)) == pytest.approx(draws(made, 0))
+    for epoch in (1, 2, 7):
+        dataset.set_epoch(epoch)
+        assert dict(read(loader)) == pytest.approx(draws(made, epoch))
 
 
 class TestStatefulDataLoader:
@@ -228,6 +243,18 @@ class TestStatefulDataLoader:
         found = read(loader)
         assert len(found) == 11
         assert dict(found) == pytest.approx(draws(made, 4))
+
+    def test_an_epoch_that_is_told_after_workers_have_begun_is_refused(self, made, monkeypatch):
+        monkeypatch.setattr("latent_tools.read.stream._TOGETHER", 1)
+        began, stream = torch.multiprocessing.Event(), LatentStream(LatentDataset(made))
+        loader = stateful.StatefulDataLoader(
+            stream, 2, num_workers=1, collate_fn=lambda items: began.set() or default_collate(items)
+        )
+        loader.state_dict()  # starts the worker, which reads ahead
+        assert began.wait(60)
+        stream.set_epoch(3)
+        with pytest.raises(UserError, match="the epoch was set to 3 when a worker had already"):
+            read(loader)
 
     def test_another_number_of_workers_is_refused(self, made):
         stream = LatentStream(LatentDataset(made))

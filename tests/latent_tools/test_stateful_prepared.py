@@ -81,12 +81,14 @@ def test_after_a_restart_the_epoch_is_the_one_that_is_told(made, kind, workers, 
         assert dict(found) == pytest.approx(draws(made, epoch))
 
 
-@pytest.mark.parametrize("kind", ["stream", "buckets"])
+@pytest.mark.parametrize(
+    ("kind", "who"),
+    # Nothing of a sampler's epoch is in the state: its loop has to tell it.
+    [(kind, who) for kind in ("stream", "buckets") for who in ("data", "loader")]
+    + [("stream", "nobody")],
+)
 @pytest.mark.parametrize(("workers", "persistent"), WORKERS)
-@pytest.mark.parametrize("who", ["data", "loader", "nobody"])
 def test_within_an_epoch_it_goes_on(made, tmp_path, kind, workers, persistent, who):
-    if (kind, who) == ("buckets", "nobody"):
-        pytest.skip("nothing of a sampler's epoch is in the state: the loop has to tell it")
     start = 0 if who == "nobody" else 7
     reading = Reading(made, kind, workers, persistent)
     reading.tell(who, start)

@@ -138,14 +138,19 @@ def check_states(loader: Any) -> None:
             has read the next batches when it keeps its state, and every process saves a state of
             its own under the same name.
     """
-    is_dispatched = hasattr(loader, "_fetch_batches")
-    if is_dispatched and processes() > 1 and getattr(loader, "use_stateful_dataloader", False):
+    keeps_states = getattr(loader, "use_stateful_dataloader", False)
+    if keeps_states and reads_for_all(loader) and processes() > 1:
         raise CacheError(
             "accelerate's state of a loader that reads for several processes (dispatch_batches) "
             "is not where training is, and resumed with it samples would be left out: set "
             "use_stateful_dataloader=False, or dispatch_batches=False, or give rank and world and "
             "do not prepare torchdata's StatefulDataLoader"
         )
+
+
+def reads_for_all(loader: Any) -> bool:
+    """Whether a loader of accelerate reads on one process for all of them (`dispatch_batches`)."""
+    return hasattr(loader, "_fetch_batches")
 
 
 def _module(frame: FrameType) -> str:

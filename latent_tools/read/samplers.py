@@ -10,7 +10,12 @@ from torch.utils.data import Sampler
 from first_stage.seeding import Purpose, generator
 from latent_tools.format.files import CacheError
 from latent_tools.read.dataset import LatentDataset
-from latent_tools.read.epoch import check_states, loader_of_accelerate, processes
+from latent_tools.read.epoch import (
+    check_states,
+    loader_of_accelerate,
+    processes,
+    reads_for_all,
+)
 
 
 class BucketBatchSampler(Sampler[list[int]]):
@@ -88,7 +93,7 @@ class BucketBatchSampler(Sampler[list[int]]):
                 "BucketBatchSampler with drop_last=False has batches that are not full, which "
                 f"accelerate's prepare leaves out: give drop_last=True, or {advice}"
             )
-        is_joined = hasattr(loader, "_fetch_batches") and not loader.split_batches
+        is_joined = reads_for_all(loader) and not loader.split_batches
         if is_joined and len(self._buckets) > 1:
             raise CacheError(
                 "BucketBatchSampler has batches of several shapes, which accelerate joins before "

@@ -19,7 +19,7 @@ from first_stage import files
 from first_stage.data import open_source
 from first_stage.models.bottlenecks import Gaussian
 from first_stage.models.families import Family, register_family
-from latent_tools import CacheError, CacheOptions, Outcome, precompute
+from latent_tools import CacheError, CacheOptions, LatentDataset, Outcome, precompute
 from latent_tools.maintenance import leftovers
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,3 +245,17 @@ def tidy_all_the_time(output: Path, deleted: Path) -> None:
         with deleted.open("a") as file:
             file.writelines(f"{item.path.name}\n" for item in found)
         time.sleep(0.5)  # a launch must find the lock free between two of them
+
+
+def eleven_photos(root: Path) -> Path:
+    """A cache of eleven photos in three units."""
+    write_photos(root / "data", 11)
+    cache(root / "data", root / "c", make_vae(), unit_size=4)
+    return root / "c"
+
+
+def draws(folder: Path, epoch: int) -> dict[str, float]:
+    """The latents' sums in an epoch, by id."""
+    dataset = LatentDataset(folder, flip=0.0)
+    items = dataset.items(range(len(dataset)), epoch)
+    return {item["id"]: item["latents"].sum().item() for item in items}

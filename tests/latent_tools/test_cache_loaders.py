@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from cache_helpers import NumberReader, cache, make_vae, photo, write_photos
+from cache_helpers import NumberReader, cache, draws, eleven_photos, make_vae, photo, write_photos
 from prepared_loops import START, loop
 from torch.utils.data import DataLoader, default_collate
 
@@ -23,11 +23,7 @@ stateful = pytest.importorskip("torchdata.stateful_dataloader")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A cache of eleven photos in three units."""
-    root = tmp_path_factory.mktemp("made")
-    write_photos(root / "data", 11)
-    cache(root / "data", root / "c", make_vae(), unit_size=4)
-    return root / "c"
+    return eleven_photos(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +36,6 @@ def of_two_shapes(tmp_path_factory) -> Path:
         photo(number, size).save(root / "data" / f"{number:05d}.png")
     cache(root / "data", root / "c", make_vae(), unit_size=4, buckets="16x32,32x16")
     return root / "c"
-
-
-def draws(folder, epoch):
-    """The latents' sums in an epoch, by id."""
-    dataset = LatentDataset(folder, flip=0.0)
-    items = dataset.items(range(len(dataset)), epoch)
-    return {item["id"]: item["latents"].sum().item() for item in items}
 
 
 class TestEpochs:

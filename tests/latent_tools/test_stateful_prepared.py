@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from cache_helpers import cache, make_vae, write_photos
+from cache_helpers import draws, eleven_photos
 from torch.utils.data import DataLoader
 
 from latent_tools import BucketBatchSampler, LatentDataset, LatentStream
@@ -18,11 +18,7 @@ WORKERS = [(0, False), (2, False), (2, True)]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """A cache of eleven photos in three units."""
-    root = tmp_path_factory.mktemp("made")
-    write_photos(root / "data", 11)
-    cache(root / "data", root / "c", make_vae(), unit_size=4)
-    return root / "c"
+    return eleven_photos(tmp_path_factory.mktemp("made"))
 
 
 class Reading:
@@ -60,13 +56,6 @@ class Reading:
                 if number < 6:  # of six
                     break
         return found
-
-
-def draws(folder, epoch):
-    """The latents' sums in an epoch, by id."""
-    dataset = LatentDataset(folder, flip=0.0)
-    items = dataset.items(range(len(dataset)), epoch)
-    return {item["id"]: item["latents"].sum().item() for item in items}
 
 
 @pytest.mark.parametrize("kind", ["stream", "buckets", "map"])

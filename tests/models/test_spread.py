@@ -1,12 +1,10 @@
 """The price on vectors that crowd."""
 
 import torch
-from torch import nn
+from toy_codes import codes_in_effect
 
-from first_stage.distributed.processes import Processes
 from first_stage.models import spread
 from first_stage.models.codebooks import LinearCodebook
-from first_stage.models.quantizers import perplexity
 from first_stage.models.spread import crowding
 
 SHAPE = (3, 4, 5, 6)
@@ -77,30 +75,11 @@ def test_autocast_changes_nothing():
     torch.testing.assert_close(found, crowding(z))
 
 
-def trained(weight, steps=300):
-    """How many codes of 256 are used in effect after training on one strong direction."""
-    torch.manual_seed(0)
-    strong = torch.tensor([1, 0.1, 0.05, 0.05, 0.02, 0.02])
-    mix = torch.linalg.qr(torch.randn(12, 6))[0] * strong
-    to_code = nn.Sequential(nn.Linear(12, 32), nn.SiLU(), nn.Linear(32, 4))
-    to_data = nn.Sequential(nn.Linear(4, 32), nn.SiLU(), nn.Linear(32, 12))
-    book = LinearCodebook(256, 4)
-    learned = [*to_code.parameters(), *to_data.parameters(), *book.parameters()]
-    optimizer = torch.optim.Adam(learned, 1e-2)
+def trained(weight):
+    """How many codes of 256 are used in effect."""
     prices = {**LinearCodebook.weights, "spread": weight}
-    for step in range(steps):
-        data = torch.randn(256, 6) @ mix.mT
-        code = book(to_code(data).mT.reshape(1, 4, 16, 16))
-        decoded = to_data(code.latents.flatten(2)[0].mT)
-        loss = (decoded - data).square().sum(1).mean()
-        loss = loss + sum(prices[name] * code.penalties[name].mean() for name in prices)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        book.finish_step(step, Processes(), seed=0)
-    with torch.no_grad():
-        tokens = book.tokens(to_code(torch.randn(4096, 6) @ mix.mT).mT[None, :, :, None])
-    return perplexity(tokens.flatten().bincount(minlength=256) / 4096).item()
+    strong = [1, 0.1, 0.05, 0.05, 0.02, 0.02]
+    return codes_in_effect(lambda: LinearCodebook(256, 4), 4, prices, strong, steps=300)
 
 
 def test_it_keeps_codes_in_use_that_else_lie_beside_a_line():

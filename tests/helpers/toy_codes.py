@@ -1,4 +1,4 @@
-"""A discrete bottleneck between two small networks, on data of one strong direction and weak ones."""
+"""A discrete bottleneck between two small networks, on data of one strong direction."""
 
 import torch
 from torch import nn

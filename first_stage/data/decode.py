@@ -157,7 +157,7 @@ def _decode(file: Encoded | str, reading: Reading, scale: reduced.Scale | None) 
     if not reading.reduced:
         plain = plain_jpeg.decode(content, reading.max_pixels)
         if plain is not None:
-            return _from_pillow(plain, reading)
+            return _from_plain(plain, reading)
     image = _open(io.BytesIO(content), reading.max_pixels)
     deep = None if image.mode not in ("RGB", "RGBA") else _deep_color(image, content, reading)
     if deep is not None:
@@ -249,6 +249,14 @@ def _header_size(stream: Any, reading: Reading) -> tuple[int, int]:
         except Exception:  # as in decoding: damaged EXIF data turn nothing
             is_turned = False
     return (width, height) if is_turned else (height, width)
+
+
+def _from_plain(pixels: np.ndarray, reading: Reading) -> Picture:
+    """Gray or RGB of 8 bits `(H, W, 1 or 3)`, without a profile or an orientation."""
+    if pixels.shape[2] == reading.channels and not reading.takes_values:
+        return pixels
+    picture = Image.fromarray(pixels if pixels.shape[2] == 3 else pixels[:, :, 0])
+    return _from_pillow(picture, reading)
 
 
 # -- Pillow's pictures -----------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_folders import png, put, put_parquet, put_tar
 
-from first_stage.data import BrokenImage, listing, open_image, open_source, take_inventory
+from first_stage.data import BrokenImage, listing, open_image, open_source, size_of, take_inventory
 from first_stage.data.checks import value_remark
 from first_stage.data.decode import Reading
 from first_stage.data.paths import Paths
@@ -154,7 +154,7 @@ class TestLayouts:
         put(tmp_path, "ok.png", "über.png")
         source = open_source(str(tmp_path))
         assert ids(source) == ["caf\\xe9.png", "ok.png", "über.png"]
-        assert open_image(source.read(0).image, 3).size == (24, 20)
+        assert size_of(open_image(source.read(0).image, 3)) == (20, 24)
         assert source.ids().to_pylist() == ids(source)
         json.dumps(ids(source)).encode("utf-8")
 
@@ -298,7 +298,7 @@ class TestParquet:
         for column in (as_struct, pa.array(places)):
             pq.write_table(pa.table({"image": column}), tmp_path / "data" / "a.parquet")
             source = open_source(f"{tmp_path}/data/a.parquet")
-            assert open_image(source.read(0).image, 3).size == (24, 20)
+            assert size_of(open_image(source.read(0).image, 3)) == (20, 24)
             for index, words in enumerate(["outside", "outside", "outside", "https"], 1):
                 with pytest.raises(BrokenImage, match=words):
                     open_image(source.read(index).image, 3)
@@ -321,7 +321,7 @@ class TestParquet:
         broken = [{"bytes": b"no", "path": None}] * 3
         put_parquet(tmp_path / "a.parquet", depth=broken)
         source = open_source(str(tmp_path))
-        assert open_image(source.read(1).image, 3).size == (24, 20)
+        assert size_of(open_image(source.read(1).image, 3)) == (20, 24)
 
     def test_a_full_disk_of_the_cache_is_told(self, tmp_path, monkeypatch):
         put_parquet(tmp_path / "a.parquet")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from first_stage.data import BrokenImage, Reading, open_image, pixels_of, plain_jpeg
+from first_stage.data import BrokenImage, Reading, View, open_image, pixels_of, plain_jpeg
+from first_stage.data.images import Mirror
 
 MANY = 10**8
 
@@ -45,9 +46,24 @@ def test_pixels_are_those_of_pillow(quality, subsampling, progressive, side):
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_gray_too(channels):
     content = jpeg(picture(mode="L"))
-    assert plain_jpeg.decode(content, MANY).mode == "L"
+    assert plain_jpeg.decode(content, MANY).shape == (37, 53, 1)
     found = pixels_of(open_image(content, channels), channels)
     np.testing.assert_array_equal(found, by_pillow(content, channels))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("view", [View(24, 24), View(48, 80), View(16, None), View(8, 9, (31, 40))])
+def test_views_of_the_array_are_those_of_pillows_picture(mode, view):
+    content = jpeg(picture(mode=mode))
+    channels = 3 if mode == "RGB" else 1
+    for flip in (False, Mirror(True, True, transposed=view.shape is None)):
+        seen, place = view.apply(open_image(content, channels), 0.3, 0.8, flip)
+        with mock.patch.object(plain_jpeg, "_turbo", [None]):
+            other = open_image(content, channels)
+        assert isinstance(other, Image.Image)
+        expected, other_place = view.apply(other, 0.3, 0.8, flip)
+        assert place == other_place
+        np.testing.assert_array_equal(pixels_of(seen, channels), pixels_of(expected, channels))
 
 
 def exif():

@@ -6,7 +6,7 @@ import datasets
 import pytest
 from conftest import picture
 
-from first_stage.data import open_image, open_source, split_source
+from first_stage.data import open_image, open_source, size_of, split_source
 from first_stage.errors import DataError
 
 
@@ -17,7 +17,7 @@ def png(seed):
 
 
 def sizes(source):
-    return [open_image(source.read(i).image, 3).size for i in range(len(source))]
+    return [size_of(open_image(source.read(i).image, 3))[::-1] for i in range(len(source))]
 
 
 def test_a_nested_folder_with_classes(tmp_path):
@@ -116,7 +116,7 @@ def test_the_built_in_sets():
     digits = open_source("digits", split="validation")
     assert len(digits) == 500
     assert sorted({digits.read(i).columns["label"] for i in range(500)}) == list(range(10))
-    assert open_image(digits.read(0).image, 1).size == (28, 28)
+    assert size_of(open_image(digits.read(0).image, 1)) == (28, 28)
 
 
 def test_a_folder_named_like_a_built_in_set_goes_first(tmp_path, monkeypatch):

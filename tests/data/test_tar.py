@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import picture
 
-from first_stage.data import BrokenImage, open_image, open_source, tar
+from first_stage.data import BrokenImage, open_image, open_source, size_of, tar
 from first_stage.data.decode import Reading
 from first_stage.data.find_shards import find_shards
 from first_stage.data.retry import WAITS, with_retries
@@ -53,7 +53,7 @@ def test_each_sample_has_its_own_ending_and_columns_are_decoded_when_wanted(tmp_
     found = samples(tmp_path / "a.tar")
     assert [s.id for s in found] == [f"a.tar#{k}" for k in ("d/0", "d/1", "d/2", "d/3", "d/0#2")]
     for index in (0, 1, 3, 4):
-        assert open_image(found[index].image, 3).size == (24, 20)
+        assert size_of(open_image(found[index].image, 3)) == (20, 24)
     assert "has no image (it has txt)" in reason(found[2])
     assert (found[0].columns["txt"], found[0].columns["cls"]) == ("café", 7)
     assert found[3].columns["json"] == {"a": [1]}
@@ -101,7 +101,7 @@ def test_a_sparse_member_is_not_unpacked(tmp_path):
     (tmp_path / "a.tar").write_bytes(bytes(block) + b"\0" * 512 + good.getvalue())
     found = samples(tmp_path / "a.tar")
     assert "its png is sparse" in reason(found[0])
-    assert open_image(found[1].image, 3).size == (24, 20)
+    assert size_of(open_image(found[1].image, 3)) == (20, 24)
 
 
 @pytest.mark.parametrize("damage", ["cut", "header"])

@@ -6,6 +6,7 @@ Every problem names the field, its value, what would happen, and the remedy.
 from collections.abc import Iterator
 from pathlib import Path
 
+from first_stage.config.images import shorter_side
 from first_stage.config.loss_checks import loss_problems
 from first_stage.config.losses import AdversarialConfig, LearnedConfig, latent_term_names
 from first_stage.config.schema import Config, DataConfig
@@ -57,6 +58,8 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
             f"data.flip is dihedral, which turns crops, but data.crop_shape "
             f"{list(data.crop_shape)} is no square: use both"
         )
+    if data.least_scale < 1:
+        yield from _scale_problems(data)
     if data.streaming and data.min_side:
         yield (
             f"data.min_side is {data.min_side}, but a stream would have to be read whole to know "
@@ -66,6 +69,22 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         yield (
             f"data.streaming is true, but data.path {data.path!r} is a built-in set, which is in "
             "memory anyway: set it to false"
+        )
+
+
+def _scale_problems(data: DataConfig) -> Iterator[str]:
+    given = f"data.least_scale is {data.least_scale:g}"
+    if data.crop != "random":
+        yield f"{given}, but data.crop is {data.crop}: set it to random, or data.least_scale to 1"
+    if data.crop_shape is not None:
+        yield (
+            f"{given}, but images are resized until they just cover data.crop_shape "
+            f"{list(data.crop_shape)}: use data.resolution and data.resize instead of it"
+        )
+    elif shorter_side(data.resize, data.resolution) == data.resolution:
+        yield (
+            f"{given}, but images are resized to the crop's {data.resolution} pixels anyway: set "
+            "data.resize to 0 (their own size) or to more pixels than data.resolution"
         )
 
 

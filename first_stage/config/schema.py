@@ -23,6 +23,7 @@ from first_stage.config.types import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PositiveShare,
     Precision,
     Share,
     may_change,
@@ -49,6 +50,7 @@ __all__ = [
 
 Crop = Literal["random", "center"]
 Optimizer = Literal["adamw", "adamw_8bit"]
+Initialization = Literal["diffusers", "quiet"]
 Padding = Literal["zeros", "reflect"]
 Part = Literal["all", "encoder", "decoder", "mid", "last_block", "conv_in", "conv_out"]
 _OF_ENCODER = ("all", "encoder", "conv_in")
@@ -70,6 +72,10 @@ class DataConfig(ImagesConfig):
     images are resized until they just cover it, and resolution and resize do not matter."""
     crop: Crop = "random"
     """Where the crop is taken in training; validation always takes the centre."""
+    least_scale: PositiveShare = 1.0
+    """Draw the size at which a random crop sees its image too, from this share of its size after
+    resizing up to the whole, all factors alike, but never below the crop: small crops then see what
+    whole images are like, which norms depend on, and more different ones. 1: the one size."""
     flip: bool | Flip = True
     """Mirror images in training, all equally often: none; horizontal (or true), left to right;
     both, top to bottom too; dihedral, the eight of a square, quarter turns among them."""
@@ -133,6 +139,9 @@ class ModelConfig:
     quant_conv: bool = True
     """1x1 convolutions around the latents: true as in Stable Diffusion 1.x and XL, false as in SD3
     and Flux."""
+    initialization: Initialization = "diffusers"
+    """How a new one begins: diffusers, as its classes do; quiet, with residual branches that add
+    nothing yet and little noise in the latents, which finds colors several times sooner."""
     decoder_padding: Padding | None = None
     """What the decoder's convolutions see beyond the border: zeros, or the image reflected. Stock
     diffusers and other programs decode with zeros, unless two lines of Python that the export's

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     PositiveFloat = float
     NonNegativeFloat = float
     Share = float
+    PositiveShare = float
     Decay = float
 else:
     from jsonargparse.typing import restricted_number_type
@@ -63,6 +64,7 @@ else:
     PositiveFloat = number(float, "above 0", (">", 0), ("<", math.inf))
     NonNegativeFloat = number(float, "of 0 or above", (">=", 0), ("<", math.inf))
     Share = number(float, "from 0 to 1", (">=", 0), ("<=", 1), ("<", math.inf))
+    PositiveShare = number(float, "above 0, up to 1", (">", 0), ("<=", 1))
     Decay = number(float, "of at least 0 and below 1", (">=", 0), ("<", 1))
 
 

@@ -96,11 +96,13 @@ class View:
             as they are. An image smaller than the crop is always enlarged until the crop fits.
         shape: (height, width) of the crop instead of a square: the image is resized until it just
             covers the crop, and `resize` does not matter.
+        shrink: Resize to this share of that, in (0, 1], as far as the crop still fits.
     """
 
     resolution: int
     resize: int | None
     shape: tuple[int, int] | None = None
+    shrink: float = 1.0
 
     @property
     def size(self) -> tuple[int, int]:
@@ -112,7 +114,8 @@ class View:
         crop_height, crop_width = self.size
         scale = max(crop_height / height, crop_width / width)
         if self.shape is None:
-            scale = max(scale, (self.resize or min(width, height)) / min(width, height))
+            side = min(width, height)
+            scale = max(scale, self.shrink * (self.resize or side) / side)
         return scale
 
     def apply(

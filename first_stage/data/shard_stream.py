@@ -204,6 +204,7 @@ class ShardStream(TrainingStream):
         buffer: Samples that are held, still encoded, and shuffled together, over all processes.
         random_crop: Random crops; centre crops otherwise.
         flip: Which mirror images of the views are drawn; true: horizontal.
+        least_scale: From where to 1 the factor is drawn that the view is shrunk by.
     """
 
     def __init__(
@@ -216,8 +217,9 @@ class ShardStream(TrainingStream):
         buffer: int,
         random_crop: bool = True,
         flip: Flip | bool = True,
+        least_scale: float = 1.0,
     ):
-        super().__init__(source, view, reading, seed, random_crop, flip)
+        super().__init__(source, view, reading, seed, random_crop, flip, least_scale)
         self.shards = source
         self.order = StreamOrder(source.shard_starts(), seed, slots, buffer)
         self._held: dict[int, tuple[tuple[int, int], dict[int, Sample]]] = {}

@@ -91,6 +91,7 @@ class TrainingStream(Dataset[Example]):
         seed: The run's seed.
         random_crop: Random crops; centre crops otherwise.
         flip: Which mirror images of the views are drawn, all equally often; true: horizontal.
+        least_scale: The view is shrunk by a factor drawn from here to 1, evenly on a log scale.
         latents: What the encoder once gave for the samples, seen so; `None` where it is to be run.
     """
 
@@ -102,11 +103,13 @@ class TrainingStream(Dataset[Example]):
         seed: int,
         random_crop: bool = True,
         flip: Flip | bool = True,
+        least_scale: float = 1.0,
         latents: PairedLatents | None = None,
     ):
         self.source, self.view, self.seed = source, view, seed
         self.reading = as_reading(reading)
         self.random_crop, self.flip, self.latents = random_crop, flip_named(flip), latents
+        self.least_scale = least_scale
         self._order: tuple[int, np.ndarray] | None = None
 
     def sample_at(self, position: int) -> tuple[int, int]:
@@ -157,13 +160,14 @@ class TrainingStream(Dataset[Example]):
         file, encoded = sample.image, None
         if self.latents is not None and isinstance(file, Path):
             file = read_bytes(file)
-        image = open_image(file, self.reading, self.view.scale)
-        draw = generator(self.seed, Purpose.VIEW, epoch, index).random(5)
+        draw = generator(self.seed, Purpose.VIEW, epoch, index).random(6)
+        view = replace(self.view, shrink=self.least_scale ** float(draw[5]))
+        image = open_image(file, self.reading, view.scale)
         u, v = (float(draw[0]), float(draw[1])) if self.random_crop else (None, None)
-        mirror = _drawn(self.flip, draw[2:])
+        mirror = _drawn(self.flip, draw[2:5])
         if self.latents is not None:
             encoded = self.latents.of(index, file, mirror.horizontal)
-        image, _ = self.view.apply(image, u, v, flip=mirror)
+        image, _ = view.apply(image, u, v, flip=mirror)
         return pixels_of(image, self.reading), encoded
 
 

@@ -26,6 +26,7 @@ from first_stage.models.carriers import ScalingOnly
 from first_stage.models.codebooks import Codebook, CodebookConfig, LinearCodebook
 from first_stage.models.families import Family, register_family
 from first_stage.models.grids import FiniteGrid, GridConfig
+from first_stage.models.initialization import quiet_posterior
 
 
 class KL(Family):
@@ -58,6 +59,11 @@ class KL(Family):
     def downsample_factor(self, model: Any) -> int:
         """Each level but the last halves."""
         return int(2 ** (len(model.config.block_out_channels) - 1))
+
+    def begin_quietly(self, model: Any) -> None:
+        """With little noise in the latents, too."""
+        super().begin_quietly(model)
+        quiet_posterior(model.quant_conv or model.encoder.conv_out)
 
     def layout(self, model: Any) -> dict[str, Any]:
         """All that `build` asks for."""

@@ -20,6 +20,7 @@ from first_stage.config.sections import add_section
 from first_stage.errors import ConfigError, UserError, first_line
 from first_stage.models.bottlenecks import Bottleneck, Gaussian, Plain
 from first_stage.models.carriers import Carrier, ScalingAndShift
+from first_stage.models.initialization import silence_branches
 
 _PROBE_SIDES = (64, 256, 224)
 """Sides of the image that finds out what an unknown class does: the first one that it takes."""
@@ -106,6 +107,18 @@ class Family(ABC):
         """What decides what latents mean: the parts that stay when the decoder learns alone."""
         parts = (model.encoder, getattr(model, "quant_conv", None))
         return [part for part in parts if part is not None]
+
+    def begin_quietly(self, model: Any) -> None:
+        """Make what `build` gave begin as `model.initialization: quiet` says.
+
+        Raises:
+            ConfigError: Where nothing in it is known to be a residual branch.
+        """
+        if not silence_branches(model):
+            raise ConfigError(
+                f"model.initialization is quiet, but of the blocks of {self.name} "
+                f"({type(model).__name__}) none is known here: set it to diffusers"
+            )
 
     def idle_parts(self, model: Any) -> list[nn.Module]:
         """What images never pass through: it has no gradient, and stays as it is in training."""

@@ -212,16 +212,14 @@ def open_stream(
         data: How they are seen.
         latents: What the encoder once gave for them, from `pair_latents`.
         channels: To read files into.
-        seed: Of order, crops and flips.
+        seed: Of order, crops, sizes and flips.
         batch_size: Images per step.
     """
     view, reading = data.view(data.resolution), data.reading(channels)
-    random_crop = data.crop == "random"
+    drawn = (data.crop == "random", data.flip, data.least_scale)
     if isinstance(source, StreamSource):
-        return ShardStream(
-            source, view, reading, seed, batch_size, data.shuffle_buffer, random_crop, data.flip
-        )
-    return TrainingStream(source, view, reading, seed, random_crop, data.flip, latents)
+        return ShardStream(source, view, reading, seed, batch_size, data.shuffle_buffer, *drawn)
+    return TrainingStream(source, view, reading, seed, *drawn, latents=latents)
 
 
 def pair_latents(

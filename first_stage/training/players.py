@@ -99,8 +99,10 @@ def make_first_stage(config: ModelConfig, resolution: int) -> FirstStage:
     """
     if config.pretrained is None:
         family = family_named(config.family)
-        stage = FirstStage(model := family.build(config, resolution), family,
-                           family.bottleneck(model, config))  # fmt: skip
+        model = family.build(config, resolution)
+        if config.initialization == "quiet":
+            family.begin_quietly(model)
+        stage = FirstStage(model, family, family.bottleneck(model, config))
     else:
         stage = _pretrained(config, config.pretrained)
     if config.decoder_padding is not None:

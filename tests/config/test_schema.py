@@ -71,6 +71,19 @@ def test_a_misspelt_key_is_refused_by_name(tmp_path, where):
         ({"data__path": ""}, ["data.path is empty"]),
         ({"data__resolution": 17}, ["data.resolution (17)", "factor (2)", "16 or 18"]),
         ({"validation__resolution": 19}, ["validation.resolution (19)", "18 or 20"]),
+        (
+            {"data__least_scale": 0.5},
+            ["data.least_scale is 0.5", "resized to the crop's 16 pixels", "data.resize to 0"],
+        ),
+        (
+            {"data__least_scale": 0.5, "data__resize": 0, "data__crop": "center"},
+            ["data.least_scale is 0.5", "data.crop is center", "set it to random"],
+        ),
+        (
+            {"data__least_scale": 0.5, "data__crop_shape": "[16, 32]"},
+            ["data.least_scale is 0.5", "data.crop_shape [16, 32]"],
+        ),
+        ({"data__least_scale": 0}, ["data.least_scale is 0", "above 0, up to 1"]),
         ({"model__in_channels": 0}, ["model.in_channels is 0", "above 0"]),
         ({"model__norm_num_groups": 5}, ["model.norm_num_groups (5)", "width 8"]),
         ({"model__inflate_channels": True}, ["inflate_channels (true)", "add --model.pretrained"]),

@@ -65,6 +65,53 @@ def test_neither_processes_nor_workers_change_a_step(images, world, workers):
         assert sum(map(len, seen)) == len(set().union(*seen)) == 6
 
 
+class TestSizes:
+    """With `least_scale` the size of the image around a crop is drawn too."""
+
+    @pytest.fixture
+    def ramp(self, tmp_path):
+        """Four images that grow brighter from left to right, by 1 a pixel."""
+        for index in range(4):
+            values = np.broadcast_to(np.arange(240, dtype=np.uint8), (200, 240))
+            Image.fromarray(values).save(tmp_path / f"{index}.png")
+        return tmp_path
+
+    def of(self, folder, least_scale, view, draws=1):
+        made = TrainingStream(
+            open_source(str(folder)), view, 1, 0, flip=False, least_scale=least_scale
+        )
+        pixels = [made[position].pixels[:, :, 0].astype(float) for position in range(draws)]
+        return pixels, np.array([1 / np.diff(p[:, 2:-2], axis=1).mean() for p in pixels])
+
+    def test_are_drawn_evenly_on_a_log_scale_down_to_the_least(self, ramp):
+        pixels, scales = self.of(ramp, 0.25, View(16, None), 400)
+        assert {p.shape for p in pixels} == {(16, 16)}
+        assert 0.245 < scales.min() < 0.27
+        assert 0.95 < scales.max() < 1.02
+        parts = np.histogram(np.log(scales.clip(0.25, 1)), 4, (np.log(0.25), 0))[0]
+        assert parts.min() > 70  # 100 each, deviation 9
+
+    def test_never_make_an_image_smaller_than_the_crop(self, ramp):
+        pixels, scales = self.of(ramp, 0.01, View(100, None), 40)
+        assert {p.shape for p in pixels} == {(100, 100)}
+        assert scales.min() == pytest.approx(0.5, abs=0.01)  # of 200 rows
+        assert (np.abs(scales - 0.5) < 0.01).sum() > 20
+
+    def test_of_a_share_of_one_are_what_they_were(self, ramp):
+        (one,), _ = self.of(ramp, 1.0, View(16, None))
+        (near,), scale = self.of(ramp, 0.999999, View(16, None))
+        np.testing.assert_array_equal(one, near)  # and in the same place
+        assert scale[0] == pytest.approx(1)
+
+    def test_do_not_depend_on_processes_or_workers(self, images):
+        view = {"least_scale": 0.3}
+        expected = joined(batches(images, micro=6, **view))[1]
+        parts = [batches(images, rank, 2, 3, 1, **view) for rank in range(2)]
+        found = joined([parts[rank][step] for step in range(5) for rank in range(2)])[1]
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, joined(batches(images, micro=6))[1])
+
+
 def test_resuming_is_starting_at_a_step(images):
     whole, rest = batches(images, micro=6), batches(images, micro=6, start=3)
     assert joined(whole[3:])[0] == joined(rest)[0]

@@ -11,8 +11,7 @@ from first_stage.config.loss_checks import loss_problems
 from first_stage.config.losses import AdversarialConfig, LearnedConfig, latent_term_names
 from first_stage.config.schema import Config, DataConfig
 from first_stage.config.types import misfits
-from first_stage.data.sources import is_builtin
-from first_stage.data.stream import flip_named
+from first_stage.data import flip_named, is_builtin
 from first_stage.errors import ConfigError
 
 
@@ -218,6 +217,12 @@ def _latents_problems(c: Config) -> Iterator[str]:
             f"{given}, but train.parts {list(c.train.parts)} would change the encoder, and with it "
             "the latents: set train.parts to [decoder]"
         )
+    for name in ("jitter_saturation", "jitter_hue"):
+        if getattr(data, name):
+            yield (
+                f"{given}, but data.{name} is {getattr(data, name):g}: a cache holds images in "
+                "their own colors; set it to 0"
+            )
     if data.crop != "center":
         yield f"{given}, but data.crop is {data.crop}: a cache holds centre crops; set it to center"
     if flip_named(data.flip) not in ("none", "horizontal"):

@@ -4,6 +4,7 @@ Every field's docstring is its `--help` text, its type says its range, and `may_
 may go on with another value of it. What several fields must fulfil together stands in `checks`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,8 +30,8 @@ from first_stage.config.types import (
     may_change,
     section_may_change,
 )
-from first_stage.data import View
-from first_stage.data.stream import Flip
+from first_stage.data import Variation, View
+from first_stage.data.variation import Flip
 
 __all__ = [
     "AdversarialConfig",
@@ -79,6 +80,11 @@ class DataConfig(ImagesConfig):
     flip: bool | Flip = True
     """Mirror images in training, all equally often: none; horizontal (or true), left to right;
     both, top to bottom too; dihedral, the eight of a square, quarter turns among them."""
+    jitter_saturation: Share = 0.0
+    """Of half of the training crops multiply colors by a factor drawn from 1 - this to 1 + this (in
+    YIQ: luma stays): colors that few images show. For RGB and RGBA."""
+    jitter_hue: Share = 0.0
+    """Of the same crops turn hues by up to this share of half a circle, either way."""
     validation_path: str | None = may_change(None)
     """Held-out images, as for path; null: a share of the training data, or the built-in set's."""
     validation_split: str | None = may_change(None)
@@ -100,6 +106,29 @@ class DataConfig(ImagesConfig):
     mirrored images where it was made with --flip. null: images are encoded in every step."""
     workers: NonNegativeInt | None = may_change(None)
     """Decoding processes per training process; null: one per core left over; 0: none."""
+
+    def variation(self) -> Variation:
+        """What differs each time that a sample is seen."""
+        return Variation(
+            self.crop == "random",
+            self.flip,
+            self.least_scale,
+            self.jitter_saturation,
+            self.jitter_hue,
+        )
+
+    def reading_problems(self, channels: int) -> Iterator[str]:
+        """What cannot work in reading files into so many channels, and in changing their colors."""
+        yield from super().reading_problems(channels)
+        for name in ("jitter_saturation", "jitter_hue"):
+            given = f"data.{name} is {getattr(self, name):g}"
+            if getattr(self, name) and channels not in (3, 4):
+                yield f"{given}, but images of {channels} channels are not colors: set it to 0"
+            elif getattr(self, name) and (self.channels or self.value_range):
+                yield (
+                    f"{given}, but with data.channels or data.value_range images are measurements, "
+                    "not colors: set it to 0"
+                )
 
 
 @dataclass(frozen=True)

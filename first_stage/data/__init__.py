@@ -35,6 +35,7 @@ from first_stage.data.stream import (
     earlier_fingerprint,
     fingerprint,
 )
+from first_stage.data.variation import Variation, flip_named
 from first_stage.data.workers import (
     cache_workers,
     deliver,
@@ -60,6 +61,7 @@ __all__ = [
     "StepSampler",
     "SubsetSource",
     "TrainingStream",
+    "Variation",
     "View",
     "cache_workers",
     "collate",
@@ -68,6 +70,7 @@ __all__ = [
     "earlier_fingerprint",
     "fingerprint",
     "fixed_images",
+    "flip_named",
     "images_from_pixels",
     "is_builtin",
     "loader_fault",

@@ -30,7 +30,8 @@ from first_stage.data.decode import Reading
 from first_stage.data.images import View
 from first_stage.data.sample import Sample
 from first_stage.data.shards import RowSource, ShardedRows
-from first_stage.data.stream import Batch, Flip, TrainingStream, collate
+from first_stage.data.stream import Batch, TrainingStream, collate
+from first_stage.data.variation import Variation
 from first_stage.data.workers import prepare_worker
 from first_stage.errors import DataError
 from first_stage.seeding import Purpose, generator
@@ -202,9 +203,7 @@ class ShardStream(TrainingStream):
         seed: The run's seed.
         slots: The global batch size.
         buffer: Samples that are held, still encoded, and shuffled together, over all processes.
-        random_crop: Random crops; centre crops otherwise.
-        flip: Which mirror images of the views are drawn; true: horizontal.
-        least_scale: From where to 1 the factor is drawn that the view is shrunk by.
+        variation: What differs from epoch to epoch.
     """
 
     def __init__(
@@ -215,11 +214,9 @@ class ShardStream(TrainingStream):
         seed: int,
         slots: int,
         buffer: int,
-        random_crop: bool = True,
-        flip: Flip | bool = True,
-        least_scale: float = 1.0,
+        variation: Variation = Variation(),  # noqa: B008, it is frozen
     ):
-        super().__init__(source, view, reading, seed, random_crop, flip, least_scale)
+        super().__init__(source, view, reading, seed, variation)
         self.shards = source
         self.order = StreamOrder(source.shard_starts(), seed, slots, buffer)
         self._held: dict[int, tuple[tuple[int, int], dict[int, Sample]]] = {}

@@ -12,7 +12,6 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -22,16 +21,14 @@ from torch.utils.data import Dataset
 from first_stage.data.broken import BrokenImage
 from first_stage.data.decode import Reading, as_reading, open_image
 from first_stage.data.files import read_bytes
-from first_stage.data.images import Mirror, View, pixels_of
+from first_stage.data.images import View, pixels_of
 from first_stage.data.paired import PairedLatents
 from first_stage.data.paths import Paths
 from first_stage.data.sample import Sample, Source
 from first_stage.data.sources import SubsetSource
+from first_stage.data.variation import Variation
 from first_stage.errors import DataError
 from first_stage.seeding import Purpose, generator
-
-Flip = Literal["none", "horizontal", "both", "dihedral"]
-"""Mirror images: none; left to right; top to bottom too; the eight of a square."""
 
 _CONTENT_SAMPLES = 256
 _LOOK_FURTHER = 100
@@ -89,9 +86,7 @@ class TrainingStream(Dataset[Example]):
         view: Resize and crop.
         reading: How files are read, or just into how many channels.
         seed: The run's seed.
-        random_crop: Random crops; centre crops otherwise.
-        flip: Which mirror images of the views are drawn, all equally often; true: horizontal.
-        least_scale: The view is shrunk by a factor drawn from here to 1, evenly on a log scale.
+        variation: What differs from epoch to epoch.
         latents: What the encoder once gave for the samples, seen so; `None` where it is to be run.
     """
 
@@ -101,15 +96,12 @@ class TrainingStream(Dataset[Example]):
         view: View,
         reading: Reading | int,
         seed: int,
-        random_crop: bool = True,
-        flip: Flip | bool = True,
-        least_scale: float = 1.0,
+        variation: Variation = Variation(),  # noqa: B008, it is frozen
         latents: PairedLatents | None = None,
     ):
         self.source, self.view, self.seed = source, view, seed
         self.reading = as_reading(reading)
-        self.random_crop, self.flip, self.latents = random_crop, flip_named(flip), latents
-        self.least_scale = least_scale
+        self.variation, self.latents = variation, latents
         self._order: tuple[int, np.ndarray] | None = None
 
     def sample_at(self, position: int) -> tuple[int, int]:
@@ -160,32 +152,13 @@ class TrainingStream(Dataset[Example]):
         file, encoded = sample.image, None
         if self.latents is not None and isinstance(file, Path):
             file = read_bytes(file)
-        draw = generator(self.seed, Purpose.VIEW, epoch, index).random(6)
-        view = replace(self.view, shrink=self.least_scale ** float(draw[5]))
+        draw = generator(self.seed, Purpose.VIEW, epoch, index).random(Variation.NUMBERS)
+        view, mirror = self.variation.view(self.view, draw), self.variation.mirror(draw)
         image = open_image(file, self.reading, view.scale)
-        u, v = (float(draw[0]), float(draw[1])) if self.random_crop else (None, None)
-        mirror = _drawn(self.flip, draw[2:5])
         if self.latents is not None:
             encoded = self.latents.of(index, file, mirror.horizontal)
-        image, _ = view.apply(image, u, v, flip=mirror)
-        return pixels_of(image, self.reading), encoded
-
-
-def flip_named(flip: Flip | bool) -> Flip:
-    """The name of a choice of mirror images; true and false are `horizontal` and `none`."""
-    if isinstance(flip, bool):
-        return "horizontal" if flip else "none"
-    return flip
-
-
-def _drawn(flip: Flip, draw: np.ndarray) -> Mirror:
-    """One of the mirror images, from three uniform numbers."""
-    heads = [bool(number < 0.5) for number in draw]
-    return Mirror(
-        horizontal=flip != "none" and heads[0],
-        vertical=flip in ("both", "dihedral") and heads[1],
-        transposed=flip == "dihedral" and heads[2],
-    )
+        image, _ = view.apply(image, *self.variation.place(draw), flip=mirror)
+        return self.variation.colors(pixels_of(image, self.reading), draw), encoded
 
 
 def collate(examples: list[Example]) -> Batch:

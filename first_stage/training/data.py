@@ -17,6 +17,7 @@ from first_stage.data import (
     Source,
     TrainingStream,
     fingerprint,
+    flip_named,
     is_builtin,
     spare_workers,
     split_source,
@@ -28,7 +29,6 @@ from first_stage.data.overlap import refuse_shared
 from first_stage.data.paired import LatentStore, PairedLatents
 from first_stage.data.shard_stream import ShardLoader, ShardStream, StreamSource, split_stream
 from first_stage.data.shards import Shard, ShardedRows, count_rows
-from first_stage.data.stream import flip_named
 from first_stage.distributed.accelerator import make_plain_accelerator
 from first_stage.distributed.memory import keep_freed_memory
 from first_stage.distributed.processes import Processes, on_main, shared
@@ -212,14 +212,14 @@ def open_stream(
         data: How they are seen.
         latents: What the encoder once gave for them, from `pair_latents`.
         channels: To read files into.
-        seed: Of order, crops, sizes and flips.
+        seed: Of order and views.
         batch_size: Images per step.
     """
     view, reading = data.view(data.resolution), data.reading(channels)
-    drawn = (data.crop == "random", data.flip, data.least_scale)
+    variation = data.variation()
     if isinstance(source, StreamSource):
-        return ShardStream(source, view, reading, seed, batch_size, data.shuffle_buffer, *drawn)
-    return TrainingStream(source, view, reading, seed, *drawn, latents=latents)
+        return ShardStream(source, view, reading, seed, batch_size, data.shuffle_buffer, variation)
+    return TrainingStream(source, view, reading, seed, variation, latents)
 
 
 def pair_latents(

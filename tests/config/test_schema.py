@@ -83,6 +83,14 @@ def test_a_misspelt_key_is_refused_by_name(tmp_path, where):
             {"data__least_scale": 0.5, "data__crop_shape": "[16, 32]"},
             ["data.least_scale is 0.5", "data.crop_shape [16, 32]"],
         ),
+        (
+            {"data__jitter_hue": 0.1, "model__in_channels": 1},
+            ["data.jitter_hue is 0.1", "1 channels are not colors", "set it to 0"],
+        ),
+        (
+            {"data__jitter_saturation": 0.5, "data__value_range": "[0, 4095]"},
+            ["data.jitter_saturation is 0.5", "measurements"],
+        ),
         ({"data__least_scale": 0}, ["data.least_scale is 0", "above 0, up to 1"]),
         ({"model__in_channels": 0}, ["model.in_channels is 0", "above 0"]),
         ({"model__norm_num_groups": 5}, ["model.norm_num_groups (5)", "width 8"]),

@@ -11,6 +11,7 @@ from first_stage.data import (
     BrokenFiles,
     StepSampler,
     TrainingStream,
+    Variation,
     View,
     cache_workers,
     fingerprint,
@@ -26,9 +27,9 @@ from first_stage.data import (
 from first_stage.errors import DataError
 
 
-def stream(images, **options):
-    options = {"reading": 3, "seed": 0, **options}
-    return TrainingStream(open_source(str(images)), View(16, None), **options)
+def stream(images, reading=3, seed=0, **variation):
+    source = open_source(str(images))
+    return TrainingStream(source, View(16, None), reading, seed, Variation(**variation))
 
 
 def batches(images, rank=0, world=1, micro=2, workers=0, start=0, steps=5, **options):
@@ -77,9 +78,8 @@ class TestSizes:
         return tmp_path
 
     def of(self, folder, least_scale, view, draws=1):
-        made = TrainingStream(
-            open_source(str(folder)), view, 1, 0, flip=False, least_scale=least_scale
-        )
+        variation = Variation(flip="none", least_scale=least_scale)
+        made = TrainingStream(open_source(str(folder)), view, 1, 0, variation)
         pixels = [made[position].pixels[:, :, 0].astype(float) for position in range(draws)]
         return pixels, np.array([1 / np.diff(p[:, 2:-2], axis=1).mean() for p in pixels])
 
@@ -110,6 +110,59 @@ class TestSizes:
         found = joined([parts[rank][step] for step in range(5) for rank in range(2)])[1]
         assert torch.equal(found, expected)
         assert not torch.equal(found, joined(batches(images, micro=6))[1])
+
+
+class TestColors:
+    """Half of the crops get other colors."""
+
+    def pixels(self, dtype=np.uint8, channels=3):
+        draw = np.random.default_rng(0)
+        return draw.integers(60, 160, (64, 64, channels)).astype(dtype)
+
+    def change(self, pixels, hue=0.5, saturation=0.5, **variation):
+        draw = np.array([0, 0, 0, 0, 0, 0, hue, saturation, 0.4])
+        return Variation(**variation).colors(pixels, draw)
+
+    def test_luma_and_alpha_stay(self):
+        pixels = self.pixels(channels=4)
+        found = self.change(pixels, 0.9, 0.8, jitter_saturation=0.5, jitter_hue=0.2)
+        luma = (pixels[..., :3] @ [0.299, 0.587, 0.114], found[..., :3] @ [0.299, 0.587, 0.114])
+        assert np.abs(luma[0] - luma[1]).max() < 1.0
+        np.testing.assert_array_equal(found[..., 3], pixels[..., 3])
+        assert np.abs(found[..., :3] - pixels[..., :3].astype(float)).mean() > 5
+
+    def test_gray_stays_gray(self):
+        gray = np.repeat(self.pixels(channels=1), 3, axis=2)
+        found = self.change(gray, 1.0, 1.0, jitter_saturation=1.0, jitter_hue=1.0)
+        np.testing.assert_array_equal(found, gray)
+
+    def test_saturation_is_what_the_draw_says(self):
+        pixels = self.pixels(np.float32)
+        luma = (pixels @ np.float32([0.299, 0.587, 0.114]))[..., None]
+        for draw, factor in ((0.0, 0.5), (0.5, 1.0), (1.0, 1.5)):
+            found = self.change(pixels, saturation=draw, jitter_saturation=0.5)
+            np.testing.assert_allclose(found - luma, factor * (pixels - luma), atol=0.3)
+        assert found.dtype == np.float32
+
+    def test_hue_turns(self):
+        red = np.broadcast_to(np.float32([150, 100, 100]), (2, 2, 3))
+        there = self.change(red, hue=1.0, jitter_hue=0.5)
+        back = self.change(there, hue=0.0, jitter_hue=0.5)
+        assert there[0, 0].argmax() != 0  # a quarter of a circle: red no more
+        np.testing.assert_allclose(back, red, atol=0.05)
+
+    def test_half_of_the_crops_are_left_alone(self, images):
+        still, jittered = stream(images), stream(images, jitter_saturation=0.9, jitter_hue=0.9)
+        pairs = [(still[n].pixels, jittered[n].pixels) for n in range(120)]
+        changed = sum(not np.array_equal(a, b) for a, b in pairs)
+        assert 40 < changed < 80
+        assert {p.dtype for _, p in pairs} == {np.dtype(np.uint8)}
+
+    def test_what_is_in_the_file_is_not_touched(self):
+        pixels = self.pixels()
+        kept = pixels.copy()
+        self.change(pixels, 0.9, 0.9, jitter_saturation=0.9)
+        np.testing.assert_array_equal(pixels, kept)
 
 
 def test_resuming_is_starting_at_a_step(images):

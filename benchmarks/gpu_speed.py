@@ -105,7 +105,10 @@ def quantizer(setting: Setting) -> dict[str, Any]:
     variant, found = timed(config, OURS, setting.seconds)
     trainer, step = variant.trainer, config.train.batch_size / 1.0
     bottleneck = trainer.first_stage.network.bottleneck
-    shape = (config.train.batch_size, *trainer.latent_shape)
+    shape = (
+        config.train.batch_size,
+        *trainer.first_stage.network.latent_shape(config.data.resolution),
+    )
     latents = torch.randn(shape, device=trainer.accelerator.device, requires_grad=True)
 
     def quantize() -> None:

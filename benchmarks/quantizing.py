@@ -43,7 +43,7 @@ def benchmark_quantize(recipe: list[str], repeats: int) -> dict[str, Any]:
         trainer = Trainer(config, Accelerator(mixed_precision="no"), Processes())
         batch = _batch(config.train.batch_size, config.data.resolution, config.model.in_channels)
         begin = max(config.critic.start_step, config.loss.adversarial.start_step) + 1
-        bottleneck, shape = trainer.first_stage.network.bottleneck, trainer.latent_shape
+        bottleneck, shape = trainer.first_stage.network.bottleneck, trainer.latent_shape(batch)
 
         def step(trainer: Trainer = trainer, batch: Batch = batch, begin: int = begin) -> None:
             trainer.training_step(begin, [batch])

@@ -32,6 +32,7 @@ def _problems(c: Config) -> Iterator[str]:
     yield from _layout_problems(c)
     side = min(c.data.crop_shape or (c.data.resolution,))
     yield from loss_problems(c.loss, c.critic, c.model.in_channels, side)
+    yield from _late_problems(c)
     yield from _disturb_problems(c, side)
     yield from _part_problems(c)
     yield from _latents_problems(c)
@@ -87,6 +88,35 @@ def _scale_problems(data: DataConfig) -> Iterator[str]:
         )
 
 
+def _late_problems(c: Config) -> Iterator[str]:
+    data, steps = c.data, c.train.max_steps
+    if data.late_resolution is None:
+        if data.late_steps:
+            yield (
+                f"data.late_steps is {data.late_steps}, but data.late_resolution names no size: "
+                "set both"
+            )
+        return
+    given = f"data.late_resolution is {data.late_resolution}"
+    if not 0 < data.late_steps < steps:
+        yield (
+            f"{given}, but data.late_steps is {data.late_steps}: give how many of the {steps} "
+            "steps (train.max_steps) have such crops, at the end"
+        )
+    if data.late_resolution <= data.resolution:
+        yield f"{given}; it must be larger than data.resolution ({data.resolution})"
+    if data.crop_shape is not None:
+        yield (
+            f"{given}, but data.crop_shape {list(data.crop_shape)} is the crop of every step: use "
+            "data.resolution instead of it"
+        )
+    if data.latents is not None:
+        yield (
+            f"{given}, but data.latents is {data.latents!r}, a cache of crops of one size: set it "
+            "to null"
+        )
+
+
 def _layout_problems(c: Config) -> Iterator[str]:
     if c.model.pretrained is None and c.start_from is None:
         for name in ("inflate_channels", "more_latent_channels", "scaling_factor", "shift_factor"):
@@ -118,6 +148,7 @@ def factor_problems(c: Config, factor: int) -> Iterator[str]:
     """Resolutions that a downsample factor does not divide."""
     sides = {
         "data.resolution": c.data.resolution,
+        "data.late_resolution": c.data.late_resolution or 0,
         "validation.resolution": c.validation_view[0],
     }
     if c.data.crop_shape is not None:

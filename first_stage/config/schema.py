@@ -65,6 +65,12 @@ class DataConfig(ImagesConfig):
     path: str = may_change("")
     resolution: PositiveInt = 256
     """Side of the square training crop, in pixels; a multiple of the downsample factor."""
+    late_resolution: PositiveInt | None = None
+    """Side of the crops of the last late_steps steps, larger than resolution: what is learned on
+    small crops at little cost gets used to what large ones are like. null: as before."""
+    late_steps: NonNegativeInt = 0
+    """How many steps at the end take crops of late_resolution; each costs as many times more as
+    they have more pixels."""
     split: str = "train"
     """Which split to train on, where names of files or folders or the data set itself say splits;
     all: every one."""
@@ -300,6 +306,13 @@ class Config:
     def needs_critic(self) -> bool:
         """Whether any term of the objective uses the critic."""
         return self.loss.learned.weight > 0 or self.loss.adversarial.weight > 0
+
+    @property
+    def late_start(self) -> int | None:
+        """The first step whose crops are of `data.late_resolution`; `None`: there is none."""
+        if self.data.late_resolution is None:
+            return None
+        return self.train.max_steps - self.data.late_steps
 
     @property
     def trains_encoder(self) -> bool:

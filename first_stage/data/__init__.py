@@ -29,6 +29,7 @@ from first_stage.data.sources import (
 )
 from first_stage.data.stream import (
     Batch,
+    Later,
     StepSampler,
     TrainingStream,
     collate,
@@ -52,6 +53,7 @@ __all__ = [
     "Encoded",
     "FixedImages",
     "Inventory",
+    "Later",
     "MachineFault",
     "Mirror",
     "Picture",

@@ -30,7 +30,7 @@ from first_stage.data.decode import Reading
 from first_stage.data.images import View
 from first_stage.data.sample import Sample
 from first_stage.data.shards import RowSource, ShardedRows
-from first_stage.data.stream import Batch, TrainingStream, collate
+from first_stage.data.stream import Batch, Later, TrainingStream, collate
 from first_stage.data.variation import Variation
 from first_stage.data.workers import prepare_worker
 from first_stage.errors import DataError
@@ -204,6 +204,7 @@ class ShardStream(TrainingStream):
         slots: The global batch size.
         buffer: Samples that are held, still encoded, and shuffled together, over all processes.
         variation: What differs from epoch to epoch.
+        later: From where on the view is another one.
     """
 
     def __init__(
@@ -215,8 +216,9 @@ class ShardStream(TrainingStream):
         slots: int,
         buffer: int,
         variation: Variation = Variation(),  # noqa: B008, it is frozen
+        later: Later | None = None,
     ):
-        super().__init__(source, view, reading, seed, variation)
+        super().__init__(source, view, reading, seed, variation, later=later)
         self.shards = source
         self.order = StreamOrder(source.shard_starts(), seed, slots, buffer)
         self._held: dict[int, tuple[tuple[int, int], dict[int, Sample]]] = {}

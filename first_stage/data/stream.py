@@ -78,6 +78,19 @@ class Example:
     encoded: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Later:
+    """Another view from some place on.
+
+    Attributes:
+        position: The first place in the stream that is seen so; the first one of a step.
+        view: How.
+    """
+
+    position: int
+    view: View
+
+
 class TrainingStream(Dataset[Example]):
     """The endless stream of samples, indexed by position.
 
@@ -88,6 +101,7 @@ class TrainingStream(Dataset[Example]):
         seed: The run's seed.
         variation: What differs from epoch to epoch.
         latents: What the encoder once gave for the samples, seen so; `None` where it is to be run.
+        later: From where on the view is another one; `None`: nowhere.
     """
 
     def __init__(
@@ -98,10 +112,11 @@ class TrainingStream(Dataset[Example]):
         seed: int,
         variation: Variation = Variation(),  # noqa: B008, it is frozen
         latents: PairedLatents | None = None,
+        later: Later | None = None,
     ):
         self.source, self.view, self.seed = source, view, seed
         self.reading = as_reading(reading)
-        self.variation, self.latents = variation, latents
+        self.variation, self.latents, self.later = variation, latents, later
         self._order: tuple[int, np.ndarray] | None = None
 
     def sample_at(self, position: int) -> tuple[int, int]:
@@ -124,7 +139,7 @@ class TrainingStream(Dataset[Example]):
             epoch, index = self.sample_at(place)
             sample = self.read(place, index)
             try:
-                pixels, encoded = self._decode(epoch, index, sample)
+                pixels, encoded = self._decode(self.view_at(position), epoch, index, sample)
             except BrokenImage as error:
                 broken[sample.id] = str(error)
                 continue
@@ -148,12 +163,20 @@ class TrainingStream(Dataset[Example]):
         """Read the sample at a position; what is in the file is not decoded yet."""
         return self.source.read(index)
 
-    def _decode(self, epoch: int, index: int, sample: Sample) -> tuple[np.ndarray, Tensor | None]:
+    def view_at(self, position: int) -> View:
+        """How the sample at a position is seen, before anything is drawn."""
+        if self.later is None or position < self.later.position:
+            return self.view
+        return self.later.view
+
+    def _decode(
+        self, view: View, epoch: int, index: int, sample: Sample
+    ) -> tuple[np.ndarray, Tensor | None]:
         file, encoded = sample.image, None
         if self.latents is not None and isinstance(file, Path):
             file = read_bytes(file)
         draw = generator(self.seed, Purpose.VIEW, epoch, index).random(Variation.NUMBERS)
-        view, mirror = self.variation.view(self.view, draw), self.variation.mirror(draw)
+        view, mirror = self.variation.view(view, draw), self.variation.mirror(draw)
         image = open_image(file, self.reading, view.scale)
         if self.latents is not None:
             encoded = self.latents.of(index, file, mirror.horizontal)

@@ -118,10 +118,10 @@ class FirstStage(nn.Module):
             part.requires_grad_(False)
             part.zero_grad(set_to_none=True)
 
-    def latent_shape(self, resolution: int) -> tuple[int, int, int]:
-        """`(C, h, w)` for square images of this side."""
-        side = resolution // self.downsample_factor
-        return (self.latent_channels, side, side)
+    def latent_shape(self, height: int, width: int | None = None) -> tuple[int, int, int]:
+        """`(C, h, w)` for images of this size, or for square ones of this side."""
+        factor = self.downsample_factor
+        return (self.latent_channels, height // factor, (width or height) // factor)
 
     def encode(self, images: Tensor) -> Encoded:
         """Latents of images `(B, C_in, H, W)` in [-1, 1] whose sides the factor divides.

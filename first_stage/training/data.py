@@ -14,6 +14,7 @@ from first_stage.config.schema import DataConfig, TrainConfig
 from first_stage.data import (
     Batch,
     Inventory,
+    Later,
     Source,
     TrainingStream,
     fingerprint,
@@ -204,6 +205,7 @@ def open_stream(
     channels: int,
     seed: int,
     batch_size: int,
+    late_start: int | None = None,
 ) -> TrainingStream:
     """The stream of training samples, for a first stage.
 
@@ -214,12 +216,17 @@ def open_stream(
         channels: To read files into.
         seed: Of order and views.
         batch_size: Images per step.
+        late_start: The first step of larger crops, as `Config.late_start` has it.
     """
     view, reading = data.view(data.resolution), data.reading(channels)
-    variation = data.variation()
+    variation, later = data.variation(), None
+    if late_start is not None and data.late_resolution is not None:
+        later = Later(late_start * batch_size, data.view(data.late_resolution))
     if isinstance(source, StreamSource):
-        return ShardStream(source, view, reading, seed, batch_size, data.shuffle_buffer, variation)
-    return TrainingStream(source, view, reading, seed, variation, latents)
+        return ShardStream(
+            source, view, reading, seed, batch_size, data.shuffle_buffer, variation, later
+        )
+    return TrainingStream(source, view, reading, seed, variation, latents, later)
 
 
 def pair_latents(

@@ -66,6 +66,8 @@ def _beginnings(config: Config) -> Iterator[tuple[int, str]]:
         term = getattr(config.loss, field.name)
         if getattr(term, "weight", 0) > 0 and hasattr(term, "start_step"):
             yield term.start_step, f"the {field.name} term"
+    if (late := config.late_start) is not None:
+        yield late, f"crops of {config.data.late_resolution} pixels"
     if (steps := config.train.encoder_steps) is not None:
         yield steps, f"the decoder learns alone{'' if steps else ' from the start'}"
 

@@ -156,7 +156,10 @@ class Run:
             self.config = replace(config, model=replace(config.model, **layout))
         given = pair_latents(latents, self.source, config.data, stage)
         channels = stage.in_channels
-        self.stream = open_stream(self.source, config.data, given, channels=channels, **sizes)
+        self.stream = open_stream(
+            self.source, config.data, given,
+            channels=channels, late_start=config.late_start, **sizes,
+        )  # fmt: skip
         self.shown = fixed_images(
             self.source if held_out is None else held_out,
             config.held_out_view,

@@ -1,6 +1,7 @@
 """What a run would do and cost, told from a few timed steps; nothing is trained."""
 
 import contextlib
+import itertools
 import resource
 import statistics
 import sys
@@ -94,12 +95,12 @@ def _lines(
     held = len(held_out) if held_out is not None else 0
     yield introduction(trainer, micro=micro, samples=len(source), held_out=held)
     course = phases(config, stage.bottleneck)
-    positions = StepSampler(
-        config.train.batch_size, micro, 0, (_TIMED_STEPS + 1) * len(course),
-        processes.rank, processes.world,
-    )  # fmt: skip
+    positions = _positions(config, course, micro, processes)
     given = pair_latents(latents, source, config.data, stage)
-    stream = open_stream(source, config.data, given, channels=stage.in_channels, **sizes)
+    stream = open_stream(
+        source, config.data, given,
+        channels=stage.in_channels, late_start=config.late_start, **sizes,
+    )  # fmt: skip
     pin = accelerator.device.type == "cuda"
     with contextlib.closing(
         start_loader(open_loader(stream, positions, workers=config.data.workers, pin_memory=pin))
@@ -112,6 +113,43 @@ def _lines(
     yield from _costs(config, course, timings)
     yield f"memory    {_memory(accelerator)}"
     yield f"picture   {picture}: the first crops, as the network gets them"
+
+
+@dataclass(frozen=True)
+class _TimedPositions:
+    """Positions of some steps of each phase, one phase after another.
+
+    Attributes:
+        parts: The steps of each phase.
+    """
+
+    parts: list[StepSampler]
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of one process in one step."""
+        return self.parts[0].micro_batches
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.chain.from_iterable(self.parts)
+
+
+def _positions(
+    config: Config, course: list[Phase], micro: int, processes: Processes
+) -> _TimedPositions:
+    """The positions to time: the first ones, but where crops are larger, those of such steps."""
+    steps, late = _TIMED_STEPS + 1, config.late_start
+    starts = [
+        number * steps if late is None or phase.start < late else phase.start
+        for number, phase in enumerate(course)
+    ]
+    size, rank, world = config.train.batch_size, processes.rank, processes.world
+    return _TimedPositions(
+        [StepSampler(size, micro, start, start + steps, rank, world) for start in starts]
+    )
 
 
 def _step(batches: Iterator[Batch], count: int, accelerator: Accelerator) -> list[Batch]:
@@ -140,6 +178,8 @@ def _time(
             micro_batches = []
             seconds.append(time.perf_counter() - start)
             if max(trainer.processes.gather(seconds[-1])) > _PATIENCE:
+                for _ in range(_TIMED_STEPS + 1 - len(seconds)):  # the next phase has its own
+                    _step(batches, count, trainer.accelerator)
                 break
         found.seconds.append(statistics.median(seconds[1:] or seconds))
     found.waited = waited / (time.perf_counter() - began)

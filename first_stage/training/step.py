@@ -55,10 +55,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         first_stage = make_first_stage(config.model, config.data.resolution)
         select_parts(first_stage, config.train.parts)
-        height, width = config.data.view(config.data.resolution).size
-        channels, rows, _ = first_stage.latent_shape(height)
-        self.latent_shape = (channels, rows, first_stage.latent_shape(width)[2])
-        check_disturb(config.disturb, first_stage.bottleneck, channels)
+        check_disturb(config.disturb, first_stage.bottleneck, first_stage.latent_channels)
         critic = build_critic(config.critic, first_stage) if config.needs_critic else None
         self.original = keep_original(config, first_stage, accelerator.device)
         self.objective = Objective(
@@ -252,6 +249,10 @@ class Trainer:
 
     # -- draws: functions of the seed and the samples' positions --------------------------------
 
+    def latent_shape(self, batch: Batch) -> tuple[int, int, int]:
+        """`(C, h, w)` of a micro-batch's latents."""
+        return self.first_stage.network.latent_shape(*batch.pixels.shape[1:3])
+
     def noise(self, batch: Batch) -> Tensor:
         """Posterior noise, `(B, C, h, w)`."""
         return self._normals(Purpose.NOISE, batch)
@@ -269,14 +270,15 @@ class Trainer:
         config = self.config.disturb
         if not config.in_use:
             return None
-        drawn = disturbance(self.config.seed, config, step, batch.positions, self.latent_shape)
+        shape = self.latent_shape(batch)
+        drawn = disturbance(self.config.seed, config, step, batch.positions, shape)
         device = batch.pixels.device
         return Disturbance(
             drawn.geometry, *(t if t is None else to_device(t, device) for t in drawn[1:])
         )
 
     def _normals(self, purpose: Purpose, batch: Batch) -> Tensor:
-        drawn = normals(self.config.seed, purpose, batch.positions, self.latent_shape)
+        drawn = normals(self.config.seed, purpose, batch.positions, self.latent_shape(batch))
         return to_device(drawn, batch.pixels.device)
 
     def _mix(self, batch: Batch) -> Tensor:

@@ -120,7 +120,7 @@ class _TimedPositions:
     """Positions of some steps of each phase, one phase after another.
 
     Attributes:
-        parts: The steps of each phase.
+        parts: The steps, each by itself.
     """
 
     parts: list[StepSampler]
@@ -141,14 +141,17 @@ def _positions(
     config: Config, course: list[Phase], micro: int, processes: Processes
 ) -> _TimedPositions:
     """The positions to time: the first ones, but where crops are larger, those of such steps."""
-    steps, late = _TIMED_STEPS + 1, config.late_start
-    starts = [
-        number * steps if late is None or phase.start < late else phase.start
-        for number, phase in enumerate(course)
+    late = config.train.max_steps if config.late_start is None else config.late_start
+    each = range(_TIMED_STEPS + 1)
+    early = itertools.cycle(range(late))
+    steps = [
+        next(early) if phase.start < late else phase.start + number
+        for phase in course
+        for number in each
     ]
     size, rank, world = config.train.batch_size, processes.rank, processes.world
     return _TimedPositions(
-        [StepSampler(size, micro, start, start + steps, rank, world) for start in starts]
+        [StepSampler(size, micro, step, step + 1, rank, world) for step in steps]
     )
 
 

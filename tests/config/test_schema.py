@@ -91,6 +91,23 @@ def test_a_misspelt_key_is_refused_by_name(tmp_path, where):
             {"data__jitter_saturation": 0.5, "data__value_range": "[0, 4095]"},
             ["data.jitter_saturation is 0.5", "measurements"],
         ),
+        ({"data__late_steps": 2}, ["data.late_steps is 2", "late_resolution", "set both"]),
+        (
+            {"data__late_resolution": 32},
+            ["data.late_resolution is 32", "data.late_steps is 0", "of the 4 steps"],
+        ),
+        (
+            {"data__late_resolution": 16, "data__late_steps": 2},
+            ["data.late_resolution is 16", "larger than data.resolution (16)"],
+        ),
+        (
+            {"data__late_resolution": 19, "data__late_steps": 2},
+            ["data.late_resolution (19)", "factor (2)", "18 or 20"],
+        ),
+        (
+            {"data__late_resolution": 32, "data__late_steps": 2, "data__crop_shape": "[16, 16]"},
+            ["data.late_resolution is 32", "data.crop_shape [16, 16]"],
+        ),
         ({"data__least_scale": 0}, ["data.least_scale is 0", "above 0, up to 1"]),
         ({"model__in_channels": 0}, ["model.in_channels is 0", "above 0"]),
         ({"model__norm_num_groups": 5}, ["model.norm_num_groups (5)", "width 8"]),

@@ -9,6 +9,7 @@ from PIL import Image
 
 from first_stage.data import (
     BrokenFiles,
+    Later,
     StepSampler,
     TrainingStream,
     Variation,
@@ -110,6 +111,33 @@ class TestSizes:
         found = joined([parts[rank][step] for step in range(5) for rank in range(2)])[1]
         assert torch.equal(found, expected)
         assert not torch.equal(found, joined(batches(images, micro=6))[1])
+
+
+class TestLater:
+    """From some position on crops are larger, and nothing else changes."""
+
+    def made(self, images, **options):
+        later = Later(12, View(20, None))
+        variation = Variation(least_scale=0.5)
+        source = open_source(str(images))
+        return TrainingStream(source, View(16, None), 3, 0, variation, later=later, **options)
+
+    def test_begins_where_it_is_to(self, images):
+        grown, plain = self.made(images), stream(images, least_scale=0.5)
+        for position in range(24):
+            found, expected = grown[position], plain[position]
+            assert found.id == expected.id
+            if position < 12:
+                np.testing.assert_array_equal(found.pixels, expected.pixels)
+            else:
+                assert found.pixels.shape == (20, 20, 3)
+
+    def test_a_sample_that_takes_anothers_place_is_seen_as_that_one_would_be(self, images):
+        grown = self.made(images)
+        (images / grown[11].id).write_bytes(b"no image")
+        (images / grown[23].id).write_bytes(b"no image")
+        grown = self.made(images)
+        assert [grown[position].pixels.shape[0] for position in range(10, 14)] == [16, 16, 20, 20]
 
 
 class TestColors:

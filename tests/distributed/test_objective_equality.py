@@ -45,6 +45,17 @@ MIXES = {
         "loss.variance.weight": 0.1,
         "loss.spectrum.weight": 0.1,
     },
+    "views that vary, crops that grow": {
+        "data.resize": 0,
+        "data.least_scale": 0.7,
+        "data.jitter_saturation": 0.5,
+        "data.jitter_hue": 0.2,
+        "data.late_resolution": 20,
+        "data.late_steps": 3,
+        "disturb.noise.probability": 0.5,
+        "loss.adversarial.prior_samples": "true",
+        "model.initialization": "quiet",
+    },
     "decoder alone after three steps": {
         "train.encoder_steps": 3,
         "loss.pixel": "l2",

@@ -15,6 +15,7 @@ from first_stage.training import loop
 from first_stage.training.introduction import Phase, draw_first_batch, phases
 from first_stage.training.loop import train
 from first_stage.training.plan import duration
+from first_stage.training.step import Trainer
 
 PHASED = {
     "critic__start_step": 2,
@@ -89,6 +90,25 @@ def test_a_plan_tells_what_it_would_cost_and_leaves_no_run(tmp_path, images, cap
     assert "--plan" not in again
     main(line)
     assert (tmp_path / "run/export/config.json").exists()
+
+
+def test_steps_of_larger_crops_are_timed_with_larger_crops(tmp_path, images, capsys, monkeypatch):
+    line = arguments(
+        tmp_path / "run", images, data__late_resolution=20, data__late_steps=3, **PHASED
+    )
+    seen = {}
+    original = Trainer.training_step
+
+    def training_step(trainer, step, batches):
+        seen.setdefault(step, set()).update(batch.pixels.shape[1:3] for batch in batches)
+        original(trainer, step, batches)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    main([*line, "--plan", "true"])
+    assert "crops of 20 pixels from 5;" in capsys.readouterr().out
+    assert {step: sides for step, sides in seen.items() if step < 5}
+    for step, sides in seen.items():
+        assert sides == {(20, 20) if step >= 5 else (16, 16)}, step
 
 
 def test_a_command_line_without_its_plan():

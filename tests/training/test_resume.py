@@ -88,6 +88,30 @@ def test_n_and_n_steps_are_2n_bit_for_bit(tmp_path, images, fields, monkeypatch)
     assert f"checkpoints/step-{STEPS:06d}/optimizers.safetensors" in expected
 
 
+@pytest.mark.parametrize("stop", [2, 5])
+def test_it_goes_on_the_same_before_and_within_larger_crops(
+    tmp_path, images, fields, monkeypatch, stop
+):
+    fields = {
+        **fields,
+        "data.resize": 0,
+        "data.least_scale": 0.8,
+        "data.jitter_saturation": 0.5,
+        "data.late_resolution": 20,
+        "data.late_steps": 4,
+        "disturb.noise.probability": 0.5,
+    }
+    for name in ("undisturbed", "stopped"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "undisturbed")
+    train(parse_config(arguments("run", images, **fields)))
+    monkeypatch.chdir(tmp_path / "stopped")
+    assert train_until(parse_config(arguments("run", images, **fields)), stop).step == stop
+    train(parse_config(["--config", "run/config.yaml", "--resume", "latest"]))
+    expected, found = (contents(tmp_path / name / "run") for name in ("undisturbed", "stopped"))
+    assert {n: h for n, h in found.items() if f"step-{stop:06d}/" not in n} == expected
+
+
 def test_a_run_cut_off_before_its_export_only_exports(tmp_path, images, fields, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = parse_config(arguments("run", images, **fields))

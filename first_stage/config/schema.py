@@ -176,7 +176,7 @@ class ModelConfig:
     and Flux."""
     initialization: Initialization = "diffusers"
     """How a new one begins: diffusers, as its classes do; quiet, with residual branches that add
-    nothing yet and little noise in the latents, which finds colors several times sooner."""
+    nothing yet and little noise in the latents, which finds colors in fewer steps."""
     decoder_padding: Padding | None = None
     """What the decoder's convolutions see beyond the border: zeros, or the image reflected. Stock
     diffusers and other programs decode with zeros, unless two lines of Python that the export's

@@ -3,7 +3,8 @@
 As diffusers builds it, a new autoencoder first learns brightness and stays at that for hundreds of
 steps before it finds colors: what tells colors apart is little against the noise that is drawn
 around its latents (a variance of about 1), and passes through residual branches of random weights.
-Begun quietly it is nearly linear, and finds them several times sooner:
+Begun quietly it is nearly linear, and finds them in fewer steps (measured in
+`docs/concepts/how-it-is-trained.md`):
 
 - the last layer of every residual branch is zero, so that each block begins as its shortcut
   (Goyal et al. 2017, section 5.1, for the last norm of a branch);

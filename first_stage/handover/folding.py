@@ -21,11 +21,9 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from first_stage.errors import UserError
+from first_stage.models.bottlenecks import LOGVAR_MAX, LOGVAR_MIN
 from first_stage.models.padding import FIELD as PADDING
 from first_stage.models.padding import padding_of, set_padding
-
-# What the posterior clamps its log-variance to (diffusers' DiagonalGaussianDistribution).
-LOGVAR_BOUNDS = _LOGVAR_MIN, _LOGVAR_MAX = -30.0, 20.0
 
 
 @torch.no_grad()
@@ -132,7 +130,7 @@ def _check(mean: Sequence[float], std: Sequence[float], channels: int) -> None:
                 f"latent channel {channel} has mean {m} and standard deviation {s}: a channel that "
                 "never varies, or is not finite, cannot be given unit variance"
             )
-        if not _LOGVAR_MIN < 2 * math.log(s) < _LOGVAR_MAX:
+        if not LOGVAR_MIN < 2 * math.log(s) < LOGVAR_MAX:
             raise UserError(
                 f"latent channel {channel} has standard deviation {s}: folded log-variances would "
                 "be clamped"

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from first_stage.distributed.processes import Processes
 from first_stage.errors import UserError
-from first_stage.handover.folding import LOGVAR_BOUNDS, store, with_convolutions
+from first_stage.handover.folding import store, with_convolutions
 from first_stage.metrics.frechet import GaussianStatistics
+from first_stage.models.bottlenecks import LOGVAR_MAX, LOGVAR_MIN
 from first_stage.models.first_stage import FirstStage, as_first_stage
 
 _LEAST = 1e-10
@@ -154,8 +155,7 @@ def fold_whitening(autoencoder: AutoencoderKL, found: LatentCovariance) -> Autoe
     to_moments = folded.quant_conv
     weight, bias = to_moments.weight.double().cpu(), to_moments.bias.double().cpu()
     mean_rows = torch.einsum("ij,jkhw->ikhw", matrix, weight[:channels])
-    low, high = LOGVAR_BOUNDS
-    logvar = noise.clamp_min(1e-300).log().clamp(low, high)
+    logvar = noise.clamp_min(1e-300).log().clamp(LOGVAR_MIN, LOGVAR_MAX)
     store(to_moments.weight, torch.cat([mean_rows, torch.zeros_like(weight[channels:])]))
     store(to_moments.bias, torch.cat([matrix @ (bias[:channels] - found.mean), logvar]))
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from first_stage.errors import ConfigError
+from first_stage.models.initialization import QUIET_LOGVAR
 from first_stage.seeding import Purpose, generator
 
 _COLORS = 3
 _CLASSES = ("AutoencoderKL", "VQModel", "AutoencoderKLFlux2")
-_LOGVAR_BIAS = -6.0
-"""Of a new latent channel's log-variance: a posterior that is nearly its mean."""
 
 
 @torch.no_grad()
@@ -97,7 +96,7 @@ def add_latent_channels(model: Any, more: int) -> None:
     weight = torch.cat([means, new, logvars, torch.zeros_like(new)])
     bias, log_bias = out.bias.chunk(2)
     zeros = bias.new_zeros(more)
-    _replace(out, weight, torch.cat([bias, zeros, log_bias, zeros + _LOGVAR_BIAS]))
+    _replace(out, weight, torch.cat([bias, zeros, log_bias, zeros + QUIET_LOGVAR]))
     columns = first.weight.new_zeros(len(first.weight), more, *first.weight.shape[2:])
     _replace(first, torch.cat([first.weight, columns], 1), first.bias)
     kept = list(range(had))

@@ -201,7 +201,7 @@ def test_the_pipeline_samples_in_a_process_with_diffusers_alone(run, made, tmp_p
     )
     assert result.returncode == 0, result.stderr + result.stdout
     images = load_file(tmp_path / "out/images.safetensors")["images"]
-    assert images.shape == (3, 3, 16, 16)
+    assert images.shape == (3, 16, 16, 3)
     assert images.isfinite().all()
     assert images.std() > 0
     assert not torch.equal(images[0], images[2])

@@ -40,7 +40,8 @@ def test_two_processes_make_one_cache(made):
     result = json.loads((made / "result").read_text())
     assert result["returncode"] == 0, result["stderr"]
     lines = result["stdout"].splitlines()
-    assert lines[0] == "2 processes on cpu"
+    said = [line for line in lines if not line.startswith("[Gloo]")]  # torch 2.8 does
+    assert said[0] == "2 processes on cpu"
     assert "24 samples in 5 of 5 units to encode" in lines
     encoded = [line for line in lines if "samples in" in line and line.startswith("process")]
     assert sorted(encoded) == [

@@ -30,6 +30,8 @@ from latent_tools import CachedLatents, CacheOptions, precompute
 _ALONE = {
     "train.parts": "[decoder]", "train.encoder_steps": "null", "data.crop": "center",
     "data.flip": "none", "data.latents": None, "model.pretrained": None,
+    "data.least_scale": 1, "data.jitter_saturation": 0, "data.jitter_hue": 0,
+    "data.late_resolution": "null", "data.late_steps": 0,
 }  # fmt: skip
 _WAYS = ("images", "latents")
 

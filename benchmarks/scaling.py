@@ -29,9 +29,11 @@ def benchmark_scale(
     config = parse_config(recipe)
     resolution, batch = config.data.resolution, config.train.batch_size
     cores = len(os.sched_getaffinity(0))
+    one_size = ["--data.late_resolution", "null", "--data.late_steps", "0"]
     flags = {
         "resolution": [
-            (side, ["--data.resolution", str(side)]) for side in _around(resolution, (1, 2, 4, 8))
+            (side, ["--data.resolution", str(side), *one_size])
+            for side in _around(resolution, (1, 2, 4, 8))
         ],
         "batch": [
             (size, ["--train.batch_size", str(size)]) for size in _around(batch, (0.25, 0.5, 1, 2))

@@ -117,7 +117,8 @@ def test_the_commands_run_from_an_empty_folder(elsewhere, tmp_path):
     assert "kl_f8_c16" in shell("first-stage recipes")
     tiny = " ".join(f"--{name} '{value}'" for name, value in TINY.items())
     said = shell(
-        f"first-stage train --config demo --data.path 'my images' --data.resize null {tiny} "
+        f"first-stage train --config demo --data.path 'my images' {tiny} "
+        "--data.late_resolution 20 --data.late_steps 1 "
         "--validation.resolution 16 --output_dir runs/mine --train.warmup_steps 0 "
         "--train.decay_steps 0 --train.encoder_steps null --critic.start_step 1 "
         "--loss.learned.start_step 1 --loss.adversarial.start_step 1"

@@ -117,6 +117,8 @@ def test_every_shipped_recipe_runs_two_steps(recipe, tmp_path, images):
     }
     if config.train.encoder_steps is not None:
         shrunk["train.encoder_steps"] = 1
+    if config.data.late_resolution is not None:
+        shrunk |= {"data.late_resolution": 2 * side, "data.late_steps": 1}
     for name, value in shrunk.items():
         given += [f"--{name}", str(value)]
     outcome = train(parse_config(given))

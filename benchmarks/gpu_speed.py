@@ -104,11 +104,9 @@ def quantizer(setting: Setting) -> dict[str, Any]:
     config = parse_config(setting.recipe("vq_f8", "--train.precision", "bf16"))
     variant, found = timed(config, OURS, setting.seconds)
     trainer, step = variant.trainer, config.train.batch_size / 1.0
-    bottleneck = trainer.first_stage.network.bottleneck
-    shape = (
-        config.train.batch_size,
-        *trainer.first_stage.network.latent_shape(config.data.resolution),
-    )
+    stage = trainer.first_stage.network
+    bottleneck = stage.bottleneck
+    shape = (config.train.batch_size, *stage.latent_shape(config.data.resolution))
     latents = torch.randn(shape, device=trainer.accelerator.device, requires_grad=True)
 
     def quantize() -> None:

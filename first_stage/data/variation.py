@@ -46,6 +46,8 @@ class Variation:
 
     def view(self, view: View, draw: np.ndarray) -> View:
         """A view, shrunk."""
+        if self.least_scale == 1:
+            return view
         return replace(view, shrink=self.least_scale ** float(draw[5]))
 
     def place(self, draw: np.ndarray) -> tuple[float | None, float | None]:

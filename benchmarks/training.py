@@ -268,7 +268,7 @@ def data_rate(config: Config, seconds: float) -> float:
     source, _ = open_data(config.data, folder=folder, processes=processes, **sizes)
     stream = open_stream(source, config.data, channels=config.model.in_channels, **sizes)
     size = config.train.batch_size
-    sampler = StepSampler(size, size, 0, config.train.max_steps, 0, 1)
+    sampler = StepSampler(size, size, range(config.train.max_steps), 0, 1)
     batches = iter(open_loader(stream, sampler, workers=config.data.workers, pin_memory=False))
     next(batches)
     began, count = time.perf_counter(), 0

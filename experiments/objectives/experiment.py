@@ -237,7 +237,7 @@ class Experiment:
     def _train(self, trainer: Trainer, config: Config, start_step: int, name: str) -> None:
         size, every = config.train.batch_size, config.train.log_every
         began = time.perf_counter()
-        sampler = StepSampler(size, size, start_step, config.train.max_steps, 0, 1)
+        sampler = StepSampler(size, size, range(start_step, config.train.max_steps), 0, 1)
         for step, batch in enumerate(self._batches(trainer, config, sampler), start_step):
             trainer.training_step(step, [batch.to(self.accelerator.device)])
             if (step + 1) % every == 0:

@@ -133,7 +133,7 @@ def _train(folder: Path, seed: int, padding: str, steps: int, begin: Path | None
     size = config.train.batch_size
     source, _ = open_data(config.data, folder=folder, seed=seed, batch_size=size)
     stream = open_stream(source, config.data, channels=3, seed=seed, batch_size=size)
-    positions = StepSampler(size, size, 0, steps, 0, 1)
+    positions = StepSampler(size, size, range(steps), 0, 1)
     batches = open_loader(stream, positions, workers=0, pin_memory=False)
     for step, batch in enumerate(batches):
         trainer.training_step(step, [batch.to(accelerator.device)])

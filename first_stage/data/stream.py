@@ -9,7 +9,7 @@ comes round again.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -205,16 +205,14 @@ class StepSampler:
     Attributes:
         batch_size: Samples per step over all processes.
         micro_batch_size: Samples per forward pass of one process.
-        start_step: First step.
-        max_steps: Step to end before.
+        steps: The steps, in the order in which they are taken.
         rank: This process.
         world: Number of processes.
     """
 
     batch_size: int
     micro_batch_size: int
-    start_step: int
-    max_steps: int
+    steps: Sequence[int]
     rank: int
     world: int
 
@@ -224,11 +222,11 @@ class StepSampler:
         return self.batch_size // self.world // self.micro_batch_size
 
     def __len__(self) -> int:
-        return (self.max_steps - self.start_step) * self.micro_batches
+        return len(self.steps) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[int]]:
         share = self.batch_size // self.world
-        for step in range(self.start_step, self.max_steps):
+        for step in self.steps:
             first = step * self.batch_size + self.rank * share
             for start in range(first, first + share, self.micro_batch_size):
                 yield list(range(start, start + self.micro_batch_size))

@@ -232,8 +232,7 @@ class Run:
         return StepSampler(
             self.config.train.batch_size,
             self.micro,
-            start,
-            self.config.train.max_steps,
+            range(start, self.config.train.max_steps),
             self.processes.rank,
             self.processes.world,
         )

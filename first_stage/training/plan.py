@@ -115,31 +115,9 @@ def _lines(
     yield f"picture   {picture}: the first crops, as the network gets them"
 
 
-@dataclass(frozen=True)
-class _TimedPositions:
-    """Positions of some steps of each phase, one phase after another.
-
-    Attributes:
-        parts: The steps, each by itself.
-    """
-
-    parts: list[StepSampler]
-
-    @property
-    def micro_batches(self) -> int:
-        """Micro-batches of one process in one step."""
-        return self.parts[0].micro_batches
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return itertools.chain.from_iterable(self.parts)
-
-
 def _positions(
     config: Config, course: list[Phase], micro: int, processes: Processes
-) -> _TimedPositions:
+) -> StepSampler:
     """The positions to time: the first ones, but where crops are larger, those of such steps."""
     late = config.train.max_steps if config.late_start is None else config.late_start
     each = range(_TIMED_STEPS + 1)
@@ -149,10 +127,7 @@ def _positions(
         for phase in course
         for number in each
     ]
-    size, rank, world = config.train.batch_size, processes.rank, processes.world
-    return _TimedPositions(
-        [StepSampler(size, micro, step, step + 1, rank, world) for step in steps]
-    )
+    return StepSampler(config.train.batch_size, micro, steps, processes.rank, processes.world)
 
 
 def _step(batches: Iterator[Batch], count: int, accelerator: Accelerator) -> list[Batch]:

@@ -47,7 +47,7 @@ def trained_on(folder, world, workers, start, stop, micro=1, **more):
     """Per step: ids, pixels and positions of the whole batch, over processes in their order."""
     steps = collections.defaultdict(list)
     for rank in range(world):
-        sampler = StepSampler(BATCH, micro, start, stop, rank, world)
+        sampler = StepSampler(BATCH, micro, range(start, stop), rank, world)
         loader = ShardLoader(
             stream_of(folder, **more), sampler, sampler.micro_batches, workers, False
         )
@@ -102,7 +102,7 @@ def test_processes_and_workers_read_no_sample_that_another_one_reads(folder):
             read[rank] += range(first, last)
             return original(rows, first, last, cursor)
 
-        sampler = StepSampler(BATCH, 2, 0, steps, rank, 3)
+        sampler = StepSampler(BATCH, 2, range(steps), rank, 3)
         with mock.patch.object(ShardedRows, "read", note):
             list(ShardLoader(stream_of(folder), sampler, 1, 0, False))
         assert len(set(read[rank])) == len(read[rank])  # nor the same one twice

@@ -34,7 +34,7 @@ def stream(images, reading=3, seed=0, **variation):
 
 
 def batches(images, rank=0, world=1, micro=2, workers=0, start=0, steps=5, **options):
-    sampler = StepSampler(6, micro, start, steps, rank, world)
+    sampler = StepSampler(6, micro, range(start, steps), rank, world)
     return list(training_loader(stream(images, **options), sampler, workers, pin_memory=False))
 
 

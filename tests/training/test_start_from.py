@@ -59,7 +59,7 @@ def test_the_first_step_is_that_of_a_continuation_made_by_hand(source, capsys):
         config.data, folder=Path("new"), processes=trainer.processes, say=print, **sizes
     )
     stream = open_stream(data, config.data, channels=3, **sizes)
-    positions = StepSampler(config.train.batch_size, 2, 0, 1, 0, 1)
+    positions = StepSampler(config.train.batch_size, 2, range(1), 0, 1)
     batches = list(open_loader(stream, positions, workers=0, pin_memory=False))
     trainer.training_step(0, batches)  # step 0: half the learning rate, the first images
     by_hand = trainer.snapshot(1)

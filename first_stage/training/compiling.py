@@ -5,9 +5,11 @@ step itself, with its losses and its several backward passes through one graph, 
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 
 import torch
+from diffusers.utils import is_torch_version
 from torch import nn
 
 from first_stage.errors import ConfigError, first_line
@@ -36,7 +38,14 @@ def compile_blocks(network: nn.Module, device: torch.device) -> None:
     _require_compiler(device)
     # Several losses are differentiated through one graph, whose buffers must stay.
     torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
-    for block in blocks_of(network):
+    # Blocks ask for torch's version, which torch 2.8 cannot trace and none has to.
+    torch.compiler.assume_constant_result(inspect.unwrap(is_torch_version))
+    blocks = list(blocks_of(network))
+    # All blocks of a class count as one function, which would run as it is after eight shapes.
+    # Each has its own, and another one with the larger crops of the last steps.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 2 * len(blocks))
+    for block in blocks:
         block.compile(backend=BACKEND, dynamic=False)
 
 

@@ -37,6 +37,16 @@ def test_compiled_blocks_have_the_gradients_of_plain_ones(tiny, backend):
         assert_close(gradients_of(fast, step, copy.deepcopy(batches)), expected, rtol=1e-3)
 
 
+def test_however_many_shapes_there_are_all_blocks_are_compiled(tiny):
+    """Torch lets what has had eight shapes run as it is, with a warning."""
+    shapes = {**SMALL, "model__block_out_channels": "[8, 16, 24, 32]", "data__resolution": 32}
+    torch.compiler.reset()
+    with mock.patch.object(compiling, "BACKEND", "aot_eager"):
+        trainer = make_trainer(tiny(train__compile=True, train__precision="bf16", **shapes))
+        with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+            trainer.training_step(0, [batch_of(trainer, 2, 0)])
+
+
 def test_a_critic_whose_slope_is_penalized_is_not_compiled(tiny):
     with mock.patch.object(compiling, "BACKEND", "aot_eager"):
         trainer = make_trainer(tiny(train__compile=True, loss__adversarial__r1=0.1, **SMALL))

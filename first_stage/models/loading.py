@@ -48,7 +48,7 @@ def load_autoencoder(name: str, revision: str | None = None, field: str = "first
 
     Raises:
         UserError: When it cannot be loaded, is not an autoencoder with `encode` and `decode`, or
-            when its weights are not those that its `config.json` asks for.
+            when its weights are not finite, or not those that its `config.json` asks for.
     """
     try:
         file = standing(Path(name))
@@ -64,6 +64,7 @@ def load_autoencoder(name: str, revision: str | None = None, field: str = "first
         raise
     except Exception as error:
         raise place.problem(f"cannot be loaded: {first_line(error)}") from error
+    _refuse_damage(model, place)
     # It would go out with every export; it is a folder of this machine.
     from diffusers.configuration_utils import FrozenDict
 
@@ -184,6 +185,15 @@ def _load(place: Place, cls: Any) -> Any:
             "another layout or only in part: convert it, or take a complete one"
         )
     return model
+
+
+def _refuse_damage(model: nn.Module, place: Place) -> None:
+    damaged = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if damaged:
+        raise place.problem(
+            f"has weights with NaN or infinite values: {_some(damaged)}. They come from a "
+            "training that diverged, or the file is damaged: take another one"
+        )
 
 
 def _from_pretrained(

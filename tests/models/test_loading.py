@@ -149,6 +149,14 @@ def test_the_prefix_of_a_wrapper_is_left_out_and_said(saved, prefix, caplog):
     loaded(torch.zeros(1, 3, 16, 16))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(saved, value):
+    """Else an export hands them on, and a training ends at its first step."""
+    name = saved(lambda w: {**w, "decoder.conv_out.bias": w["decoder.conv_out.bias"] + value})
+    with pytest.raises(UserError, match=r"NaN or infinite values: decoder\.conv_out\.bias\."):
+        load_autoencoder(name)
+
+
 def test_old_names_of_attention_weights_are_known(saved):
     """As the first public weights have them."""
     old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}

@@ -6,14 +6,12 @@ The step is that of the recipe with the critic at work. Where a part of the step
 disturbed, all are here: the cost of a run lies between nothing and what is printed.
 """
 
-import time
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from benchmarks.floor import random_batch
-from benchmarks.timing import spread, text
+from benchmarks.timing import clock, spread, text
 from benchmarks.training import started
 from first_stage.config import parse_config
 from first_stage.distributed.processes import Processes
@@ -59,9 +57,9 @@ def benchmark_disturb(recipe: list[str], repeats: int, steps: int = 4) -> dict[s
         elapsed = dict.fromkeys(_WAYS, 0.0)
         for step in range(1 + turn * steps, 1 + (turn + 1) * steps):
             for name, trainer in trainers.items():
-                began = _clock()
+                began = clock()
                 trainer.training_step(step, [batches[name]])
-                elapsed[name] += _clock() - began
+                elapsed[name] += clock() - began
         for name, total in elapsed.items():
             seconds[name].append(total / steps)
     found = {}
@@ -70,11 +68,3 @@ def benchmark_disturb(recipe: list[str], repeats: int, steps: int = 4) -> dict[s
         found[name] = {"seconds": spread(found_seconds), "times": spread(times)}
         print(f"{name:28} {text(found_seconds, '.3f'):>26} s {text(times, '.2f'):>20} x")
     return found
-
-
-def _clock() -> float:
-    """Seconds of CPU, or of the wall where the work is a device's."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()

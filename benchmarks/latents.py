@@ -7,16 +7,14 @@ of the recipe's images; reading files and latents is part of it, in this process
 """
 
 import tempfile
-import time
 from collections.abc import Iterator
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
-from benchmarks.timing import spread, text
+from benchmarks.timing import clock, spread, text
 from benchmarks.training import started
 from first_stage.config import Config, parse_config
 from first_stage.data import Batch
@@ -60,11 +58,11 @@ def benchmark_latents(recipe: list[str], repeats: int, steps: int = 4) -> dict[s
         seconds: dict[str, list[float]] = {way: [] for way in _WAYS}
         for turn in range(repeats + 1):
             for way in _WAYS:
-                began = _clock()
+                began = clock()
                 for step, batch in enumerate(islice(batches[way], steps), turn * steps):
                     trainers[way].training_step(step, [batch.to(trainers[way].accelerator.device)])
                 if turn:  # the first one warms up
-                    seconds[way].append((_clock() - began) / steps)
+                    seconds[way].append((clock() - began) / steps)
     size = configs["images"].train.batch_size
     times = [a / b for a, b in zip(seconds["images"], seconds["latents"], strict=True)]
     found: dict[str, Any] = {}
@@ -117,11 +115,3 @@ def _line(fields: dict[str, Any]) -> list[str]:
         for name, value in fields.items()
         for part in (f"--{name}", "null" if value is None else str(value))
     ]
-
-
-def _clock() -> float:
-    """Seconds of CPU, or of the wall where the work is a device's."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()

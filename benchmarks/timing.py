@@ -29,6 +29,12 @@ def synchronise() -> None:
         torch.cuda.synchronize()
 
 
+def clock() -> float:
+    """Seconds of CPU, or of the wall where the work is a device's."""
+    synchronise()
+    return time.perf_counter() if torch.cuda.is_available() else time.process_time()
+
+
 def peak_memory() -> int:
     """Peak bytes of the accelerator, or of this process where there is none."""
     if torch.cuda.is_available():

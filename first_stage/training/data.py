@@ -1,8 +1,10 @@
 """What a run needs before it begins: the accelerator and the data."""
 
+import contextlib
 import os
+import re
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +113,11 @@ def open_data(
     held_out: Source | None = None
     if data.validation_path is not None:
         split = data.validation_split or _ANY
-        held_out = opener.open(data.validation_path, "validation", split, "held_out.txt")
+        with _told_of("validation_path", "validation_split"):
+            held_out = opener.open(data.validation_path, "validation", split, "held_out.txt")
     elif data.validation_split is not None:
-        held_out = opener.open(data.path, "validation", data.validation_split, "held_out.txt")
+        with _told_of("path", "validation_split"):
+            held_out = opener.open(data.path, "validation", data.validation_split, "held_out.txt")
     share = data.validation_share if held_out is None else 0.0
     training: Source
     if data.streaming:
@@ -132,6 +136,18 @@ def open_data(
         found: Source = held_out
         on_main(processes, lambda: refuse_shared(training, found))
     return training, held_out
+
+
+@contextlib.contextmanager
+def _told_of(path: str, split: str) -> Iterator[None]:
+    """What is wrong with data is told of `data.path` and `data.split`: here of other fields."""
+    fields = {"data.path": f"data.{path}", "data.split": f"data.{split}"}
+    quoted_or_field = r"""'[^']*'|"[^"]*"|\bdata\.(?:path|split)\b"""
+    try:
+        yield
+    except DataError as error:
+        told = re.sub(quoted_or_field, lambda found: fields.get(found[0], found[0]), str(error))
+        raise DataError(told) from error
 
 
 class _Opener:

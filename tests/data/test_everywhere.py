@@ -143,6 +143,18 @@ def test_a_validation_split_is_held_out(everywhere, tmp_path):
         everywhere.train(tmp_path / "d", **{"data.validation_split": "validation"})
 
 
+def test_what_is_wrong_with_held_out_data_is_told_of_its_own_fields(everywhere, tmp_path):
+    data, held = put(tmp_path / "d", "train/0.png", "val/1.png"), tmp_path / "data.path gone"
+    for field, value, words in (
+        ("validation_split", "dogs", "data.validation_split is 'dogs', but '.*/d' has the splits"),
+        ("validation_path", held, "data.validation_path '.*/data.path gone' does not exist"),
+        ("validation_path", data, "say which with data.validation_split, or all"),
+        ("split", "dogs", "data.split is 'dogs', but"),
+    ):
+        with pytest.raises(UserError, match=f"^(.* has the splits .*: )?{words}"):
+            everywhere.train(data, **{f"data.{field}": value})
+
+
 def test_tars_streamed_and_not(everywhere, tmp_path):
     write_shards(tmp_path / "t", "tar", (3, 4), broken={2})
     put_tar(tmp_path / "t" / "nested" / "more.tar", 2, "jpg")

@@ -18,10 +18,10 @@ from launching import (
     descendants,
     environment,
     finish,
-    kill_group,
     run,
     start,
     trainings,
+    wait_for,
     wait_until,
 )
 
@@ -40,12 +40,7 @@ def begin(tmp_path, images, processes: int, **fields):
     output = tmp_path / "output.txt"
     line = arguments(tmp_path / "run", images, **{**ENDLESS, **fields})
     process = start(command(processes, TRAIN, *line), output)
-    try:
-        wait_until(lambda: process.poll() is not None or lines_of(tmp_path / "run") > 5)
-        assert process.poll() is None, output.read_text()
-    except BaseException:
-        kill_group(process)
-        raise
+    wait_for(process, output, lambda: lines_of(tmp_path / "run") > 5)
     return process, output
 
 
@@ -95,7 +90,7 @@ def test_ending_the_launcher_of_one_process_ends_the_training_saved(tmp_path, im
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1"]
     line = arguments(tmp_path / "run", images, **ENDLESS)
     process = start([*launcher, str(TRAIN), *line], output)
-    wait_until(lambda: lines_of(tmp_path / "run") > 5)
+    wait_for(process, output, lambda: lines_of(tmp_path / "run") > 5)
     (training,) = descendants(process.pid)
     os.kill(process.pid, signal.SIGTERM)
     process.wait()

@@ -21,6 +21,7 @@ def environment(**more: str) -> dict[str, str]:
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'tests' / 'distributed'}",
         "ACCELERATE_USE_CPU": "true",
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",  # for `where_it_hangs`
         **more,
     }
 
@@ -57,8 +58,34 @@ def finish(process: subprocess.Popen, output: Path, timeout: float = 240) -> str
     try:
         process.wait(timeout)
     except subprocess.TimeoutExpired:
-        kill_group(process)
-        raise AssertionError(f"not finished in {timeout} s:\n{output.read_text()}") from None
+        told = where_it_hangs(process, output)
+        raise AssertionError(f"not finished in {timeout} s:\n{told}") from None
+    return output.read_text()
+
+
+def wait_for(
+    process: subprocess.Popen, output: Path, condition: Callable[[], object], seconds: float = 90
+) -> None:
+    """Wait for something that a process does. One that does not do it is killed, with all."""
+    try:
+        wait_until(lambda: process.poll() is not None or condition(), seconds)
+        assert process.poll() is None, output.read_text()
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{where_it_hangs(process, output)}") from None
+
+
+def where_it_hangs(process: subprocess.Popen, output: Path) -> str:
+    """What a process has printed, and where each thread of it and of its children stands.
+
+    Python's fault handler tells that as it dies, so all of them are dead then.
+    """
+    if process.poll() is None:
+        for pid in (*descendants(process.pid), process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(5)
+    kill_group(process)
     return output.read_text()
 
 

@@ -36,6 +36,7 @@ EVERYTHING = {
     "loss.adversarial.ramp_steps": 3,
     "critic.layers": 2,
     "validation.every": 3,
+    "export.images": 7,
 }
 
 
@@ -131,6 +132,11 @@ def check_equal(root: Path, name: str, world: int, apart: float = 1e-3) -> None:
                                rtol=0, atol=1e-4)  # fmt: skip
     torch.testing.assert_close(trained_outputs(root / name), trained_outputs(root / "one"),
                                rtol=0, atol=1e-4)  # fmt: skip
+
+    configs = [json.loads((root / n / "export" / "config.json").read_text()) for n in (name, "one")]
+    for factor in ("scaling_factor", "shift_factor", "latents_mean", "latents_std"):
+        shared, alone = (config.get(factor) or 0.0 for config in configs)  # no family has all
+        assert shared == pytest.approx(alone, rel=1e-4, abs=1e-5), factor
 
     lines, wanted = read_log(root / name / "log.jsonl"), read_log(root / "one" / "log.jsonl")
     assert [list(values) for values in lines] == [list(values) for values in wanted]

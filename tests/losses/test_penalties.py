@@ -4,7 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from first_stage.config.losses import AdversarialConfig
 from first_stage.losses import penalties as regularisers
+from first_stage.losses.critic_loss import CriticLoss
+from first_stage.losses.lagged_means import LaggedMeans
 
 
 class Linear(nn.Module):
@@ -51,6 +54,17 @@ def test_zero_centred_penalties_by_hand():
     x = images([1, 2], [5, 6])
     assert regularisers.zero_centered_penalty(judge, x).item() == pytest.approx(12.5)  # 25 / 2
     torch.testing.assert_close(judge.seen[0], x)
+
+
+def test_r1_is_taken_on_reals_and_r2_on_fakes():
+    critic = CriticLoss(AdversarialConfig(r1=0.5, r2=0.25, penalty_every=1), LaggedMeans(0.0))
+    reals, fakes = torch.ones(2, 1, 1, 1), torch.full((2, 1, 1, 1), 3.0)
+    total, log = critic.penalty(torch.square, reals, fakes, torch.zeros(2))
+    # D(x) = x^2, whose slope is 2 x: (2 * 1)^2 / 2 and (2 * 3)^2 / 2.
+    assert {name: value.item() for name, value in log.items()} == {
+        "penalty/r1": 2.0, "penalty/r2": 18.0,
+    }  # fmt: skip
+    assert total.item() == 0.5 * 2.0 + 0.25 * 18.0
 
 
 def test_a_penalty_depends_neither_on_the_batch_nor_on_the_number_of_patches():

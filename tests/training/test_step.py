@@ -219,6 +219,30 @@ def test_the_critic_is_not_run_before_its_start(tiny):
     assert calls == [2, 2, 3, 3]  # reals and fakes, once each for both players
 
 
+def test_gradients_are_averaged_over_processes_in_the_last_micro_batch_alone(tiny):
+    trainer = make_trainer(tiny())
+    parts = [batch_of(trainer, 1, seed) for seed in range(3)]
+    with mock.patch.object(trainer.accelerator, "no_sync", wraps=trainer.accelerator.no_sync) as no:
+        trainer.training_step(0, parts)
+    entered = [call.args[0] for call in no.call_args_list]
+    assert entered == 2 * [trainer.first_stage.module, trainer.critic.module]
+
+
+def test_the_noise_levels_gradient_is_averaged_over_processes_too(tiny):
+    applied = []
+    for shrunk in (1, 4):
+        trainer = make_trainer(tiny(loss__learned_logvar=True, train__clip_norm=None))
+        level = trainer.objective.parameters["logvar"]
+        trainer.first_stage.optimizer.register_step_pre_hook(
+            lambda *_, level=level: applied.append(level.grad.item())
+        )
+        # Stands in for processes whose gradients cancel each other in part.
+        with mock.patch.object(trainer.processes, "average", lambda t, n=shrunk: t / n):
+            trainer.training_step(0, [batch_of(trainer, 4, 0)])
+    assert applied[1] == pytest.approx(applied[0] / 4)
+    assert applied[0] != 0
+
+
 def test_everything_that_counts_steps_counts_the_same(tiny):
     trainer = make_trainer(tiny(train__micro_batch_size=1))
     for step in range(3):
@@ -287,6 +311,27 @@ def test_the_adaptive_weight_gives_the_adversarial_gradient_its_share(tiny):
             trainer.training_step(step, [batch])
     values = derived(trainer.meter.averages(lambda t: t))
     assert values["norm/adversarial"] / values["norm/pixel"] == pytest.approx(0.3, rel=0.02)
+
+
+def test_the_average_moves_by_the_share_that_its_decay_leaves(tiny):
+    trainer = make_trainer(tiny(train__ema_decay=0.2))
+    trainer.ema.optimization_step = 100  # its warm-up, up to (1 + n) / (10 + n), is over
+    for average in trainer.ema.shadow_params:
+        average.fill_(1.0)
+    trainer.training_step(0, [batch_of(trainer, 4, 0)])
+    weights = trainer.first_stage.network.parameters()
+    for average, weight in zip(trainer.ema.shadow_params, weights, strict=True):
+        torch.testing.assert_close(average, 0.2 + 0.8 * weight.detach())
+
+
+@pytest.mark.parametrize(("own", "expected"), [(5e-4, 5e-4), (None, 1e-3)])
+def test_the_critic_has_a_learning_rate_of_its_own_where_one_is_given(tiny, own, expected):
+    trainer = make_trainer(
+        tiny(train__learning_rate=1e-3, critic__learning_rate=own, train__warmup_steps=0)
+    )
+    trainer.training_step(0, [batch_of(trainer, 4, 0)])
+    players = (trainer.first_stage, trainer.critic)
+    assert [p.optimizer.param_groups[0]["lr"] for p in players] == [1e-3, expected]
 
 
 def test_the_learning_rate_is_a_function_of_the_step():

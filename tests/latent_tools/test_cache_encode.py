@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from first_stage.data import View, images_from_pixels, open_image, open_source, 
 from first_stage.errors import UserError
 from first_stage.models.first_stage import as_first_stage
 from latent_tools import LatentDataset, Manifest, precompute
+from latent_tools.build import unit
 from latent_tools.build.encoder import BatchSplitter, LatentEncoder, allow_compiling
 from latent_tools.format.files import LaunchLock
 from latent_tools.format.shards import read_commit
@@ -526,6 +528,21 @@ class TestContinuing:
         assert (outcome.units, outcome.images) == (1, 4)
         assert shard_hashes(tmp_path / "c") == before
         assert (tmp_path / "c" / "index.parquet").read_bytes() == index
+
+    def test_a_shard_that_was_not_written_has_no_commit(self, tmp_path, monkeypatch):
+        write_photos(tmp_path / "data", 10)
+        output, write_atomic = tmp_path / "c", unit.write_atomic
+
+        def write(path, content):
+            if path.name.endswith("u000001.safetensors"):
+                raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+            write_atomic(path, content)
+
+        monkeypatch.setattr(unit, "write_atomic", write)
+        with pytest.raises(OSError, match="u000001"):
+            cache(tmp_path / "data", output, unit_size=4)
+        assert not (output / "commits" / "u000001.json").exists()
+        assert (output / "commits" / "u000000.json").exists()
 
     def test_samples_gone_before_their_turn_are_failures(self, tmp_path):
         write_photos(tmp_path / "data", 8)

@@ -46,6 +46,15 @@ def test_an_encoder_weight_is_a_mismatch_that_is_named(name):
     assert "1 of " in phrase
 
 
+@pytest.mark.parametrize("place", [0, 2**19, -1])
+def test_every_element_of_a_large_weight_counts(place):
+    weights = torch.nn.Linear(1024, 1024, bias=False)
+    before = fingerprint_weights(weights)
+    with torch.no_grad():
+        weights.weight.view(-1)[place] += 1e-3
+    assert fingerprint_weights(weights).encoder != before.encoder
+
+
 @pytest.mark.parametrize("name", ["decoder.conv_out.weight", "post_quant_conv.bias"])
 def test_a_decoder_weight_is_no_mismatch(name):
     before, after = manifest(make_vae()), manifest(change(make_vae(), name))

@@ -12,6 +12,7 @@ from first_stage.losses.pixel import pixel_error
 from first_stage.losses.terms import CriticOutputs, Inputs, schedule
 from first_stage.metrics.latents import kl_divergence
 from first_stage.models.bottlenecks import Code, Gaussian
+from first_stage.models.codebooks import Codebook
 from first_stage.models.critic import CriticOutput
 
 NO_CRITIC = {
@@ -158,6 +159,19 @@ def test_free_bits_leave_cheap_channels_alone_once_they_were_measured():
     assert loss == pytest.approx(1.0 + 4.5)
     assert gradient[0] == 0
     assert gradient[1] > 0
+
+
+# -- other penalties --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("own", "expected"), [({}, 3 + 0.25 * 8), ({"commitment": 2.0}, 3 + 16)])
+def test_penalties_weigh_what_their_bottleneck_says_or_the_recipe(own, expected):
+    objective = Objective(LossConfig(penalties=own, **NO_CRITIC), penalties=Codebook.weights)
+    images, latents = torch.zeros(2, 3, 8, 8), torch.zeros(2, 4, 2, 2)
+    paid = {"codebook": torch.tensor([2.0, 4.0]), "commitment": torch.tensor([6.0, 10.0])}
+    loss, log = objective.latent_loss(Inputs(0, images, images), Code(latents, paid, {}))
+    assert loss.item() == expected
+    assert (log["loss/codebook"].item(), log["loss/commitment"].item()) == (3.0, 8.0)  # unweighted
 
 
 # -- the learned distance ---------------------------------------------------------------------

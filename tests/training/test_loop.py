@@ -1,6 +1,7 @@
 """Whole runs, in process: files, logs, pictures, recipes, and what ends them."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from first_stage.config import parse_config
 from first_stage.errors import ConfigError, DataError, UserError
 from first_stage.files import read_log
 from first_stage.models.first_stage import FirstStage
+from first_stage.training import loop
 from first_stage.training.endings import TrainingDiverged
 from first_stage.training.loop import train
 
@@ -20,7 +22,8 @@ RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def test_a_run_leaves_what_it_promises(tiny, tmp_path):
-    outcome = train(tiny(validation__every=2, train__checkpoint_every=2))
+    every = {"validation__every": 2, "train__checkpoint_every": 2, "train__log_every": 2}
+    outcome = train(tiny(train__max_steps=3, **every))
     run = tmp_path / "run"
     assert outcome.finished
     assert outcome.metrics.keys() == {"psnr", "ssim", "l1"}
@@ -30,14 +33,14 @@ def test_a_run_leaves_what_it_promises(tiny, tmp_path):
     }
     assert AutoencoderKL.from_pretrained(run / "export").config.scaling_factor != 0.18215
     frames = sorted(p.name for p in (run / "pictures").glob("step-*"))
-    assert frames == [f"step-{s:06d}.png" for s in (0, 2, 4)]
+    assert frames == [f"step-{s:06d}.png" for s in (0, 2, 3)]
     with Image.open(run / "pictures" / frames[0]) as grid:
         assert grid.size == (2 * 20 + 4, 2 * 20 + 4)
     with Image.open(run / "training.gif") as gif:
         assert gif.n_frames == 3
     log = read_log(run / "log.jsonl")
-    assert [line["step"] for line in log if "loss/pixel" in line] == [1, 2, 3, 4]
-    assert [line["step"] for line in log if "validation/psnr" in line] == [0, 2, 4]
+    assert [line["step"] for line in log if "loss/pixel" in line] == [2, 3]
+    assert [line["step"] for line in log if "validation/psnr" in line] == [0, 2, 3]
     assert not list(run.rglob(".tmp-*"))
 
 
@@ -52,6 +55,26 @@ def test_checkpoints_rotate_and_hold_a_diffusers_folder(tiny, tmp_path):
         assert torch.equal(averaged.state_dict()[key], value)
     assert not list(newest.rglob("*.pt"))
     assert not list(newest.rglob("*.bin"))
+
+
+def test_the_log_survives_a_power_cut_as_far_as_a_checkpoint_relies_on_it(
+    tiny, tmp_path, monkeypatch
+):
+    log, synced, missing = tmp_path / "run/log.jsonl", [], []
+    fsync, save = os.fsync, loop.save_checkpoint
+
+    def note(handle):
+        synced.append((os.fstat(handle).st_ino, os.fstat(handle).st_size))
+        fsync(handle)
+
+    def look(*given):
+        missing.append((log.stat().st_ino, log.stat().st_size) not in synced)
+        return save(*given)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(loop, "save_checkpoint", look)
+    train(tiny(train__max_steps=2, train__checkpoint_every=1))
+    assert missing == [False, False]
 
 
 def test_an_earlier_run_is_never_lost_by_mistake(tiny, tmp_path):

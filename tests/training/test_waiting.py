@@ -13,6 +13,7 @@ from first_stage.evaluation import HeldImages, Options, evaluate
 from first_stage.handover.statistics import measure_latents
 from first_stage.metrics.feature_networks import FeatureNetwork
 from first_stage.models.vgg import VGG16Features
+from first_stage.training.loop import Run, train
 from first_stage.training.step import Trainer
 from first_stage.training.validation import draw_pictures, validate
 
@@ -101,6 +102,45 @@ def test_a_step_never_waits(tiny, kind):
     assert_flows(seen)
     # What comes from the host was drawn there: noise, prior samples, mixes, vectors for dead codes.
     assert len(seen.copies) <= 2 * 3
+
+
+def test_a_batch_is_sent_without_waiting():
+    batch = Batch(torch.zeros(2, 4, 4, 3), [0, 1], ["a", "b"], encoded=torch.zeros(2, 8, 2, 2))
+    with second_device() as there:
+        batch.to(DEVICE)
+        assert there.seen.copies == [((2, 8, 2, 2), False), ((2, 4, 4, 3), False)]
+
+
+def test_between_two_steps_no_value_is_read_until_a_line_of_the_log_is_due(tiny, monkeypatch):
+    read, since, done = [], [], []
+    train_step, log = Trainer.training_step, Run._log
+
+    def training_step(trainer, step, batches):
+        since.clear()
+        train_step(trainer, step, batches)
+        since.append(step)
+
+    def watched(name):
+        original = getattr(torch.Tensor, name)
+
+        def call(tensor):
+            read.extend((name, step) for step in since)
+            return original(tensor)
+
+        return call
+
+    def write_line(run, step, progress):
+        since.clear()
+        done.append(step)
+        log(run, step, progress)
+
+    monkeypatch.setattr(Trainer, "training_step", training_step)
+    monkeypatch.setattr(Run, "_log", write_line)
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, watched(name))
+    train(tiny(train__max_steps=3, train__log_every=2))
+    assert done == [2, 3]
+    assert read == []
 
 
 def test_a_step_with_pretrained_terms_and_a_loss_scaler_never_waits(tiny, tmp_path):

@@ -120,7 +120,7 @@ def spectrum_distance(latents: Tensor, images: Tensor, bins: int, flattening: fl
     """
     size = latents.shape[-2], latents.shape[-1]
     with torch.autocast(latents.device.type, enabled=False):
-        weights = radial_frequency(*size, images.device).to(latents.dtype).pow(flattening)
+        weights = _flattening(*size, flattening, latents.dtype, latents.device)
         small = scaled(images.detach(), size).to(latents.dtype)
         wanted = _shares(coefficients(small).square() * weights, bins)
         found = _shares(coefficients(latents).square(), bins)
@@ -134,6 +134,14 @@ def _shares(energy: Tensor, bins: int) -> Tensor:
     every = energy.mean(1).flatten(1)[:, 1:].mean(1, keepdim=True)
     height = torch.log1p(power / (every + _TINY)) + _TINY
     return height / height.sum(1, keepdim=True)
+
+
+@functools.lru_cache(maxsize=16)
+def _flattening(
+    height: int, width: int, power: float, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The frequency of each coefficient to a power, `(h, w)`."""
+    return radial_frequency(height, width).pow(power).to(device, dtype)
 
 
 @functools.lru_cache(maxsize=16)

@@ -50,7 +50,7 @@ class Original(LatentTerm):
             return None
         with self.autocast():
             original = self.encoder(images)
-        return divergence(code, original, int(self.encoder.channels)) / images[0].numel()
+        return divergence(code, original, self.encoder.held) / images[0].numel()
 
 
 def divergence(code: Code, original: Encoded, channels: int) -> Tensor:

@@ -22,6 +22,7 @@ class OriginalEncoder(nn.Module):
 
     Attributes:
         channels: How many of the first latent channels the original had, a tensor `()`.
+        held: The same as a number, so that no step waits for it.
     """
 
     channels: Tensor
@@ -29,7 +30,9 @@ class OriginalEncoder(nn.Module):
     def __init__(self, stage: FirstStage, more: int = 0):
         super().__init__()
         self.model = _encoder_alone(stage).requires_grad_(False).eval()
-        self.register_buffer("channels", torch.tensor(stage.latent_channels - more))
+        self.held = stage.latent_channels - more
+        self.register_buffer("channels", torch.tensor(self.held))
+        self.register_load_state_dict_post_hook(_read_channels)
         self._family, self._bottleneck = stage.family, stage.family.bottleneck(stage.model)
 
     @torch.no_grad()
@@ -38,6 +41,10 @@ class OriginalEncoder(nn.Module):
         dtype = next(self.model.parameters()).dtype
         code = self._family.to_code(self.model, images.to(dtype))
         return self._bottleneck.encode(code if dtype == torch.float64 else code.float())
+
+
+def _read_channels(original: OriginalEncoder, _: Any) -> None:
+    original.held = int(original.channels)
 
 
 def _encoder_alone(stage: FirstStage) -> Any:

@@ -5,6 +5,8 @@ device `meta` holds its real values in memory; each operation runs on them for r
 what it crossed (host to device and back, waits, float64), and gives the values it would have given.
 """
 
+import inspect
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,8 +20,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
-
-from first_stage.metrics import spectrum
 
 DEVICE = torch.device("meta")
 
@@ -173,11 +173,22 @@ def _indices(name: str, args: Any) -> list[Tensor]:
     return [x for x in args[1] if isinstance(x, Tensor)]
 
 
+def _forget_what_was_sent() -> None:
+    """Empty the caches of tensors that were sent to a device once."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("first_stage."):
+            for cached in vars(module).values():
+                if (
+                    hasattr(cached, "cache_clear")
+                    and "device" in inspect.signature(cached).parameters
+                ):
+                    cached.cache_clear()
+
+
 @contextmanager
 def second_device() -> Iterator[SecondDevice]:
     """Everything that accelerate puts on a device goes to the second one."""
     mode = SecondDevice()
-    caches = (spectrum._cosines, spectrum._below)
     overwrite = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:
@@ -191,5 +202,4 @@ def second_device() -> Iterator[SecondDevice]:
             yield mode
     finally:
         torch.__future__.set_overwrite_module_params_on_conversion(overwrite)
-        for cache in caches:
-            cache.cache_clear()
+        _forget_what_was_sent()

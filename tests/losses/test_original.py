@@ -82,11 +82,14 @@ def test_channels_that_were_added_are_not_held():
         original(images).latents[:, :4], before.encode(images[:, :3]).latents, rtol=0, atol=1e-5
     )
     code = stage(images).code
-    assert divergence(code, original(images), int(original.channels)).item() == 0
+    assert divergence(code, original(images), original.held).item() == 0
     new = code._replace(mean=code.mean + torch.tensor([0.0] * 4 + [1.0] * 2).view(6, 1, 1))
-    assert divergence(new, original(images), int(original.channels)).item() == 0
+    assert divergence(new, original(images), original.held).item() == 0
     old = code._replace(mean=code.mean + torch.tensor([1.0] + [0.0] * 5).view(6, 1, 1))
-    assert divergence(old, original(images), int(original.channels)) > 1
+    assert divergence(old, original(images), original.held) > 1
+    resumed = OriginalEncoder(stage)
+    resumed.load_state_dict(original.state_dict())
+    assert resumed.held == original.held == 4
 
 
 @pytest.mark.parametrize("channels", [3, 4])

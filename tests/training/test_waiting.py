@@ -1,8 +1,11 @@
 """Nothing in a step waits for the device, comes from the host, or needs float64 there."""
 
+from dataclasses import fields as fields_of
+
 import numpy as np
 import pytest
 import torch
+from autoencoders import tiny_kl
 from safetensors.torch import save_file
 from second_device import DEVICE, SecondDevice, Seen, second_device
 from stepping import batch_of, make_trainer
@@ -11,8 +14,10 @@ from first_stage.data import Batch, Reading, View, fixed_images, images_from_pix
 from first_stage.distributed.processes import Processes
 from first_stage.evaluation import HeldImages, Options, evaluate
 from first_stage.handover.statistics import measure_latents
+from first_stage.losses.terms import TERMS
 from first_stage.metrics.feature_networks import FeatureNetwork
 from first_stage.models.vgg import VGG16Features
+from first_stage.training import players
 from first_stage.training.loop import Run, train
 from first_stage.training.step import Trainer
 from first_stage.training.validation import draw_pictures, validate
@@ -53,8 +58,19 @@ EVERYTHING = {
     "frozen codes": {"model__family": "vq", "model__vq__codes": 24, "model__vq__rule": "linear"},
     "grid": {"model__family": "fsq", "model__fsq__levels": "[5,4,3]"},
     "decoder alone": {"train__encoder_steps": 0},
+    "disturbed": {
+        "disturb__equivariance__probability": 1,
+        "disturb__equivariance__transforms": "[scale,flip,turn]",
+        "disturb__equivariance__least_scale": 0.75,
+        "disturb__noise__probability": 0.5,
+        "disturb__prefix__probability": 0.5,
+        "disturb__prefix__channels": 2,
+    },
+    "terms of the latents": {"loss__variance__weight": 0.01, "loss__spectrum__weight": 0.1},
+    "original": {"loss__original__weight": 0.5, "loss__kl_weight": 0},
 }  # fmt: skip
 
+PRETRAINED = ("vgg", "lpips", "gram")
 SMALL_OPERATIONS = 160
 STEADY = 3
 """Steps after which names, indices and means are known: what follows is every further step."""
@@ -95,13 +111,33 @@ def assert_flows(seen) -> None:
 
 
 @pytest.mark.parametrize("kind", EVERYTHING)
-def test_a_step_never_waits(tiny, kind):
+def test_a_step_never_waits(tiny, kind, tmp_path, monkeypatch):
+    fields = {"train__max_steps": 9, **EVERYTHING[kind]}
+    if kind == "original":
+        tiny_kl().save_pretrained(tmp_path / "before")
+        fields["model__pretrained"] = tmp_path / "before"
+        before = players.load_autoencoder(str(tmp_path / "before"))  # diffusers cannot load there
+        monkeypatch.setattr(players, "load_autoencoder", lambda *_, **__: before)
     with second_device() as there:
-        seen = one_more(trained(tiny(train__max_steps=9, **EVERYTHING[kind]), DEVICE), there)
+        seen = one_more(trained(tiny(**fields), DEVICE), there)
     assert seen.operations["_fused_adamw_"] == 2  # it was seen to the end
     assert_flows(seen)
-    # What comes from the host was drawn there: noise, prior samples, mixes, vectors for dead codes.
-    assert len(seen.copies) <= 2 * 3
+    # What comes from the host was drawn there: noise, prior samples, mixes, vectors for dead codes;
+    # how strong the noise is, and how many channels are kept.
+    assert len(seen.copies) <= 2 * 4
+
+
+def test_between_them_the_recipes_have_every_term(tiny):
+    """Those that need weights have a test of their own."""
+    pretrained = {"model__pretrained": "some/where"}
+    configs = [
+        tiny(**fields, **(pretrained if kind == "original" else {}))
+        for kind, fields in EVERYTHING.items()
+    ]
+    for name in set(TERMS) - set(PRETRAINED):
+        assert any(config.loss.weight_of(name) > 0 for config in configs), name
+    for section in fields_of(configs[0].disturb):
+        assert any(getattr(c.disturb, section.name).probability > 0 for c in configs), section.name
 
 
 def test_a_batch_is_sent_without_waiting():
@@ -157,7 +193,7 @@ def test_a_step_with_pretrained_terms_and_a_loss_scaler_never_waits(tiny, tmp_pa
         loss__pretrained__weights=weights,
         loss__pretrained__heads=heads,
         loss__pretrained__channels="[2,1,0]",
-        **{f"loss__pretrained__{name}_weight": 0.1 for name in ("vgg", "lpips", "gram")},
+        **{f"loss__pretrained__{name}_weight": 0.1 for name in PRETRAINED},
     )
     with second_device() as there:
         seen = one_more(trained(config, DEVICE, scaler=True), there)

@@ -1,23 +1,20 @@
 """Options of a command: a dataclass read from flags and YAML, mistakes told in one line."""
 
-import contextlib
 import dataclasses
-import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from first_stage.config.checks import check
+from first_stage.config.mistakes import check_file, in_plain_words
 from first_stage.config.schema import Config
 from first_stage.config.sections import with_sections
-from first_stage.config.types import misfit, plain
+from first_stage.config.types import plain
 from first_stage.errors import ConfigError
 from first_stage.recipes import find_config
 
 Options = TypeVar("Options")
-_NO_IMPORT = re.compile(r"Importing ('[^']*') is not allowed, .*")
-_SAID_PLAINLY = r"\1 is no set of fields (nothing that a recipe names is imported)"
 
 
 def parser_class() -> Any:
@@ -36,8 +33,7 @@ def parser_class() -> Any:
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             """Tell a mistake in one line."""
-            line = _NO_IMPORT.sub(_SAID_PLAINLY, " ".join(str(message).split()))
-            raise ConfigError(_out_of_range(line, self) or line) from ex
+            raise ConfigError(in_plain_words(" ".join(str(message).split()), self)) from ex
 
         def parse_args(self, *args: Any, **kwargs: Any) -> Any:
             """Parse, and tell of a class to import as of any other mistake."""
@@ -47,38 +43,6 @@ def parser_class() -> Any:
                 self.error(str(error), error)
 
     return Parser
-
-
-_FIELD = re.compile(r'Parser key "([^"]+)"')
-_RANGE = re.compile(r"Not of type ((?:int|float) [^:]+): ")
-_WHOLE = re.compile(r"Given value: (.+)$")
-_PART = re.compile(r": (?:(\S+) does not conform|[^:]+: '([^']*)'$)")
-
-
-def _out_of_range(message: str, parser: Any) -> str | None:
-    """The parser's words about a number that is none or outside its range, as `misfits` has them.
-
-    Args:
-        message: In one line.
-        parser: Knows whether the field is a number, or a list of them.
-
-    Returns:
-        `None` when the message is about something else.
-    """
-    fields, kind = _FIELD.findall(message), _RANGE.search(message)
-    whole, part = _WHOLE.search(message), _PART.search(message)
-    found = whole or part
-    if not fields or kind is None or found is None:
-        return None
-    name, words, value = fields[-1], kind[1], found[found.lastindex or 0]
-    if whole is None and isinstance(parser.get_default(name), tuple | list | dict):
-        return f"{name} has {value}, which is no {words}"
-    if value.startswith(("[", "(")):
-        words = f"list, each {words}"
-    elif words.startswith("float"):
-        with contextlib.suppress(ValueError):
-            value = str(float(value))
-    return misfit(name, value, words + (" or null" if "NoneType" in message else ""))
 
 
 def plain_parser(description: str | None) -> Any:
@@ -120,7 +84,10 @@ def read_options(
     for name, text in (several or {}).items():
         parser.add_argument(f"--{name}", nargs="+", help=text)
     parser.add_class_arguments(kind, nested_key=None, as_group=False, skip=set(several or {}))
-    parsed = parser.parse_args(with_values(with_recipes(given), switches or {}))
+    line = with_recipes(given)
+    for file in _files(line):
+        check_file(file, kind, several or ())
+    parsed = parser.parse_args(with_values(line, switches or {}))
     values = vars(parser.instantiate_classes(parsed))
     # A field named like a method of the parser's namespace, `update`, comes with a mark before it.
     named = {name.lstrip("\u200b"): value for name, value in values.items()}
@@ -191,6 +158,15 @@ def with_recipes(arguments: Sequence[str]) -> list[str]:
             argument = f"--config={find_config(argument.removeprefix('--config='))}"
         result.append(argument)
     return result
+
+
+def _files(arguments: Sequence[str]) -> Iterator[str]:
+    """The files that a command line names with `--config`."""
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        if before == "--config":
+            yield argument
+        elif argument.startswith("--config="):
+            yield argument.removeprefix("--config=")
 
 
 def with_values(arguments: Sequence[str], switches: Mapping[str, str]) -> list[str]:

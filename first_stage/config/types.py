@@ -102,6 +102,11 @@ def changeable(options: type) -> Iterator[str]:
             yield name
 
 
+def field_names(options: type) -> Iterator[str]:
+    """Dotted names of all fields, without those that are sections themselves."""
+    return (name for name, _, kind in _walk(options) if not dataclasses.is_dataclass(kind))
+
+
 def mappings(options: type) -> Iterator[str]:
     """Dotted names of the fields that are mappings themselves, such as weights by name."""
     return (name for name, _, kind in _walk(options) if get_origin(kind) is dict)

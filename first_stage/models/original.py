@@ -32,7 +32,7 @@ class OriginalEncoder(nn.Module):
         self.model = _encoder_alone(stage).requires_grad_(False).eval()
         self.held = stage.latent_channels - more
         self.register_buffer("channels", torch.tensor(self.held))
-        self.register_load_state_dict_post_hook(_read_channels)
+        self.register_load_state_dict_post_hook(_read_channels)  # type: ignore[no-untyped-call]
         self._family, self._bottleneck = stage.family, stage.family.bottleneck(stage.model)
 
     @torch.no_grad()

@@ -135,7 +135,9 @@ def make_writable(folder: Path, told: str) -> None:
         # What exists where a folder should be is a file.
         number = errno.ENOTDIR if isinstance(error, FileExistsError) else error.errno
         reason = error if number is None else os.strerror(number)
-        raise ConfigError(f"{told} cannot be written: {reason}") from error
+        raise ConfigError(
+            f"{told} cannot be written: {reason}; name a folder that can be, new or old"
+        ) from error
 
 
 def _write_problem(folder: Path, number: int, file: str, saved: str) -> str:

@@ -12,7 +12,7 @@ from first_stage.config import Config, parse_config
 from first_stage.handover.card import load_lines
 from first_stage.training.loop import train
 from first_stage.training.plan import plan
-from first_stage.training.run_folder import resume_command
+from first_stage.training.run_folder import holds_run, resume_command
 from latent_tools.read.paired import CachedLatents
 
 
@@ -28,8 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if config.plan:
         plan(config, latents)
         if PartialState().is_main_process:
-            again = command_line("train", *without_plan(given))
-            print(f"Nothing was trained. Start it with:\n  {again}")
+            print(f"Nothing was trained. {how_to_start(config, without_plan(given))}")
         return
     outcome = train(config, latents)
     if not PartialState().is_main_process:
@@ -60,6 +59,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"  {loading}\n"
         "Cache a data set's latents with it:\n"
         f"  {cache_command(config, outcome.processes)}"
+    )
+
+
+def how_to_start(config: Config, given: Sequence[str]) -> str:
+    """The command that starts what was planned, and what it would replace.
+
+    Args:
+        config: The run's configuration.
+        given: Its command line, without the plan.
+    """
+    if config.overwrite or config.resume is not None or not holds_run(Path(config.output_dir)):
+        return f"Start it with:\n  {command_line('train', *given)}"
+    return (
+        f"output_dir {config.output_dir!r} holds a run, which is as it was: go on with it "
+        "(--resume latest), choose another folder, or replace it with:\n"
+        f"  {command_line('train', *given, '--overwrite', 'true')}"
     )
 
 

@@ -27,6 +27,8 @@ def check(config: Config) -> None:
 
 def _problems(c: Config) -> Iterator[str]:
     yield from misfits(c)
+    if not c.output_dir.strip():
+        yield "output_dir is empty: give a folder for the run, such as runs/mine"
     yield from _start_problems(c)
     yield from _data_problems(c.data)
     yield from _layout_problems(c)

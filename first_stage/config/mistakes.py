@@ -59,6 +59,9 @@ def in_plain_words(message: str, parser: Any) -> str:
         parser: Knows the fields.
     """
     message = _NO_IMPORT.sub(_SAID_PLAINLY, message)
+    if message.startswith('expected "subcommand"'):
+        there = next(a.choices for a in parser._actions if a.dest == "subcommand")
+        return f"a subcommand is missing: there are {', '.join(there)}; --help says more"
     if found := _UNKNOWN.search(message):
         near = did_you_mean(found[1], [action.dest for action in parser._actions], "--")
         return f"{message}{near or '; --help lists the fields'}"

@@ -83,8 +83,8 @@ class BrokenFiles:
             name, reason = next(iter((self.reasons or new).items()))
             raise DataError(
                 f"{broken} of {total} samples could not be decoded, more than "
-                f"data.max_broken ({self.max_share}) allows; first: {name}: {reason}. All are "
-                f"listed in {self.path}"
+                f"data.max_broken ({self.max_share}) allows: mend or remove them, or raise it. "
+                f"First: {name}: {reason}; all are listed in {self.path}"
             )
         self.drawn, self.skipped = total, broken
         self.reasons |= new

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from first_stage.data.inventory import Inventory, take_inventory
 from first_stage.data.retry import with_retries
 from first_stage.errors import DataError, first_line
+from first_stage.hub import datasets_asked_once
 
 _KINDS = (".parquet", ".tar")
 
@@ -85,7 +86,8 @@ def _hub_shards(path: str, split: str) -> list[str]:
     import datasets
 
     try:
-        files = datasets.load_dataset_builder(path).config.data_files
+        with datasets_asked_once():
+            files = datasets.load_dataset_builder(path).config.data_files
     except Exception as error:
         raise DataError(
             f"data.path {path!r} is no file or folder here and could not be found on the hub: "

@@ -22,6 +22,7 @@ from first_stage.data.sample import Sample, Source
 from first_stage.data.shards import RowSource, ShardedRows, count_rows
 from first_stage.data.table import DatasetSource
 from first_stage.errors import DataError, first_line
+from first_stage.hub import datasets_asked_once
 from first_stage.seeding import Purpose, generator
 
 Split = Literal["train", "validation", "all"]
@@ -265,11 +266,13 @@ def _saved_source(path: str, image_column: str | None, split: str | None) -> Sou
 def _hub_source(path: str, image_column: str | None, split: str) -> Source:
     import datasets
 
-    dataset = _loaded(
-        lambda: datasets.load_dataset(path, split=split),
-        f"data.path {path!r} is no folder or file here, is not one of the built-in sets "
-        f"({', '.join(builtin.NAMES)}), and could not be loaded from the hub",
-    )
+    with datasets_asked_once() as out_of_reach:
+        dataset = _loaded(
+            lambda: datasets.load_dataset(path, split=split),
+            f"data.path {path!r} is no folder or file here, is not one of the built-in sets "
+            f"({', '.join(builtin.NAMES)}), and could not be loaded from the hub"
+            + (f", which cannot be reached ({out_of_reach})" if out_of_reach else ""),
+        )
     return DatasetSource(dataset, path, image_column)
 
 

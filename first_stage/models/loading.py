@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from first_stage.errors import UserError, first_line
@@ -63,7 +64,7 @@ def load_autoencoder(name: str, revision: str | None = None, field: str = "first
     except UserError:
         raise
     except Exception as error:
-        raise place.problem(f"cannot be loaded: {first_line(error)}") from error
+        raise place.problem(f"cannot be loaded: {_why(error)}") from error
     _refuse_damage(model, place)
     # It would go out with every export; it is a folder of this machine.
     from diffusers.configuration_utils import FrozenDict
@@ -185,6 +186,19 @@ def _load(place: Place, cls: Any) -> Any:
             "another layout or only in part: convert it, or take a complete one"
         )
     return model
+
+
+def _why(error: BaseException) -> str:
+    """What went wrong first: `diffusers` says of damaged weights that it is unable to load them."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, SafetensorError):
+            return (
+                f"its weights are damaged or cut short ({first_line(cause)}): copy or download "
+                "them again"
+            )
+        cause = cause.__cause__ or cause.__context__
+    return first_line(error)
 
 
 def _refuse_damage(model: nn.Module, place: Place) -> None:

@@ -3,13 +3,13 @@
 import contextlib
 import json
 import re
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from first_stage.errors import UserError, first_line
 from first_stage.files import standing
+from first_stage.hub import why_out_of_reach
 from first_stage.models.quiet import quiet_diffusers
 from first_stage.models.single_file import SUFFIXES
 
@@ -17,8 +17,6 @@ WEIGHTS = "diffusion_pytorch_model"
 """What files with a diffusers model's weights are named."""
 _VARIANT = rf"{WEIGHTS}\.(\w+)\.safetensors|{WEIGHTS}\.safetensors\.index\.(\w+)\.json"
 _OF_A_FOLDER = re.compile(rf"{WEIGHTS}(-\d+-of-\d+)?\.safetensors")
-_PATIENCE = 6.0
-"""Seconds to wait for an answer of the hub before it counts as out of reach."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def _find_on_hub(name: str, revision: str | None, field: str) -> Place:
     """A first stage on the hub, or in its cache here; says at once when it is neither."""
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-    out_of_reach = _why_the_hub_is_out_of_reach()
+    out_of_reach = why_out_of_reach()
     options = {"revision": revision, "local_files_only": out_of_reach is not None}
     try:
         for subfolder in (None, "vae"):
@@ -121,27 +119,6 @@ def _find_on_hub(name: str, revision: str | None, field: str) -> Place:
         f"{field} {named!r}: there is no such folder here, and the hub has no first stage of that "
         "name that you may read (neither config.json nor vae/config.json)"
     )
-
-
-def _why_the_hub_is_out_of_reach() -> str | None:
-    """Ask once and briefly: the hub's own client asks six times, half a minute long."""
-    from huggingface_hub import constants, get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    answer = [f"{constants.ENDPOINT} gave no answer in {_PATIENCE:.0f} s"]
-
-    def ask() -> None:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
-            answer[0] = ""
-        except Exception as error:
-            answer[0] = f"{constants.ENDPOINT}: {first_line(error)}"
-
-    thread = threading.Thread(target=ask, daemon=True)  # a name server may take longer
-    thread.start()
-    thread.join(_PATIENCE)
-    return answer[0] or None
 
 
 def read_config(place: Place) -> dict[str, Any]:

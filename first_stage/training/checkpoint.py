@@ -188,7 +188,10 @@ def read_checkpoint(folder: Path) -> Snapshot:
 
 def _checksums(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
-        raise UserError(f"there is no checkpoint {str(folder)!r}")
+        raise UserError(
+            f"there is no checkpoint {str(folder)!r}: name a folder such as "
+            "runs/mine/checkpoints/step-000123"
+        )
     try:
         sums: dict[str, str] = json.loads((folder / "checksums.json").read_text())
     except FileNotFoundError as error:

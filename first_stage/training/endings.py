@@ -12,7 +12,7 @@ from first_stage.distributed.memory import OutOfMemory, is_out_of_memory
 from first_stage.distributed.processes import Processes
 from first_stage.errors import DataError, UserError
 from first_stage.training.checkpoint import list_checkpoints
-from first_stage.training.run_folder import resume_command
+from first_stage.training.run_folder import CONFIG, resume_command
 
 
 @dataclass(frozen=True)
@@ -111,9 +111,11 @@ def what_is_saved(folder: Path, step: int, world: int) -> str:
         step: The last one that is saved; 0 for none.
         world: Number of processes.
     """
-    if step == 0:
+    if step == 0 and not (folder / CONFIG).exists():
         return "No step had been saved yet"
     command = resume_command(folder, world)
+    if step == 0:
+        return f"No step had been saved yet; start again with: {command}"
     return f"Everything up to step {step} is saved; go on with: {command}"
 
 

@@ -18,8 +18,9 @@ from first_stage.config.checks import check, factor_problems, micro_batch_size
 from first_stage.config.schema import Config
 from first_stage.data import Batch, StepSampler, start_loader
 from first_stage.data.paired import LatentStore
-from first_stage.distributed.processes import Processes, end_with_launcher, on_main
+from first_stage.distributed.processes import Processes, end_with_launcher, on_main, shared
 from first_stage.errors import ConfigError
+from first_stage.files import make_writable
 from first_stage.training import run_folder as files
 from first_stage.training.data import (
     make_accelerator,
@@ -81,6 +82,9 @@ def _lines(
     folder, micro = Path(config.output_dir), micro_batch_size(config, processes.world)
     sizes: dict[str, Any] = {"seed": config.seed, "batch_size": config.train.batch_size}
     on_main(processes, lambda: files.prepare_folder(folder, overwrite=False, resume=True))
+    if shared(processes, lambda: files.holds_run(folder)):
+        folder /= files.PLAN  # the run's own lists and pictures stay as they are
+        on_main(processes, lambda: make_writable(folder, f"output_dir {config.output_dir!r}"))
     found: list[str] = []
     source, held_out = open_data(
         config.data, folder=folder, processes=processes, say=found.append, **sizes

@@ -25,6 +25,7 @@ EVALUATION = "evaluation"
 CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
 FIRST_BATCH = "pictures/first-batch.png"
+PLAN = "plan"
 TRACKER = "tracker"
 PROFILE = "profile"
 SHARDS = "shards"
@@ -42,6 +43,7 @@ _ALL = (
     TRACKER,
     PROFILE,
     SHARDS,
+    PLAN,
     FILE_LIST,
     "held_out.txt",
 )
@@ -77,6 +79,11 @@ def prepare_folder(folder: Path, overwrite: bool, resume: bool) -> None:
         )
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a run lies in a folder, which a new one would take the place of."""
+    return bool(_present(folder))
+
+
 def first_saved(folder: Path) -> None:
     """Delete the run that this one replaces: from here on this one can go on by itself."""
     earlier.let_go(folder)
@@ -109,7 +116,7 @@ def ended(folder: Path) -> str | None:
 def _present(folder: Path) -> list[str]:
     """What of a run is in a folder, links that lead nowhere too; what a plan left is no run."""
     found = [name for name in _ALL if os.path.lexists(folder / name)]
-    if set(found) <= {PICTURES, SHARDS, FILE_LIST} and not list_frames(folder):
+    if set(found) <= {PICTURES, SHARDS, PLAN, FILE_LIST} and not list_frames(folder):
         return []
     return found
 

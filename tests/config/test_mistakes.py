@@ -4,6 +4,7 @@ import pytest
 
 from first_stage.config.parsing import parse_config
 from first_stage.errors import ConfigError
+from latent_tools.__main__ import main as latents
 
 
 def told(*arguments: object) -> str:
@@ -46,6 +47,8 @@ def test_a_recipe_that_cannot_be_meant_is_told_with_its_file(tmp_path, recipe, w
     [
         ("--data.pth", "x", "--data.pth x: did you mean --data.path?"),
         ("--max_steps", "3", "--max_steps 3: did you mean --train.max_steps?"),
+        ("--output_dir", "", "output_dir is empty: give a folder"),
+        ("--output_dir", " ", "output_dir is empty: give a folder"),
         ("--xyz", "3", "--xyz 3; --help lists the fields"),
         ("--loss", "3", "loss is 3; it must be a section: set its fields, such as --loss.pixel"),
         ("--plan", "maybe", "plan is maybe; it must be a bool"),
@@ -57,6 +60,11 @@ def test_a_recipe_that_cannot_be_meant_is_told_with_its_file(tmp_path, recipe, w
 )
 def test_a_flag_that_cannot_be_meant(flag, value, words):
     assert words in told(flag, value)
+
+
+def test_a_missing_subcommand_is_told_with_all_that_there_are():
+    with pytest.raises(ConfigError, match=r"there are info, verify, stats, preview, gc, export;"):
+        latents([])
 
 
 def test_dotted_fields_and_free_names_in_a_recipe(tmp_path):

@@ -1,6 +1,7 @@
 import io
 import os
 import tarfile
+import time
 
 import datasets
 import pytest
@@ -140,3 +141,20 @@ def test_holding_out_is_stable_and_disjoint(images):
 def test_files_are_not_decoded_before_they_are_needed(tmp_path):
     (tmp_path / "ok.png").write_bytes(b"rubbish")
     assert len(open_source(str(tmp_path))) == 1
+
+
+def test_a_name_that_is_no_folder_is_told_at_once_without_a_network(monkeypatch, capfd):
+    """`datasets` asks the hub six times, and prints as often."""
+    from huggingface_hub import constants
+
+    def head(*_, **__):
+        raise ConnectionError("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.get_session", lambda: type("S", (), {"head": head}))
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"no folder or file here, .* cannot be reached") as error:
+        open_source("nothere")
+    assert time.monotonic() - began < 5
+    assert "\n" not in str(error.value)
+    assert "Retrying" not in "".join(capfd.readouterr())
+    assert not constants.HF_HUB_OFFLINE

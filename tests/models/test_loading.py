@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DModel
 from public_shapes import public_autoencoder
 from safetensors.torch import load_file, save_file
 
+from first_stage import hub
 from first_stage.errors import UserError
-from first_stage.models import loading, places
+from first_stage.models import loading
 from first_stage.models.loading import (
     fingerprint_weights,
     load_autoencoder,
@@ -187,7 +189,7 @@ def test_without_a_network_it_says_at_once_what_is_true(monkeypatch, recwarn, na
         raise ConnectionError("Name or service not known")
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", reason == "offline")
-    monkeypatch.setattr(places, "_PATIENCE", 0.3)
+    monkeypatch.setattr(hub, "_PATIENCE", 0.3)
     monkeypatch.setattr("huggingface_hub.get_session", lambda: type("S", (), {"head": head}))
     began = time.monotonic()
     with pytest.raises(UserError, match=r"no such folder here, .* cannot be reached") as error:
@@ -196,6 +198,15 @@ def test_without_a_network_it_says_at_once_what_is_true(monkeypatch, recwarn, na
     assert "\n" not in str(error.value)
     assert name in str(error.value)
     assert not [str(w.message) for w in recwarn if w.category is UserWarning]
+
+
+@pytest.mark.parametrize("kept", [5, 1000, -10])
+def test_weights_that_are_cut_short_are_told_so(saved, kept):
+    name = saved(dict)
+    (weights,) = Path(name).glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"are damaged or cut short .*: copy or download"):
+        load_autoencoder(name)
 
 
 def test_the_fingerprint_is_of_the_weights_alone(saved):

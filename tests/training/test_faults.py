@@ -137,6 +137,10 @@ def test_too_many_broken_files_end_in_words_with_every_step_saved(tmp_path, imag
     saved = list_checkpoints(tmp_path / "run")
     if saved:
         assert f"Everything up to step {saved[0][0]} is saved" in text
+    else:
+        assert "No step had been saved yet; start again with: " in text
+    assert "mend or remove them, or raise it" in text
+    assert "--resume latest" in text
     more = arguments(
         tmp_path / "run", images, **{**fields, "data.max_broken": 1, "resume": "latest"}
     )

@@ -92,6 +92,22 @@ def test_a_plan_tells_what_it_would_cost_and_leaves_no_run(tmp_path, images, cap
     assert (tmp_path / "run/export/config.json").exists()
 
 
+def test_a_plan_leaves_a_run_as_it_is_and_says_how_to_replace_it(tmp_path, images, capsys):
+    line = arguments(tmp_path / "run", images, train__max_steps=1)
+    main(line)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    for _ in range(2):
+        main([*line, "--seed", "1", "--plan", "true"])
+        said = capsys.readouterr().out.splitlines()
+        assert "run' holds a run, which is as it was" in said[-2]
+        assert said[-1].endswith("--seed 1 --overwrite true")
+        assert (tmp_path / "run/plan/pictures/first-batch.png").exists()
+        assert {p: p.read_bytes() for p in before} == before
+    main([*line, "--seed", "1", "--overwrite", "true"])
+    assert not (tmp_path / "run/plan").exists()
+
+
 def test_steps_of_larger_crops_are_timed_with_larger_crops(tmp_path, images, capsys, monkeypatch):
     line = arguments(
         tmp_path / "run", images, data__late_resolution=20, data__late_steps=3, **PHASED

@@ -31,10 +31,11 @@ from latent_tools.build.follow import changed_ids, notice
 from latent_tools.build.images import ChunkReader, Preprocessing
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.build.prepare import source_ids
+from latent_tools.build.stopped import why_stopped
 from latent_tools.format.files import CacheError, LaunchLock
 from latent_tools.format.index import INDEX, Index
 from latent_tools.format.manifest import Manifest
-from latent_tools.format.plan import Plan, committed_units
+from latent_tools.format.plan import Plan, Unit, committed_units
 from latent_tools.format.shards import (
     COMMITS,
     SHARDS,
@@ -58,7 +59,7 @@ def describe(folder: Path) -> list[str]:
     manifest, plan = Manifest.load(folder), Plan.load(folder)
     stage, store, seen = manifest.first_stage, manifest.store, manifest.preprocessing
     units = plan.units
-    done = set(committed_units(folder)) & {unit.number for unit in units}
+    done = _committed(folder, units)
     shapes: dict[tuple[int, int], int] = {}
     for unit in units:
         shapes[unit.shape] = shapes.get(unit.shape, 0) + len(unit)
@@ -86,10 +87,36 @@ def describe(folder: Path) -> list[str]:
         )
         lines += _error_lines(manifest.statistics)
     if len(done) < len(units) or not (folder / INDEX).exists():
-        lines.append(f"not finished; to go on: {manifest.command or 'start its command again'}")
+        when = ""
+        if why := why_stopped(folder):
+            lines.append(f"stopped       an earlier launch: {why}")
+            when = " once they are mended, or with a larger --data.max_broken"
+        lines.append(
+            f"not finished; to go on{when}: {manifest.command or 'start its command again'}"
+        )
     elif counts and counts["samples"] + counts["failures"] < len(plan):
         lines.append("grown since it was finished; start its command again to finish it")
     return lines
+
+
+def _committed(folder: Path, units: list[Unit]) -> set[int]:
+    return set(committed_units(folder)) & {unit.number for unit in units}
+
+
+def unfinished(folder: Path) -> str:
+    """That a cache is not finished, and how to go on; empty when it is finished.
+
+    Args:
+        folder: The cache.
+    """
+    manifest, plan = Manifest.load(folder), Plan.load(folder)
+    units, counts = plan.units, manifest.counts
+    done = len(_committed(folder, units))
+    is_counted = counts and counts["samples"] + counts["failures"] >= len(plan)
+    if done == len(units) and (folder / INDEX).exists() and is_counted:
+        return ""
+    stopped = f" (an earlier launch stopped: {why})" if (why := why_stopped(folder)) else ""
+    return f"The cache is not finished{stopped}; to go on: {redo_command(manifest)}"
 
 
 def _error_lines(statistics: dict[str, Any]) -> list[str]:

@@ -33,6 +33,7 @@ from latent_tools.build.options import CacheOptions
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.build.prepare import describe_launch, prepare, source_ids
 from latent_tools.build.progress import Progress, Watch, example_failure, timed
+from latent_tools.build.stopped import forget_stop, write_stop
 from latent_tools.build.unit import EncodedChunk
 from latent_tools.build.writer import UnitWriter
 from latent_tools.format.files import CacheError, LaunchLock
@@ -276,6 +277,7 @@ class _Work:
         self.outcome.failures = Manifest.load(self.folder).counts["failures"]
         self._check_failures(self.outcome.failures, [])
         self.outcome.is_complete = True
+        forget_stop(self.folder)
 
     def _encode(self, source: Source, ids: pa.Array, encoder: LatentEncoder) -> None:
         options, device = self.options, self.process.device
@@ -321,34 +323,49 @@ class _Work:
         # The workers are forked by the first look into the loader, before the writer's thread
         # starts: a fork beside a running thread could inherit a lock that it holds.
         chunks = itertools.chain([next(chunks)], chunks)
+        failures: list[tuple[str, str]] = []
         with UnitWriter(
             self.folder, self.launch.store["dtype"], self.launch.tensor_channels,
             self._written,
         ) as writer:  # fmt: skip
             for encoded in _encoded(chunks, encoder, progress):
                 self._count(encoded, progress)
+                failures = encoded.failures
+                if self._are_too_many(self.watch.failures):
+                    break
                 with progress.waiting("disk"):
                     writer.put(encoded)
+        # Leaving the writer committed what waited: only here it is known what is kept.
+        self._check_failures(self.watch.failures, failures)
 
     def _count(self, encoded: EncodedChunk, progress: Progress) -> None:
         samples = len(encoded.records) + len(encoded.failures)
         self.outcome.images += samples
         self.watch.count(len(encoded.failures))
         progress.advance(samples)
-        self._check_failures(self.watch.failures, encoded.failures)
 
     def _written(self, commit: dict[str, Any]) -> None:
         self.outcome.units += 1
         self.outcome.retried += len(commit["retried_in_float32"])
 
+    def _are_too_many(self, failed: int) -> bool:
+        return failed > self.options.max_broken * len(self.plan)
+
     def _check_failures(self, failed: int, latest: list[tuple[str, str]]) -> None:
-        if failed > self.options.max_broken * len(self.plan):
-            name, reason = latest[0] if latest else example_failure(self.folder)
-            raise CacheError(
-                f"{failed} of {len(self.plan)} samples cannot be encoded, more than the share "
-                f"data.max_broken {self.options.max_broken} (such as {name}: {reason}): mend them, "
-                "or raise data.max_broken; what is encoded stays"
-            )
+        if not self._are_too_many(failed):
+            return
+        name, reason = latest[0] if latest else example_failure(self.folder)
+        why = (
+            f"{failed} of {len(self.plan)} samples cannot be encoded, more than the share "
+            f"data.max_broken {self.options.max_broken} (such as {name}: {reason}): mend them and "
+            "add --update, or raise data.max_broken"
+        )
+        write_stop(self.folder, why)
+        there = len({unit.number for unit in self.units} & set(committed_units(self.folder)))
+        raise CacheError(
+            f"{why}. {there} of {len(self.units)} units are committed"
+            f"{' and stay' if there else ': nothing is kept yet'}"
+        )
 
 
 def _reads_in_order(source: Source) -> bool:

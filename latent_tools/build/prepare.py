@@ -22,6 +22,7 @@ from latent_tools.build.options import CacheOptions
 from latent_tools.build.parquet import ParquetStream
 from latent_tools.build.sizes import FOLDER as PLANNING
 from latent_tools.build.sizes import forget_sizes, image_sizes
+from latent_tools.build.stopped import STOPPED, forget_stop
 from latent_tools.format.files import CacheError, LaunchLock
 from latent_tools.format.manifest import (
     FILE,
@@ -189,6 +190,7 @@ def prepare(
         # What an earlier launch wanted binds nobody as long as nothing is encoded so.
         plan = Plan.empty()
         launch.save(folder)
+        forget_stop(folder)
         write_checked(folder, time.time())  # whatever is encoded is read from now on
         _keep_classes(folder, launch, source)
         followed = plan
@@ -277,7 +279,7 @@ def _check_folder(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CacheError(f"output {str(folder)!r} is a file: give a folder")
     if folder.is_dir() and not (folder / FILE).exists():
-        ours = {SHARDS, COMMITS, PLANNING, CHECKED, ".lock"}
+        ours = {SHARDS, COMMITS, PLANNING, CHECKED, STOPPED, ".lock"}
         others = [
             path.name
             for path in folder.iterdir()

@@ -27,6 +27,7 @@ from first_stage.models.first_stage import as_first_stage
 from latent_tools import LatentDataset, Manifest, precompute
 from latent_tools.build import unit
 from latent_tools.build.encoder import BatchSplitter, LatentEncoder, allow_compiling
+from latent_tools.build.stopped import why_stopped
 from latent_tools.format.files import LaunchLock
 from latent_tools.format.shards import read_commit
 
@@ -383,6 +384,50 @@ class TestBadSamples:
         assert outcome.is_complete
         assert outcome.already == len(before)
         assert len(LatentDataset(tmp_path / "c")) == 18
+
+    @pytest.mark.parametrize(
+        ("unit_size", "kept"),
+        [(64, r"\. 0 of 1 units are committed: nothing is kept yet$"),
+         (4, r"\. 2 of 5 units are committed and stay$")],
+    )  # fmt: skip
+    def test_the_stop_says_what_is_kept(self, tmp_path, unit_size, kept):
+        write_photos(tmp_path / "data", 18)
+        for number in range(2):  # behind the nine others of the first folder: in the third unit
+            (tmp_path / "data" / "class0" / f"broken{number}.png").write_bytes(b"no")
+        with pytest.raises(UserError, match=r"mend them and .*raise data\.max_broken" + kept):
+            cache(tmp_path / "data", tmp_path / "c", unit_size=unit_size)
+
+    def test_mended_files_go_on_as_the_stop_says(self, tmp_path):
+        folder, output = tmp_path / "data", tmp_path / "c"
+        write_photos(folder, 18)
+        broken = [folder / "class0" / f"broken{number}.png" for number in range(2)]
+        for path in broken:
+            path.write_bytes(b"no")
+        cache(folder, output, unit_size=4, max_broken=0.1)
+        for path in broken:
+            photo(5).save(path)
+        # Their unit is committed: what failed in it is tried again with --update alone.
+        with pytest.raises(UserError, match=r"and add --update.* 5 of 5 units are committed and s"):
+            cache(folder, output, unit_size=4)
+        assert cache(folder, output, unit_size=4, update=True).failures == 0
+        assert len(LatentDataset(output)) == 20
+
+    def test_a_launch_that_begins_anew_forgets_why_the_last_one_stopped(self, tmp_path):
+        def interrupted():
+            raise KeyboardInterrupt
+
+        folder, output = tmp_path / "data", tmp_path / "c"
+        folder.mkdir()
+        numbered(1).save(folder / "1.png")
+        (folder / "2.png").write_bytes(b"no")
+        source = open_source(str(folder))
+        with pytest.raises(UserError, match="1 of 2 samples"):
+            cache(folder, output)
+        assert why_stopped(output).startswith("1 of 2 samples cannot be encoded")
+        with pytest.raises(KeyboardInterrupt):  # info has the command of this one
+            precompute(make_vae(), "test", source, output, options(max_broken=0.5),
+                       accepted=interrupted)  # fmt: skip
+        assert why_stopped(output) == ""
 
     def test_a_unit_of_broken_samples_alone(self, tmp_path):
         folder = tmp_path / "data"

@@ -18,7 +18,7 @@ from first_stage.files import writing
 from latent_tools import maintenance as tools
 from latent_tools.format.files import CacheError
 from latent_tools.format.manifest import Manifest
-from latent_tools.format.plan import committed_units
+from latent_tools.format.plan import Plan, committed_units
 
 
 def info(cache: str) -> None:
@@ -32,6 +32,8 @@ def info(cache: str) -> None:
 
 def verify(cache: str, release: bool = False, data: bool = False, path: str | None = None) -> None:
     """Check every shard's checksum, and every commit against the plan.
+
+    Ends with an error (exit code 2) where anything is damaged, changed or not committed yet.
 
     Args:
         cache: The cache's folder.
@@ -67,6 +69,10 @@ def verify(cache: str, release: bool = False, data: bool = False, path: str | No
             f"{len(changed)} samples of the data are not those that were encoded: restore them, "
             f"or take them in with {tools.redo_command(manifest)} --update"
         )
+    if how_to_go_on := tools.unfinished(folder):
+        whole = f"; these are whole{', and so is their data' if data else ''}" if units else ""
+        planned = len(Plan.load(folder).units)
+        raise CacheError(f"{units} of {planned} units are committed{whole}. {how_to_go_on}")
     print(f"{units} units are whole{', and so is the data' if data else ''}")
 
 

@@ -133,6 +133,49 @@ class TestTools:
         finally:
             image.write_bytes(content)
 
+    def test_what_stopped_for_broken_files_is_not_whole_and_says_how_to_go_on(
+        self, made, tmp_path, capsys
+    ):
+        data, output = tmp_path / "flat", tmp_path / "c"
+        data.mkdir()
+        for number in range(8):
+            photo(number).save(data / f"{number}.png")
+        (data / "x.png").write_bytes(b"no")
+        line = ["--first_stage", str(made / "vae"), "--data.path", str(data), "--output",
+                str(output), "--data.workers", "0", "--batch_size", "4"]  # fmt: skip
+        with pytest.raises(UserError, match=r"1 of 9 samples .* 0 of 1 units are committed"):
+            command.main(line)
+        capsys.readouterr()
+        tool(["info", str(output)])
+        stopped, last = capsys.readouterr().out.splitlines()[-2:]
+        assert "1 of 9 samples cannot be encoded" in stopped
+        assert re.search(r"not finished; .*larger --data\.max_broken: .*cache --first_stage", last)
+        result = run_tool("verify", str(output), "--data")
+        assert result.returncode == 2
+        assert result.stdout == ""
+        told = result.stderr.splitlines()[-1]
+        assert "0 of 1 units are committed. The cache is not finished" in told
+        assert "1 of 9 samples cannot be encoded" in told
+        assert re.search(r"to go on: .*cache --first_stage", told)
+
+        with pytest.raises(UserError, match="2 of 3 units are committed and stay"):
+            command.main([*line, "--unit_size", "4"])
+        with pytest.raises(UserError) as caught:
+            tool(["verify", str(output), "--data"])
+        assert "2 of 3 units are committed; these are whole, and so is their data. " in str(
+            caught.value
+        )
+        with pytest.raises(UserError, match=r"2 of 3 units are committed; these are whole\. The"):
+            tool(["verify", str(output)])
+
+        command.main([*line, "--unit_size", "4", "--data.max_broken", "0.2"])
+        capsys.readouterr()
+        tool(["info", str(output)])
+        assert "earlier launch" not in capsys.readouterr().out
+        tool(["verify", str(output), "--data"])
+        assert "3 units are whole, and so is the data" in capsys.readouterr().out
+        assert not (output / "stopped.json").exists()
+
     def test_preview_shows_originals_above_decoded(self, made, tmp_path):
         tool(["preview", str(made / "c"), "--output", str(tmp_path / "p.png"), "--count", "3"])
         picture = Image.open(tmp_path / "p.png")

@@ -9,7 +9,13 @@ import pytest
 import torch
 from autoencoders import build_autoencoder, tiny_vq
 from conftest import ROOT, picture
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
+)
 from pipelines import sample, stable_diffusion_xl
 
 from first_stage.commands import export
@@ -98,10 +104,10 @@ def place(made, monkeypatch) -> Path:
     return made
 
 
-def run(text: str) -> dict:
+def run(text: str, model: torch.nn.Module | None = None) -> dict:
     """Run a snippet among what its page takes for granted."""
     torch.manual_seed(1)
-    model = transformer()
+    model = model or transformer()
     names = {
         "images": torch.rand(2, 3, 16, 16) * 2 - 1,
         "epochs": 2,
@@ -144,6 +150,34 @@ def test_training_loop(place):
     assert names["clean"].shape == (4, 4, 8, 8)
     after = names["model"].parameters()
     assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after, strict=True))
+
+
+def test_training_loop_without_labels(made, tmp_path, monkeypatch):
+    """A cache of a flat folder, and what the page says to leave out."""
+    page = "docs/guides/read-the-cache.md"
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made / "runs/demo", "runs/demo")
+    Path("flat").mkdir()
+    for number in range(4):
+        picture(number, 16, 16).save(f"flat/{number}.png")
+    vae = AutoencoderKL.from_pretrained("runs/demo/export")
+    precompute(vae, "runs/demo/export", open_source("flat"), "my_latents",
+               CacheOptions(resolution=16, resize=16, flip=True))  # fmt: skip
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for words in ("set_epoch(epoch)  # new posterior", "noise = torch"):
+        with pytest.raises(KeyError, match="label"):
+            run(snippet(page, "python", words))
+    (alone,) = re.findall(r'`(z = batch\["latents"\])`', text)
+    first = snippet(page, "python", "set_epoch(epoch)  # new posterior")
+    assert run(re.sub(r"z, label = .*", alone, first))["z"].shape == (4, 4, 8, 8)
+    (argument,) = re.findall(r"eave out `([^`]*)`", text)
+    loop = snippet(page, "python", "noise = torch")
+    assert argument in loop
+    model = UNet2DModel(
+        8, 4, 4, block_out_channels=(8, 8), norm_num_groups=4, layers_per_block=1,
+        down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
+    )  # fmt: skip
+    assert run(loop.replace(argument, ""), model)["loss"].isfinite()
 
 
 def test_another_pipeline_with_a_folded_first_stage(place):

@@ -5,6 +5,7 @@ the writers.
 """
 
 import json
+import re
 import tarfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pytest
 import torch
 from autoencoders import build_autoencoder
-from cache_helpers import cache, make_vae, photo, run_tool, write_photos
+from cache_helpers import ROOT, cache, make_vae, photo, run_tool, write_photos
 from safetensors import safe_open
 
 from first_stage.errors import UserError
@@ -437,6 +438,28 @@ def test_an_export_grows_with_its_cache(tmp_path):
     with pytest.raises(UserError, match="numbers them in the order of their names"):
         export_cache(tmp_path / "cache", "repa", tmp_path / "repa")
     assert len(list((tmp_path / "mar").rglob("*.npz"))) == 5
+
+
+def test_npy_gives_an_array_a_sample_without_labels(tmp_path):
+    """As the table of the page says; test_cache_tokens has tokens."""
+    for name in ("a.png", "deeper/b.png"):
+        (tmp_path / "flat" / name).parent.mkdir(parents=True, exist_ok=True)
+        photo(len(name)).save(tmp_path / "flat" / name)
+    cache(tmp_path / "flat", tmp_path / "cache", representation="mean")
+    export_cache(tmp_path / "cache", "npy", tmp_path / "npy")
+    dataset = LatentDataset(tmp_path / "cache", normalize="none")
+    assert sorted(dataset.ids) == ["a.png", "deeper/b.png"]
+    for place, name in enumerate(dataset.ids):
+        found = np.load((tmp_path / "npy" / name).with_suffix(".npy"))
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, dataset[place]["latents"].numpy())
+
+
+def test_the_page_has_a_row_for_every_format():
+    page = (ROOT / "docs/guides/other-trainers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    assert sorted(named) == sorted(["--format", *FORMATS])
 
 
 def test_export_without_a_format_lists_every_one():

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from cache_helpers import (
+    ROOT,
     NumberReader,
     cache,
     make_vae,
@@ -21,7 +23,14 @@ from cache_helpers import (
 from diffusers import AutoencoderDC, AutoencoderTiny, VQModel
 from PIL import Image
 
-from first_stage.data import View, images_from_pixels, open_image, open_source, pixels_of
+from first_stage.data import (
+    View,
+    images_from_pixels,
+    open_image,
+    open_source,
+    pixels_of,
+    too_many,
+)
 from first_stage.errors import UserError
 from first_stage.models.first_stage import as_first_stage
 from latent_tools import LatentDataset, Manifest, precompute
@@ -396,6 +405,28 @@ class TestBadSamples:
             (tmp_path / "data" / "class0" / f"broken{number}.png").write_bytes(b"no")
         with pytest.raises(UserError, match=r"mend them and .*raise data\.max_broken" + kept):
             cache(tmp_path / "data", tmp_path / "c", unit_size=unit_size)
+
+    def test_a_cache_counts_and_a_training_tests_as_the_page_says(self, tmp_path):
+        page = (ROOT / "docs/guides/which-images.md").read_text(encoding="utf-8")
+        (counted,) = re.findall(r"(\d+) of (\d+) are more than (0\.\d+)", page)
+        broken, planned, share = int(counted[0]), int(counted[1]), float(counted[2])
+        assert not too_many(broken, planned, share)  # a training goes on
+        write_photos(tmp_path / "data", planned - broken)
+        for number in range(broken):
+            (tmp_path / "data" / "class0" / f"broken{number}.png").write_bytes(b"no")
+        with pytest.raises(UserError, match=f"{broken} of {planned} samples cannot be encoded"):
+            cache(tmp_path / "data", tmp_path / "c", max_broken=share)
+        (tmp_path / "data" / "class0" / "broken0.png").unlink()
+        assert cache(tmp_path / "data", tmp_path / "c", max_broken=share).failures == broken - 1
+
+        (shown,) = re.findall(
+            r"Of (0\.\d+) allowed, (\d+) samples are enough when all.* some (\d+) when a te", page
+        )
+        share, all_broken, a_tenth = float(shown[0]), int(shown[1]), int(shown[2])
+        assert too_many(all_broken, all_broken, share)
+        assert not too_many(all_broken - 1, all_broken - 1, share)
+        first = next(n for n in range(10, 2000, 10) if too_many(n // 10, n, share))
+        assert first == pytest.approx(a_tenth, rel=0.1)
 
     def test_mended_files_go_on_as_the_stop_says(self, tmp_path):
         folder, output = tmp_path / "data", tmp_path / "c"

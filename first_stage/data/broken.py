@@ -28,8 +28,8 @@ def too_many(broken: int, drawn: int, max_share: float) -> bool:
 
     A test that may be made after every step: samples whose true share is `max_share` fail it at
     any time with a probability of at most 1 in 1000 (a mixture of likelihood ratios is a
-    martingale; Ville 1939, Robbins 1970). Shares well above are found soon: of 5% allowed, 4
-    samples when all are broken, about 700 when 10% are.
+    martingale; Ville 1939, Robbins 1970). Shares well above are found soon: of 5% allowed, 3
+    samples when all are broken, about 650 when 10% are.
 
     Args:
         broken: Of those drawn.

@@ -85,14 +85,15 @@ def _remote_shards(path: str) -> list[str]:
 def _hub_shards(path: str, split: str) -> list[str]:
     import datasets
 
-    try:
-        with datasets_asked_once():
+    with datasets_asked_once() as out_of_reach:
+        try:
             files = datasets.load_dataset_builder(path).config.data_files
-    except Exception as error:
-        raise DataError(
-            f"data.path {path!r} is no file or folder here and could not be found on the hub: "
-            f"{first_line(error)}"
-        ) from error
+        except Exception as error:
+            raise DataError(
+                f"data.path {path!r} is no file or folder here and could not be found on the hub"
+                + (f", which cannot be reached ({out_of_reach})" if out_of_reach else "")
+                + f": {first_line(error)}"
+            ) from error
     if not files or split not in files:
         there = ", ".join(files or ()) or "none"
         raise DataError(f"data.split is {split!r}, but {path!r} has the splits: {there}")

@@ -8,6 +8,7 @@ import pytest
 from conftest import picture
 
 from first_stage.data import open_image, open_source, size_of, split_source
+from first_stage.data.find_shards import find_shards
 from first_stage.errors import DataError
 
 
@@ -152,9 +153,12 @@ def test_a_name_that_is_no_folder_is_told_at_once_without_a_network(monkeypatch,
 
     monkeypatch.setattr("huggingface_hub.get_session", lambda: type("S", (), {"head": head}))
     began = time.monotonic()
-    with pytest.raises(DataError, match=r"no folder or file here, .* cannot be reached") as error:
-        open_source("nothere")
+    for find in (open_source, find_shards):
+        with pytest.raises(
+            DataError, match=r"'nothere' is no .* here.* cannot be reached"
+        ) as error:
+            find("nothere")
+        assert "\n" not in str(error.value)
     assert time.monotonic() - began < 5
-    assert "\n" not in str(error.value)
     assert "Retrying" not in "".join(capfd.readouterr())
     assert not constants.HF_HUB_OFFLINE

@@ -46,6 +46,13 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """The innermost error that another one wraps: what went wrong first."""
+    while (inner := error.__cause__ or error.__context__) is not None:
+        error = inner
+    return error
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a script's `main`, and end as command-line programs do.
 

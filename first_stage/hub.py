@@ -38,11 +38,11 @@ def why_out_of_reach() -> str | None:
 
 
 @contextlib.contextmanager
-def datasets_asked_once() -> Iterator[str | None]:
+def datasets_asked_once() -> Iterator[str]:
     """Where the hub is out of reach, `datasets` looks into its cache here and nowhere else.
 
     Yields:
-        Why the hub is out of reach; `None` where it answers.
+        Words for behind "the hub" in a message, where it is out of reach; empty where it answers.
     """
     import datasets
     from huggingface_hub import constants
@@ -53,4 +53,4 @@ def datasets_asked_once() -> Iterator[str | None]:
             for module in (constants, datasets.config):
                 restored.callback(setattr, module, _SWITCH, getattr(module, _SWITCH))
                 setattr(module, _SWITCH, True)
-        yield reason
+        yield "" if reason is None else f", which cannot be reached ({reason})"

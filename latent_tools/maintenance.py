@@ -35,7 +35,7 @@ from latent_tools.build.stopped import why_stopped
 from latent_tools.format.files import CacheError, LaunchLock
 from latent_tools.format.index import INDEX, Index
 from latent_tools.format.manifest import Manifest
-from latent_tools.format.plan import Plan, Unit, committed_units
+from latent_tools.format.plan import Plan, committed_of, committed_units
 from latent_tools.format.shards import (
     COMMITS,
     SHARDS,
@@ -59,7 +59,7 @@ def describe(folder: Path) -> list[str]:
     manifest, plan = Manifest.load(folder), Plan.load(folder)
     stage, store, seen = manifest.first_stage, manifest.store, manifest.preprocessing
     units = plan.units
-    done = _committed(folder, units)
+    done = committed_of(units, folder)
     shapes: dict[tuple[int, int], int] = {}
     for unit in units:
         shapes[unit.shape] = shapes.get(unit.shape, 0) + len(unit)
@@ -99,10 +99,6 @@ def describe(folder: Path) -> list[str]:
     return lines
 
 
-def _committed(folder: Path, units: list[Unit]) -> set[int]:
-    return set(committed_units(folder)) & {unit.number for unit in units}
-
-
 def unfinished(folder: Path) -> str:
     """That a cache is not finished, and how to go on; empty when it is finished.
 
@@ -111,7 +107,7 @@ def unfinished(folder: Path) -> str:
     """
     manifest, plan = Manifest.load(folder), Plan.load(folder)
     units, counts = plan.units, manifest.counts
-    done = len(_committed(folder, units))
+    done = len(committed_of(units, folder))
     is_counted = counts and counts["samples"] + counts["failures"] >= len(plan)
     if done == len(units) and (folder / INDEX).exists() and is_counted:
         return ""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -84,10 +84,13 @@ def read_options(
     for name, text in (several or {}).items():
         parser.add_argument(f"--{name}", nargs="+", help=text)
     parser.add_class_arguments(kind, nested_key=None, as_group=False, skip=set(several or {}))
-    line = with_recipes(given)
-    for file in _files(line):
+
+    def recipe(name: str) -> str:
+        file = find_config(name)
         check_file(file, kind, several or ())
-    parsed = parser.parse_args(with_values(line, switches or {}))
+        return file
+
+    parsed = parser.parse_args(with_values(with_recipes(given, recipe), switches or {}))
     values = vars(parser.instantiate_classes(parsed))
     # A field named like a method of the parser's namespace, `update`, comes with a mark before it.
     named = {name.lstrip("\u200b"): value for name, value in values.items()}
@@ -141,32 +144,21 @@ def with_home(value: Any) -> Any:
     return value
 
 
-def with_recipes(arguments: Sequence[str]) -> list[str]:
+def with_recipes(arguments: Sequence[str], find: Callable[[str], str]) -> list[str]:
     """A command line in which every `--config` names a file.
 
     Args:
         arguments: The command line; `--config kl_f8` names a recipe.
-
-    Raises:
-        ConfigError: When a value is neither a file nor a recipe.
+        find: Gives the file that a value means.
     """
     result: list[str] = []
     for argument in arguments:
         if result and result[-1] == "--config":
-            argument = find_config(argument)
+            argument = find(argument)
         elif argument.startswith("--config="):
-            argument = f"--config={find_config(argument.removeprefix('--config='))}"
+            argument = f"--config={find(argument.removeprefix('--config='))}"
         result.append(argument)
     return result
-
-
-def _files(arguments: Sequence[str]) -> Iterator[str]:
-    """The files that a command line names with `--config`."""
-    for before, argument in zip(("", *arguments), arguments, strict=False):
-        if before == "--config":
-            yield argument
-        elif argument.startswith("--config="):
-            yield argument.removeprefix("--config=")
 
 
 def with_values(arguments: Sequence[str], switches: Mapping[str, str]) -> list[str]:

@@ -85,14 +85,13 @@ def _remote_shards(path: str) -> list[str]:
 def _hub_shards(path: str, split: str) -> list[str]:
     import datasets
 
-    with datasets_asked_once() as out_of_reach:
+    with datasets_asked_once() as if_out_of_reach:
         try:
             files = datasets.load_dataset_builder(path).config.data_files
         except Exception as error:
             raise DataError(
                 f"data.path {path!r} is no file or folder here and could not be found on the hub"
-                + (f", which cannot be reached ({out_of_reach})" if out_of_reach else "")
-                + f": {first_line(error)}"
+                f"{if_out_of_reach}: {first_line(error)}"
             ) from error
     if not files or split not in files:
         there = ", ".join(files or ()) or "none"

@@ -21,7 +21,7 @@ from first_stage.data.inventory import Inventory, take_inventory
 from first_stage.data.sample import Sample, Source
 from first_stage.data.shards import RowSource, ShardedRows, count_rows
 from first_stage.data.table import DatasetSource
-from first_stage.errors import DataError, first_line
+from first_stage.errors import DataError, first_line, root_cause
 from first_stage.hub import datasets_asked_once
 from first_stage.seeding import Purpose, generator
 
@@ -266,12 +266,11 @@ def _saved_source(path: str, image_column: str | None, split: str | None) -> Sou
 def _hub_source(path: str, image_column: str | None, split: str) -> Source:
     import datasets
 
-    with datasets_asked_once() as out_of_reach:
+    with datasets_asked_once() as if_out_of_reach:
         dataset = _loaded(
             lambda: datasets.load_dataset(path, split=split),
             f"data.path {path!r} is no folder or file here, is not one of the built-in sets "
-            f"({', '.join(builtin.NAMES)}), and could not be loaded from the hub"
-            + (f", which cannot be reached ({out_of_reach})" if out_of_reach else ""),
+            f"({', '.join(builtin.NAMES)}), and could not be loaded from the hub{if_out_of_reach}",
         )
     return DatasetSource(dataset, path, image_column)
 
@@ -286,7 +285,7 @@ def _loaded(load: Callable[[], Any], problem: str) -> Any:
         try:
             return load()
         except Exception as error:
-            cause = _cause(error)
+            cause = root_cause(error)
             told = first_line(cause)
             if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
                 import datasets
@@ -296,13 +295,6 @@ def _loaded(load: Callable[[], Any], problem: str) -> Any:
                     "full: set HF_HOME to another disk, or data.streaming to true"
                 )
             raise DataError(f"{problem}: {told}") from error
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The innermost error that another one wraps."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return error
 
 
 class _quiet_datasets:

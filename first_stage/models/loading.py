@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from first_stage.errors import UserError, first_line
+from first_stage.errors import UserError, first_line, root_cause
 from first_stage.files import standing
 from first_stage.models.families import FAMILIES
 from first_stage.models.padding import padding_of, set_padding
@@ -189,15 +189,11 @@ def _load(place: Place, cls: Any) -> Any:
 
 
 def _why(error: BaseException) -> str:
-    """What went wrong first: `diffusers` says of damaged weights that it is unable to load them."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, SafetensorError):
-            return (
-                f"its weights are damaged or cut short ({first_line(cause)}): copy or download "
-                "them again"
-            )
-        cause = cause.__cause__ or cause.__context__
+    """What went wrong: `diffusers` says of damaged weights that it is unable to load them."""
+    cause = root_cause(error)
+    if isinstance(cause, SafetensorError):
+        damage = first_line(cause)
+        return f"its weights are damaged or cut short ({damage}): copy or download them again"
     return first_line(error)
 
 

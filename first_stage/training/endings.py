@@ -111,11 +111,10 @@ def what_is_saved(folder: Path, step: int, world: int) -> str:
         step: The last one that is saved; 0 for none.
         world: Number of processes.
     """
-    if step == 0 and not (folder / CONFIG).exists():
-        return "No step had been saved yet"
     command = resume_command(folder, world)
     if step == 0:
-        return f"No step had been saved yet; start again with: {command}"
+        again = f"; start again with: {command}" if (folder / CONFIG).exists() else ""
+        return f"No step had been saved yet{again}"
     return f"Everything up to step {step} is saved; go on with: {command}"
 
 

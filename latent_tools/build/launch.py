@@ -40,7 +40,7 @@ from latent_tools.format.files import CacheError, LaunchLock
 from latent_tools.format.manifest import FILE as MANIFEST
 from latent_tools.format.manifest import Manifest
 from latent_tools.format.plan import FILE as PLAN
-from latent_tools.format.plan import Plan, Unit, committed_units
+from latent_tools.format.plan import Plan, Unit, committed_of, committed_units
 
 _LAG = 60.0
 """Seconds after which a network's file system shows what another machine wrote."""
@@ -361,7 +361,7 @@ class _Work:
             "add --update, or raise data.max_broken"
         )
         write_stop(self.folder, why)
-        there = len({unit.number for unit in self.units} & set(committed_units(self.folder)))
+        there = len(committed_of(self.units, self.folder))
         raise CacheError(
             f"{why}. {there} of {len(self.units)} units are committed"
             f"{' and stay' if there else ': nothing is kept yet'}"

@@ -367,6 +367,11 @@ def nearest_bucket(sizes: np.ndarray, buckets: Sequence[Shape]) -> np.ndarray:
     return chosen
 
 
+def committed_of(units: Iterable[Unit], folder: Path) -> set[int]:
+    """Numbers of those planned units whose commit is there."""
+    return {unit.number for unit in units} & set(committed_units(folder))
+
+
 def committed_units(folder: Path) -> Iterator[int]:
     """Numbers of the units whose commit is there."""
     commits = folder / "commits"

@@ -69,7 +69,7 @@ def wait_for(
     """Wait for something that a process does. One that does not do it is killed, with all."""
     try:
         wait_until(lambda: process.poll() is not None or condition(), seconds)
-        assert process.poll() is None, output.read_text()
+        assert process.poll() is None, f"it ended with {process.returncode}"
     except AssertionError as error:
         raise AssertionError(f"{error}\n{where_it_hangs(process, output)}") from None
 
